@@ -1,0 +1,27 @@
+"""Signed spiking neurons for spikingjelly.
+
+``SILIFNode`` emits signed integers in [-D, D], ``TILIFNode`` ternary micro-steps that sum to the same
+integer. They are spikingjelly nodes: swap them in, call ``functional.reset_net`` between sequences.
+"""
+
+from . import functional, surrogate
+from .backend import set_backend
+from .micro_steps import MicroStepSum, SignedCountToTernary
+from .registry import build, register, spec_of
+from .si_lif import SILIFNode
+from .surrogate import SignedSpikeCount
+from .ti_lif import TILIFNode
+
+__all__ = [
+    "MicroStepSum",
+    "SILIFNode",
+    "SignedCountToTernary",
+    "SignedSpikeCount",
+    "TILIFNode",
+    "build",
+    "functional",
+    "register",
+    "set_backend",
+    "spec_of",
+    "surrogate",
+]

@@ -1,0 +1,39 @@
+"""Choosing the backend of a net's nodes, as spikingjelly's users know it."""
+
+import importlib.util
+
+from torch import nn
+
+__all__ = ["set_backend"]
+
+BACKENDS = ("torch", "cupy")
+
+
+def set_backend(
+    net: nn.Module, backend: str, instance: type[nn.Module] | tuple[type[nn.Module], ...] | None = None
+) -> None:
+    """Set the backend of every node of ``net`` that has one.
+
+    Args:
+        net: a module; its own backend is set too if it has one.
+        backend: 'torch' or 'cupy'. Whether it can run is checked when a node is called.
+        instance: set it for modules of this class only; ``None`` means all that have backends.
+
+    Raises:
+        ValueError: ``backend`` is unknown; nothing has been changed then.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {BACKENDS}, got {backend!r}.")
+    for module in net.modules():
+        if hasattr(module, "supported_backends") and (instance is None or isinstance(module, instance)):
+            setattr(module, "backend", backend)  # noqa: B010 (nn.Module's attributes are untyped)
+
+
+def check_cupy() -> None:
+    """Raise a RuntimeError that says what is missing where CuPy's backend cannot run."""
+    if importlib.util.find_spec("cupy") is None:
+        raise RuntimeError(
+            "backend='cupy' needs CuPy, which is not installed: pip install cupy-cuda13x (CUDA 13) or "
+            "cupy-cuda12x (CUDA 12)."
+        )
+    raise RuntimeError("backend='cupy' is not part of this release yet: use backend='torch'.")
