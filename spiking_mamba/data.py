@@ -56,9 +56,8 @@ def load_text(source: str | Sequence[str], split: str | None = None, seed: int =
             raise DataError(f"{name} holds no document.")
         parts.append(documents.select(list(_keep(documents, split, seed, seen))))
     if not any(map(len, parts)):
-        raise DataError(
-            f"None of the {len(seen)} documents of {', '.join(map(str, sources))} is in {split!r}."
-        )
+        names = ", ".join(map(str, sources))
+        raise DataError(f"None of the {len(seen)} documents of {names} falls into {split!r}; give more text.")
     return datasets.concatenate_datasets(parts)
 
 
@@ -95,12 +94,8 @@ def _open_source(source: str) -> datasets.Dataset:
         return _read_file(path)
     if path.is_dir():
         raise DataError(f"{source} is a folder; name the {', '.join(_SUFFIXES)} files in it.")
-    if (
-        source.startswith((".", "/", "~"))
-        or "\\" in source
-        or path.suffix in _SUFFIXES
-        or source.count("/") > 1
-    ):
+    like_a_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
+    if like_a_path or path.suffix.lower() in _SUFFIXES:
         raise DataError(f"No such file: {source} (looked in {Path.cwd()}).")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
         return _read_hub(source)
@@ -114,16 +109,14 @@ def _open_source(source: str) -> datasets.Dataset:
 
 def _in_memory(texts: list[str], source: str) -> datasets.Dataset:
     try:
-        return datasets.Dataset.from_dict(
-            {"text": texts}, datasets.Features({"text": datasets.Value("string")})
-        )
+        return datasets.Dataset.from_dict({"text": texts}, datasets.Features(text=datasets.Value("string")))
     except (pa.ArrowException, UnicodeEncodeError) as error:  # half a surrogate pair: JSON can spell it
         raise DataError(f"{source}: a document is not valid Unicode text: {error}") from error
 
 
 def _read_file(path: Path) -> datasets.Dataset:
     try:
-        match path.suffix:
+        match path.suffix.lower():
             case ".txt":
                 return _in_memory(_split_documents(path.read_text(encoding="utf-8-sig")), str(path))
             case ".jsonl" | ".json":
@@ -147,7 +140,7 @@ def _read_json(path: Path) -> list[str]:
     content = path.read_text(encoding="utf-8-sig")
     records: list[tuple[int, object]] = []
     try:
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             whole = json.loads(content)
             records = list(enumerate(whole if isinstance(whole, list) else [whole], 1))
     except json.JSONDecodeError:
@@ -182,7 +175,7 @@ def _read_hub(source: str) -> datasets.Dataset:
         documents = datasets.load_dataset(name, config or None, split="train")
     except Exception as error:  # the hub's client raises many kinds; each is about this name or the network
         raise DataError(
-            f"Could not load {source} from the hub: {error}. Without a network, use one of {', '.join(CORPORA)}."
+            f"Could not load {source} from the hub: {error}. Without it, there are {', '.join(CORPORA)}."
         ) from error
     if "text" not in documents.column_names:
         raise DataError(f"{source} has no column `text` but {', '.join(documents.column_names)}.")
@@ -236,14 +229,13 @@ def tokenize(
         raise DataError("The tokenizer has no end-of-text token (eos_token) to put between documents.")
     pieces: list[np.ndarray] = []
     for batch in dataset.iter(_BATCH):
-        encoded = tokenizer(
-            batch["text"], add_special_tokens=False, return_attention_mask=False, verbose=False
-        )
-        pieces.append(np.concatenate([np.array([end, *ids], dtype=np.int32) for ids in encoded["input_ids"]]))
+        texts = batch["text"]
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        pieces.extend(np.array([end, *ids], dtype=np.int32) for ids in encoded["input_ids"])
     ids = np.concatenate(pieces)[1:] if pieces else np.empty(0, np.int32)  # between documents, not before
     if len(ids) < (length if drop_last else 1):
         raise DataError(
-            f"The text has {len(ids)} tokens; one row needs {length}. Give more text or shorter rows."
+            f"The text has {len(ids)} tokens and a row needs {length}: more text, or shorter rows."
         )
     if drop_last:
         return datasets.Dataset(pa.table({"input_ids": _rows(ids[: len(ids) // length * length], length)}))
@@ -260,10 +252,7 @@ def _rows(ids: np.ndarray, length: int) -> pa.ChunkedArray:
     step = max(1, 2**30 // length) * length  # offsets within a chunk are 32 bits wide
     chunks = (ids[start : start + step] for start in range(0, len(ids), step))
     return pa.chunked_array(
-        [
-            pa.ListArray.from_arrays(np.arange(0, len(c) + 1, length, dtype=np.int32), pa.array(c))
-            for c in chunks
-        ]
+        [pa.ListArray.from_arrays(np.arange(0, len(c) + 1, length, np.int32), pa.array(c)) for c in chunks]
     )
 
 
@@ -278,8 +267,9 @@ def count_bytes(
     if tokenizer is None:
         return sum(len(text.encode()) for text in _texts(dataset) if text)
     added = tokenizer.get_added_vocab()  # kept as plain text, where the others have one character a byte
-    size = np.zeros(len(tokenizer), dtype=np.int64)
-    for token, index in tokenizer.get_vocab().items():
+    vocabulary = tokenizer.get_vocab()
+    size = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, index in vocabulary.items():
         size[index] = len(token.encode()) if token in added else len(token)
     size[tokenizer.all_special_ids] = 0
     return sum(int(size[np.array(batch["input_ids"])].sum()) for batch in dataset.iter(_BATCH))
