@@ -92,7 +92,7 @@ def _open_source(source: str) -> datasets.Dataset:
     path = Path(source).expanduser()
     if path.is_file():
         return _read_file(path)
-    if path.is_dir():
+    if source and path.is_dir():
         raise DataError(f"{source} is a folder; name the {', '.join(_SUFFIXES)} files in it.")
     like_a_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
     if like_a_path or path.suffix.lower() in _SUFFIXES:
@@ -138,14 +138,15 @@ def _split_documents(text: str) -> list[str]:
 def _read_json(path: Path) -> list[str]:
     """Texts of JSON lines, or of one JSON value: an object or a list of them (or of plain strings)."""
     content = path.read_text(encoding="utf-8-sig")
-    records: list[tuple[int, object]] = []
+    records: list[tuple[int, object]] | None = None
     try:
         if path.suffix.lower() == ".json":
             whole = json.loads(content)
             records = list(enumerate(whole if isinstance(whole, list) else [whole], 1))
     except json.JSONDecodeError:
         pass  # many a .json file holds lines
-    if not records:
+    if records is None:
+        records = []
         for number, line in enumerate(content.split("\n"), 1):
             if line.strip():
                 try:

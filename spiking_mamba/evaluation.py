@@ -198,7 +198,7 @@ def zero_shot(
 
 
 def _stock_tasks(tasks: Sequence[Any]) -> Any:
-    """lm-eval's index of tasks; of the few folders that we name tasks of, since all 14,000 files take 10 s."""
+    """lm-eval's index of tasks; of the few folders that we name tasks of, as all 14,000 files take 10 s."""
     import lm_eval.tasks
 
     root = Path(lm_eval.tasks.__file__).parent
