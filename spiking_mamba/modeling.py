@@ -313,6 +313,11 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
             if isinstance(module, SpikingProjection) and module.neuron is not None
         }
 
+    @property
+    def sgc_lambda(self) -> float:
+        """SGC's lambda now; 0 without the path."""
+        return max((projection.sgc_lambda for projection in self.projections().values()), default=0.0)
+
     def set_sgc_lambda(self, lam: float) -> None:
         """Set SGC's lambda of every projection; 0 switches the path off."""
         for projection in self.projections().values():

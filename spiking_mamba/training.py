@@ -1,0 +1,146 @@
+"""What every training recipe shares: its run folder, its data and transformers' arguments."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+import yaml
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
+
+from .settings import reject_unknown_keys
+
+__all__ = ["RunError", "collate", "finish_run", "run", "start_run", "training_arguments"]
+
+_SETTINGS = "settings.yaml"
+_HISTORY = "log.json"
+
+
+class RunError(ValueError):
+    """A run cannot start: its folder holds another one, or its settings contradict each other."""
+
+
+def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+    """Rows of equal length to ``input_ids`` and ``labels`` of shape ``[B, L]``."""
+    input_ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)
+    return {"input_ids": input_ids, "labels": input_ids.clone()}
+
+
+def start_run(settings: Any, resume: bool, overwrite: bool) -> Path:
+    """Make the folder of a run and write its settings there, before anything is trained.
+
+    Args:
+        settings: a dataclass with a field ``output``.
+        resume: go on with the run in that folder, whose settings must be the same.
+        overwrite: throw away what the folder holds.
+
+    Raises:
+        RunError: the folder holds another run, or there is nothing to resume.
+    """
+    folder = Path(settings.output)
+    plain = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
+    plain = {key: value for key, value in plain.items() if key not in ("resume", "overwrite")}
+    kept = folder / _SETTINGS
+    occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if resume and overwrite:
+        raise RunError("resume and overwrite exclude each other.")
+    if resume and occupied:
+        if not kept.is_file():
+            raise RunError(f"{folder} holds no run to resume: it has no {_SETTINGS}.")
+        before = yaml.safe_load(kept.read_text())
+        changed = sorted(k for k in before.keys() | plain.keys() if before.get(k) != plain.get(k))
+        if changed:
+            raise RunError(f"{folder} holds a run with other settings of {', '.join(changed)}.")
+        return folder
+    if occupied and not overwrite:
+        raise RunError(
+            f"{folder} already holds files: choose another output, or say resume=true or overwrite=true."
+        )
+    if occupied:
+        if not kept.is_file():  # never remove what was not a run
+            raise RunError(f"{folder} is not empty and holds no run: it is left as it is.")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_whole(kept, yaml.safe_dump(plain, sort_keys=False))
+    return folder
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file whole or not at all."""
+    draft = path.with_name(path.name + ".part")
+    draft.write_text(text)
+    draft.replace(path)
+
+
+def bf16_pays() -> bool:
+    """Whether this machine multiplies bfloat16 faster than float32."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return bool(torch.cpu._is_avx512_bf16_supported())
+
+
+def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> TrainingArguments:
+    """transformers' ``TrainingArguments`` from a recipe's ``training`` mapping.
+
+    ``bf16: auto`` means where the hardware makes it pay. Defaults that differ from transformers': nothing
+    is reported to services, logs and checkpoints go to ``folder``, AdamW with betas (0.9, 0.95).
+
+    Raises:
+        ValueError: an unknown key; the nearest known one is named.
+    """
+    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
+    reject_unknown_keys(given, known, "training")
+    defaults = {
+        "report_to": "none",
+        "logging_steps": 10,
+        "save_strategy": "steps",
+        "save_steps": 200,
+        "save_total_limit": 2,
+        "save_only_model": False,
+        "lr_scheduler_type": "cosine",
+        "adam_beta2": 0.95,
+        "bf16": "auto",
+        "remove_unused_columns": False,
+        "dataloader_drop_last": True,
+        "use_cpu": not torch.cuda.is_available(),
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+    arguments = defaults | given
+    if arguments["bf16"] == "auto":
+        arguments["bf16"] = bf16_pays()
+    return TrainingArguments(output_dir=str(folder), seed=seed, data_seed=seed, **arguments)
+
+
+def run(trainer: Trainer, resume: bool) -> list[dict[str, float]]:
+    """Train, from the last checkpoint if there is one to resume, and return the log's rows."""
+    folder = trainer.args.output_dir
+    last = get_last_checkpoint(folder) if resume else None
+    trainer.train(resume_from_checkpoint=last)
+    history = trainer.state.log_history
+    write_whole(Path(folder) / _HISTORY, json.dumps(history, indent=1))
+    return history
+
+
+def finish_run(
+    model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str = "model"
+) -> Path:
+    """Save model and tokenizer to ``folder / name``, whole or not at all; return that folder."""
+    target, draft = folder / name, folder / f"{name}.part"
+    shutil.rmtree(draft, ignore_errors=True)
+    model.save_pretrained(draft)
+    tokenizer.save_pretrained(draft)
+    shutil.rmtree(target, ignore_errors=True)
+    draft.replace(target)
+    return target
+
+
+def check_rows(rows: datasets.Dataset, arguments: TrainingArguments) -> None:
+    """Raise a RunError when the data do not fill one batch."""
+    batch = arguments.per_device_train_batch_size
+    if len(rows) < batch:
+        raise RunError(f"The data make {len(rows)} rows, fewer than one batch of {batch}: give more text.")
