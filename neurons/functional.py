@@ -122,7 +122,8 @@ def si_lif_multi_step(
             potentials.append(v)
     if not spikes:
         dtype = state_dtype(x_seq)
-        empty = x_seq.new_empty(x_seq.shape, dtype=spike_dtype(x_seq, surrogate_function))
+        # A copy, so that the spikes stay in the graph: a backward pass over no steps is legal too.
+        empty = x_seq.to(spike_dtype(x_seq, surrogate_function), copy=True)
         if not isinstance(v, torch.Tensor):
             v = torch.full(x_seq.shape[1:], float(v), dtype=dtype, device=x_seq.device)
         return empty, v.to(dtype), empty.to(dtype) if store_v_seq else None
