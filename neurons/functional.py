@@ -25,8 +25,9 @@ __all__ = ["si_lif_multi_step", "si_lif_step"]
 
 SurrogateFunction = Callable[[torch.Tensor], torch.Tensor]
 
-# The largest integer up to which every integer is a value of the dtype.
-_LARGEST_COUNT = {torch.bfloat16: 2**8, torch.float16: 2**11, torch.float32: 2**24}
+# The largest count that is exact in the dtype. float32 has the integers up to 2**24, but |u| - 1/2, from
+# which counts are made, only up to 2**23.
+_LARGEST_COUNT = {torch.bfloat16: 2**8, torch.float16: 2**11, torch.float32: 2**23}
 
 
 def state_dtype(x: torch.Tensor) -> torch.dtype:
