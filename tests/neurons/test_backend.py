@@ -21,6 +21,13 @@ def a_net() -> nn.Sequential:
     )
 
 
+class Careless(nn.Module):
+    """A user's own module, whose backend takes any value."""
+
+    supported_backends = ("torch",)
+    backend = "torch"
+
+
 def backends(net: nn.Module) -> list[str]:
     return [m.backend for m in net.modules() if isinstance(m, SILIFNode)]
 
@@ -78,11 +85,12 @@ def test_set_backend_for_some_classes_only():
 
 @pytest.mark.parametrize("backend", ["triton", "CUPY", "", None, 1])
 def test_unknown_backend_changes_nothing(backend):
-    net = a_net()
+    net = nn.Sequential(Careless(), *a_net())
     set_backend(net, "cupy", instance=TILIFNode)
     with pytest.raises(ValueError, match="backend must be one of") as error:
         set_backend(net, backend)
     assert repr(backend) in str(error.value)
+    assert net[0].backend == "torch"  # the net is never left half-way
     assert backends(net) == ["torch", "cupy"]
     node = SILIFNode()
     with pytest.raises(ValueError, match="backend must be one of"):

@@ -120,19 +120,19 @@ def test_threshold_scales_the_quantum():
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
 def test_leaky_sequence_with_resets_by_hand(dtype):
-    # tau = 2 (beta = 1/2), V_th = 1/2 (u = 2 H), D = 2, V[0] = 0; every number is a sum of few powers of two
-    #   X        H = V/2 + X               u        S   V = H - S/2
-    #   0.75     0.75                      1.5      1   0.25        a tie goes towards zero
-    #   0.25     0.125 + 0.25  = 0.375     0.75     1  -0.125
-    #  -0.25    -0.0625 - 0.25 = -0.3125  -0.625   -1   0.1875
-    #   2.0      0.09375 + 2   = 2.09375   4.1875   2   1.09375     clipped at D
-    #   0.0      0.546875                  1.09375  1   0.046875    the rest fires later
-    #   0.0      0.0234375                 0.046875 0   0.0234375
+    # tau = 4 (beta = 3/4), V_th = 1/2 (u = 2 H), D = 2, V[0] = 0; every number is a sum of few powers of two
+    #   X        H = 3/4 V + X                         u          S   V = H - S/2
+    #   0.75     0.75                                  1.5        1   0.25            a tie goes towards zero
+    #   0.25     0.1875 + 0.25     =  0.4375           0.875      1  -0.0625
+    #  -0.25    -0.046875 - 0.25   = -0.296875        -0.59375   -1   0.203125
+    #   2.0      0.15234375 + 2    =  2.15234375       4.3046875  2   1.15234375      clipped at D
+    #   0.0      0.8642578125                          1.7285..   2  -0.1357421875    the rest fires later
+    #   0.0     -0.101806640625                       -0.2036..   0  -0.101806640625
     x = torch.tensor([0.75, 0.25, -0.25, 2.0, 0.0, 0.0], dtype=dtype).unsqueeze(1)
-    spike, v, v_seq = si_lif_multi_step(x, 0.0, 2.0, 0.5, SignedSpikeCount(2), store_v_seq=True)
-    assert spike[:, 0].tolist() == [1, 1, -1, 2, 1, 0]
-    assert v_seq[:, 0].tolist() == [0.25, -0.125, 0.1875, 1.09375, 0.046875, 0.0234375]
-    assert v.tolist() == [0.0234375]
+    spike, v, v_seq = si_lif_multi_step(x, 0.0, 4.0, 0.5, SignedSpikeCount(2), store_v_seq=True)
+    assert spike[:, 0].tolist() == [1, 1, -1, 2, 2, 0]
+    assert v_seq[:, 0].tolist() == [0.25, -0.0625, 0.203125, 1.15234375, -0.1357421875, -0.101806640625]
+    assert v.tolist() == [-0.101806640625]
 
 
 def test_leaky_sequence_from_an_initial_potential_by_hand():
@@ -190,6 +190,21 @@ def test_every_operation_is_rounded_to_float32_once(dtype, tau, threshold):
         np.testing.assert_array_equal(spike[t].float().numpy(), s)
         np.testing.assert_array_equal(v_seq[t].numpy(), v)
     assert torch.equal(last, v_seq[-1])
+
+
+@pytest.mark.parametrize("threshold", [0.1, 0.3, 0.7, 1.3])
+def test_dividing_by_the_threshold_is_a_true_division(threshold):
+    # Around the ties the product with the rounded reciprocal, 1/V_th, gives other spikes.
+    quantum = np.float32(threshold)
+    ties = torch.from_numpy(quantum * (np.arange(4096, dtype=np.float32) + np.float32(0.5)))
+    bits = ties.view(torch.int32)[:, None] + torch.arange(-3, 4, dtype=torch.int32)
+    x = bits.flatten().view(torch.float32)
+    top = 2**13
+    spike, _ = si_lif_step(x, 0.0, math.inf, threshold, SignedSpikeCount(top))
+    expected = exact_count((x.numpy() / quantum).astype(np.float64), top)
+    np.testing.assert_array_equal(spike.numpy(), expected)
+    product = exact_count((x.numpy() * (np.float32(1) / quantum)).astype(np.float64), top)
+    assert (product != expected).sum() > 100
 
 
 # --- properties --------------------------------------------------------------------------------------------
@@ -255,23 +270,23 @@ def test_multi_step_is_the_single_step_repeated():
 @pytest.mark.parametrize(
     ("detach_reset", "x1", "expected_v", "expected_x"),
     [
-        # V_th = 1/2, alpha = 1/4, window 2, tau = 2; L = S1 + 10 S2 + 100 V2.
+        # V_th = 1/2, alpha = 1/4, window 2, tau = 4 (beta = 3/4); L = S1 + 10 S2 + 100 V2.
         # Inside the window dS/dH = alpha / V_th = 1/2 and dV/dH = 1 - V_th/2 = 3/4.
-        #   dL/dH2 = 10/2 + 100 * 3/4 = 80; dL/dV1 = 40; dL/dH1 = 1/2 + 40 * 3/4 = 30.5; dL/dV0 = 15.25
-        (False, 0.3, 15.25, [30.5, 80.0]),
-        # Reset detached, dV/dH = 1: 10/2 + 100 = 105; 52.5; 1/2 + 52.5 = 53; 26.5
-        (True, 0.3, 26.5, [53.0, 105.0]),
-        # X1 = 1.25: u = 2.5 is outside the window, dS1 = 0 and dV1/dH1 = 1: dL/dH1 = 40
-        (False, 1.25, 20.0, [40.0, 80.0]),
+        #   dL/dH2 = 10/2 + 100 * 3/4 = 80; dL/dV1 = 60; dL/dH1 = 1/2 + 60 * 3/4 = 45.5; dL/dV0 = 34.125
+        (False, 0.3, 34.125, [45.5, 80.0]),
+        # Reset detached, dV/dH = 1: 10/2 + 100 = 105; 78.75; 1/2 + 78.75 = 79.25; 59.4375
+        (True, 0.3, 59.4375, [79.25, 105.0]),
+        # X1 = 1.25: u = 2.5 is outside the window, dS1 = 0 and dV1/dH1 = 1: dL/dH1 = 60
+        (False, 1.25, 45.0, [60.0, 80.0]),
         # ... and X1 = 1: u = 2 is on its edge, which belongs to it
-        (False, 1.0, 15.25, [30.5, 80.0]),
+        (False, 1.0, 34.125, [45.5, 80.0]),
     ],
 )
 def test_gradients_by_hand(detach_reset, x1, expected_v, expected_x):
     x = torch.tensor([[x1], [0.2]], requires_grad=True)
     v = torch.zeros(1, requires_grad=True)
     surrogate = SignedSpikeCount(4, alpha=0.25, grad_window=2.0)
-    spike, last, _ = si_lif_multi_step(x, v, 2.0, 0.5, surrogate, detach_reset)
+    spike, last, _ = si_lif_multi_step(x, v, 4.0, 0.5, surrogate, detach_reset)
     (spike[0] + 10 * spike[1] + 100 * last).sum().backward()
     assert v.grad.tolist() == [expected_v]
     assert x.grad[:, 0].tolist() == expected_x
