@@ -125,6 +125,7 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
         "spikes": counts.to_dict(),
         "energy": projection_energy(counts),
         "levels": 2 * (student.config.max_spike_count or 1) + 1,
+        "held_out_rows": len(held_out),
         "held_out_tokens": results["after"]["tokens"],
         "teacher_log": teacher_log,
         "student_log": student_log,
