@@ -9,27 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-WORDS = [
-    "the",
-    "quick",
-    "brown",
-    "fox",
-    "jumps",
-    "over",
-    "the",
-    "lazy",
-    "dog",
-    "while",
-    "seven",
-    "small",
-    "mice",
-    "watch",
-    "from",
-    "under",
-    "an",
-    "old",
-    "tree",
-]
+WORDS = "the quick brown fox jumps over a lazy dog while seven small mice watch from under an old tree"
 SMALL = [
     "length=32",
     "vocab_size=300",
@@ -48,7 +28,8 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
-    documents = [" ".join(WORDS[(i * j + j) % len(WORDS)] for j in range(40)) for i in range(1, 150)]
+    words = WORDS.split()
+    documents = [" ".join(words[(i * j + j) % len(words)] for j in range(40)) for i in range(1, 150)]
     path.write_text("\n\n".join(documents))
     return path
 
@@ -94,13 +75,14 @@ def test_teacher_and_student_load_with_the_auto_classes(teacher, text, tmp_path)
         "for folder in sys.argv[1:]:\n"
         "    model = AutoModelForCausalLM.from_pretrained(folder)\n"
         "    prompt = AutoTokenizer.from_pretrained(folder)('the quick', return_tensors='pt')\n"
-        "    print(model.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False).shape[1] >= 4)\n"
+        "    ids = model.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)\n"
+        "    print(ids.shape[1] - prompt['input_ids'].shape[1])\n"
     )
     folders = [teacher / "model", tmp_path / "student/model"]
     loaded = subprocess.run(
         [sys.executable, "-c", code, *folders], capture_output=True, text=True, cwd=tmp_path
     )
-    assert loaded.stdout.split() == ["True", "True"], loaded.stderr
+    assert loaded.stdout.split() == ["3", "3"], loaded.stderr
     exported = json.loads((tmp_path / "student/model/config.json").read_text())
     assert exported["sgc"] is None
     assert exported["threshold"] == 1.0
