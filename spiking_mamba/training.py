@@ -143,6 +143,8 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    # YAML reads a bare `no` as false
+    given = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in given.items()}
     arguments = defaults | given
     if arguments["bf16"] == "auto":
         arguments["bf16"] = bf16_pays()

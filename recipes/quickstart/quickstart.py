@@ -86,7 +86,9 @@ class QuickstartSettings:
 def run(settings: QuickstartSettings) -> dict[str, Any]:
     """Run it all; return what ``results.json`` holds."""
     start = time.time()
-    evaluation.zero_shot_tasks(settings.tasks)  # an unknown set is an error now, not after the training
+    # what cannot be evaluated is an error now, not after the training
+    tasks = evaluation.zero_shot_tasks(settings.tasks)
+    held_out_text = data.load_text(settings.data, split="held_out")
     folder = start_run(settings, settings.resume, settings.overwrite)
 
     print("1/4  Pretraining the dense teacher")
@@ -108,13 +110,12 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
         "before": SpikingMambaForCausalLM.from_dense(teacher, **spiking),
         "after": student,
     }
-    held_out = data.tokenize(data.load_text(settings.data, split="held_out"), tokenizer, settings.length)
+    held_out = data.tokenize(held_out_text, tokenizer, settings.length)
     held_out = held_out.shuffle(seed=0).select(range(min(settings.held_out_rows, len(held_out))))
     results: dict[str, Any] = {}
     for name, model in models.items():
         with count_spikes(model) as counts:  # the spikes are those of the perplexity's own forward passes
             results[name] = evaluation.perplexity(model.eval(), held_out)
-        tasks = evaluation.zero_shot_tasks(settings.tasks)
         results[name]["zero_shot"] = evaluation.zero_shot(model, tokenizer, tasks, limit=settings.limit)
     before, after = results["before"]["perplexity"], results["after"]["perplexity"]
     prompt = tokenizer(PROMPT, return_tensors="pt").to(student.device)

@@ -29,7 +29,10 @@ def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
 def text(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("text") / "text.txt"
     words = WORDS.split()
-    documents = [" ".join(words[(i * j + j) % len(words)] for j in range(40)) for i in range(1, 150)]
+    documents = [
+        f"Story {i}: " + " ".join(words[(i * j + j * j) % len(words)] for j in range(80))
+        for i in range(1, 20)
+    ]
     path.write_text("\n\n".join(documents))
     return path
 
