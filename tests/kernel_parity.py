@@ -8,7 +8,7 @@ import torch
 from neurons import SignedSpikeCount, functional
 from neurons.cupy import ops
 
-# Gradients may differ from the oracle's by that much of the largest of them: 1e-6, or one unit in the last place.
+# Gradients may differ from the oracle's by that much of the largest: 1e-6, or one unit in the last place.
 GRADIENT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 
@@ -98,7 +98,7 @@ def run(function, case: Case, device: str) -> tuple[list[torch.Tensor], list[tor
     v = None
     if case.initial_v:
         v = draw(case, device, case.shape, torch.float32, case.v_threshold).requires_grad_()
-    with torch.autocast(device, case.spike_dtype, enabled=case.spike_dtype is not None):
+    with torch.autocast(torch.device(device).type, case.spike_dtype, enabled=case.spike_dtype is not None):
         spike, v_out, v_seq = function(
             x,
             0.0 if v is None else v,

@@ -1,4 +1,4 @@
-"""Runs ``neurons/cupy/si_lif.cu`` on the CPU: compiles it with the host's C++ compiler, launches by ctypes."""
+"""Runs ``neurons/cupy/si_lif.cu`` on the CPU: compiled by the host's C++ compiler, launched by ctypes."""
 
 import ctypes
 import functools

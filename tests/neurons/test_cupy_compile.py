@@ -1,4 +1,4 @@
-"""The CuPy backend where there is no GPU: its source compiles for GPUs, and run on the CPU equals the oracle."""
+"""The CuPy backend without a GPU: its source compiles for GPUs, and run on the CPU it equals the oracle."""
 
 import ctypes
 import ctypes.util
@@ -119,7 +119,8 @@ def test_compiles_to_ptx(nvrtc: Nvrtc, name: str, arch: int) -> None:
 @pytest.mark.parametrize("name", [k for k in KERNELS if not k.endswith("tall")])
 def test_accesses_16_bytes(nvrtc: Nvrtc, name: str, dtype: torch.dtype) -> None:
     ptx = nvrtc.ptx((*kernel.module_options(name, dtype, dtype, 1.0, False), "-arch=compute_90"))
-    assert ("ld.global.nc.v4" in ptx or "ld.global.v4" in ptx) and "st.global.v4" in ptx
+    assert "ld.global.nc.v4" in ptx or "ld.global.v4" in ptx
+    assert "st.global.v4" in ptx
 
 
 # ---- The source on the CPU ----
@@ -217,8 +218,17 @@ def test_autocast(x_dtype: torch.dtype, spike_dtype: torch.dtype) -> None:
 
 
 @pytest.mark.usefixtures("host")
-@pytest.mark.parametrize("knobs", [{"wide_ring": 1}, {"wide_ring": 3, "block": 32}, {"tall_ring": 8, "tall_block": 32},
-                                   {"vec_state": 8}, {"vec_stateless": 4}])  # fmt: skip
+@pytest.mark.parametrize(
+    "knobs",
+    [
+        {"wide_ring": 1},
+        {"wide_ring": 3, "block": 32},
+        {"tall_ring": 8, "tall_block": 32},
+        {"vec_state": 8},
+        {"vec_stateless": 4},
+    ],
+    ids=str,
+)
 def test_tuning_changes_no_result(monkeypatch: pytest.MonkeyPatch, knobs: dict[str, int]) -> None:
     monkeypatch.setattr(kernel, "TUNING", dataclasses.replace(kernel.TUNING, **knobs))
     for T, shape in [(1, (2051,)), (7, (264,)), (41, (19,))]:
