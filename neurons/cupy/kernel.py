@@ -1,6 +1,7 @@
 """Compiling and launching ``si_lif.cu``; every number one may tune stands in :class:`Tuning`."""
 
 import functools
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,10 +18,11 @@ SOURCE = Path(__file__).with_name("si_lif.cu")
 # The storage types of the source. Every pair (input, spikes) compiles; those that differ come from autocast.
 STORAGE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
+_FP32_MAX = torch.finfo(torch.float32).max
 DEVICE_TYPES = ("cuda",)  # the tests, which run the source on the CPU, add theirs
 
 # One contracted multiply-add tips spikes: the source spells its arithmetic in PTX, this is the second lock.
-COMPILE_OPTIONS = ("--std=c++17", "--fmad=false")
+COMPILE_OPTIONS = ("--fmad=false",)
 
 
 @dataclass(frozen=True)
@@ -74,13 +76,6 @@ def layout(T: int, N: int) -> Layout:
     return Layout("tall", grid, tuning.tall_block, (T + 7) // 8 * N)
 
 
-def vector_width(x_dtype: torch.dtype, spike_dtype: torch.dtype, stateful: bool) -> int:
-    """Elements of one access of the wide kernels: 16 bytes of the widest tensor that they touch."""
-    if torch.float32 in (x_dtype, spike_dtype):
-        return 4
-    return TUNING.vec_state if stateful else TUNING.vec_stateless
-
-
 def module_options(
     name: str,
     x_dtype: torch.dtype,
@@ -91,20 +86,38 @@ def module_options(
     grad_spike: bool = True,
 ) -> tuple[str, ...]:
     """The compiler's options for one instantiation of kernel ``name`` ('forward_single', ...)."""
+    return _options(TUNING, name, x_dtype, spike_dtype, v_threshold == 1.0, stateful, v_seq, grad_spike)
+
+
+@functools.cache  # called at every launch
+def _options(
+    tuning: Tuning,
+    name: str,
+    x_dtype: torch.dtype,
+    spike_dtype: torch.dtype,
+    unit_threshold: bool,
+    stateful: bool,
+    v_seq: bool,
+    grad_spike: bool,
+) -> tuple[str, ...]:
+    if torch.float32 in (x_dtype, spike_dtype):
+        vec = 4  # 16 bytes of the widest tensor
+    else:
+        vec = tuning.vec_state if stateful else tuning.vec_stateless
     values = {
         f"ONLY_{name}": 1,
         "X": STORAGE[x_dtype],
         "S": STORAGE[spike_dtype],
-        "UNIT_THRESHOLD": int(v_threshold == 1.0),
+        "UNIT_THRESHOLD": int(unit_threshold),
         "V_SEQ": int(v_seq),
         "GRAD_SPIKE": int(grad_spike),
-        "VEC": vector_width(x_dtype, spike_dtype, stateful),
-        "BLOCK": TUNING.block,
-        "WIDE_RING": TUNING.wide_ring,
-        "TALL_BLOCK": TUNING.tall_block,
-        "TALL_RING": TUNING.tall_ring,
+        "VEC": vec,
+        "BLOCK": tuning.block,
+        "WIDE_RING": tuning.wide_ring,
+        "TALL_BLOCK": tuning.tall_block,
+        "TALL_RING": tuning.tall_ring,
     }
-    return COMPILE_OPTIONS + tuple(f"-D{name}={value}" for name, value in values.items())
+    return COMPILE_OPTIONS + tuple(f"-D{key}={value}" for key, value in values.items())
 
 
 def pack(
@@ -114,8 +127,8 @@ def pack(
     flags, and whether 16-byte accesses are allowed: rows start aligned if the tensors do and 8 divides N."""
     pointers = [0 if t is None else t.data_ptr() for t in tensors]
     aligned = all(p % 16 == 0 for p in pointers) and (T == 1 or N % 8 == 0)
-    with np.errstate(over="ignore"):  # a window beyond fp32 is an infinite one, as in torch
-        numbers = [np.float32(f) for f in floats]
+    # A window beyond fp32 is an infinite one, as in torch.
+    numbers = [np.float32(f if abs(f) <= _FP32_MAX else math.copysign(math.inf, f)) for f in floats]
     return (
         *(np.uint64(p) for p in pointers),
         np.int32(T),

@@ -23,9 +23,9 @@ def main() -> None:
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for T, shape in SHAPES:
             for options in ({}, {"tau": 3.0, "v_threshold": 0.3, "initial_v": True, "store_v_seq": True}):
-                check_multi_step(Case(T, shape, dtype, **options), "cuda")
+                check_multi_step(Case(T, shape, dtype, **options), "cuda", "cpu")
                 cases += 1
-        check_multi_step(Case(3, (1024,), dtype, offset=1), "cuda")
+        check_multi_step(Case(3, (1024,), dtype, offset=1), "cuda", "cpu")
         check_count(torch.randn(2051, device="cuda").to(dtype), 1.0, SignedSpikeCount())
         cases += 2
     torch.cuda.synchronize()
