@@ -1,1 +1,19 @@
-"""The spiking Mamba2 language model and what is done with it."""
+"""SpikingMamba: a Mamba2 language model fed by signed spikes, its distillation and its energy."""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from .configuration import SpikingMambaConfig
+from .modeling import SpikingMambaForCausalLM, SpikingMambaModel, spike_driven
+from .projection import SpikingProjection
+
+AutoConfig.register(SpikingMambaConfig.model_type, SpikingMambaConfig)
+AutoModel.register(SpikingMambaConfig, SpikingMambaModel)
+AutoModelForCausalLM.register(SpikingMambaConfig, SpikingMambaForCausalLM)
+
+__all__ = [
+    "SpikingMambaConfig",
+    "SpikingMambaForCausalLM",
+    "SpikingMambaModel",
+    "SpikingProjection",
+    "spike_driven",
+]

@@ -1,0 +1,217 @@
+"""One-stage distillation of a dense Mamba2 into a spiking one."""
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+
+from . import data
+from .checkpoint import load_dense
+from .distillation_loss import DistillationLoss
+from .modeling import SpikingMambaForCausalLM
+from .settings import reject_unknown_keys
+from .spikes import count_spikes
+from .training import check_rows, collate, finish_run, run, start_run, training_arguments
+
+__all__ = ["DistillationSettings", "DistillationTrainer", "distill", "sgc_lambda"]
+
+
+def sgc_lambda(schedule: str, start: float, progress: float) -> float:
+    """SGC's lambda when ``progress`` in [0, 1] of the steps are done; 'linear' and 'cosine' end at 0."""
+    progress = min(1.0, max(0.0, progress))
+    if schedule == "linear":
+        return start * (1.0 - progress)
+    if schedule == "cosine":
+        return start * 0.5 * (1.0 + math.cos(math.pi * progress))
+    return start
+
+
+class _SGCSchedule(TrainerCallback):
+    """Set lambda from the step, so that a resumed run finds the one it left."""
+
+    def __init__(self, student: SpikingMambaForCausalLM) -> None:
+        self.student = student
+
+    def on_step_begin(self, args, state, control, **kwargs) -> None:
+        sgc = self.student.config.sgc
+        if sgc is not None:
+            self.student.set_sgc_lambda(
+                sgc_lambda(sgc["schedule"], sgc["lam"], state.global_step / state.max_steps)
+            )
+
+
+class DistillationTrainer(Trainer):
+    """transformers' ``Trainer`` with a teacher.
+
+    Args:
+        model: the student.
+        teacher: a dense model with the same vocabulary; it is put in evaluation mode on the trainer's
+            device, and never trained.
+        loss: see :class:`DistillationLoss`.
+        freeze_embeddings: do not train the embeddings (nor a head tied to them), as the source does.
+        others: as in ``Trainer``. Inputs need ``input_ids``, and may have ``attention_mask`` and
+            ``labels``.
+
+    Logged beside the loss: its parts, the mean ``|s|`` weighted by output width, SGC's lambda.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: SpikingMambaForCausalLM,
+        teacher: SpikingMambaForCausalLM,
+        loss: DistillationLoss | None = None,
+        freeze_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if teacher.config.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"The teacher's vocabulary has {teacher.config.vocab_size} tokens, "
+                f"the student's {model.config.vocab_size}."
+            )
+        model.get_input_embeddings().weight.requires_grad_(not freeze_embeddings)
+        super().__init__(model=model, **kwargs)
+        self.student = model
+        self.loss = loss or DistillationLoss()
+        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+        self._parts: dict[str, list[torch.Tensor]] = {}  # since the last log
+        self.add_callback(_SGCSchedule(model))
+
+    def get_decay_parameter_names(self, model) -> list[str]:
+        """No weight decay on thresholds, nor on what Mamba2 exempts (A_log, D, dt_bias)."""
+        exempt = ("log_threshold", "A_log", "dt_bias", ".D")
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
+
+    def _log_due(self) -> bool:
+        return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
+
+    def _autocast(self) -> torch.autocast:
+        # accelerate wraps the student alone
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
+        return torch.autocast(self.args.device.type, dtype, enabled=dtype is not None)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {
+            k: inputs[k] for k in ("input_ids", "attention_mask", "labels") if inputs.get(k) is not None
+        }
+        arguments = {k: v for k, v in inputs.items() if k != "labels"}
+        # One position's logits only: the loss makes the others itself, a piece at a time.
+        arguments |= {"output_hidden_states": True, "logits_to_keep": 1, "use_cache": False}
+        if model.training and self._log_due():
+            with count_spikes(self.student) as spikes:
+                output = model(**arguments)
+            self._note(mean_abs_spike=spikes.mean_abs, sgc_lambda=self.student.sgc_lambda)
+        else:
+            output = model(**arguments)
+        with self._autocast():
+            with torch.no_grad():
+                teacher_output = self.teacher(**arguments)
+            loss, parts = self.loss(self.student, self.teacher, output, teacher_output, **inputs)
+        if model.training:
+            self._note(**parts)
+        return (loss, output) if return_outputs else loss
+
+    def _note(self, **parts: torch.Tensor | float) -> None:
+        for name, part in parts.items():
+            self._parts.setdefault(name, []).append(torch.as_tensor(part))
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        if "loss" in logs:
+            logs |= {name: float(torch.stack(values).mean()) for name, values in self._parts.items()}
+            self._parts.clear()
+        super().log(logs, *args, **kwargs)
+
+
+@dataclass
+class DistillationSettings:
+    """Settings of one distillation; every field is a key of the YAML file.
+
+    Attributes:
+        teacher: folder or hub name of a dense Mamba2 checkpoint with its tokenizer.
+        output: folder of the run: settings, checkpoints, log, and the student in ``model/``.
+        data: text, see ``spiking_mamba.data.load_text``: a corpus that a package carries, a file, a hub
+            name, or a list of them.
+        length: tokens per row.
+        neuron: ``{"class": ..., "args": {...}}``, see ``neurons.build``.
+        sgc: Smoothed Gradient Compensation, see ``SpikingMambaConfig``; null for none.
+        membrane: token or sequence.
+        threshold: V_th: a number, or per projection, or a list per layer.
+        learn_threshold: train V_th.
+        loss: fields of ``DistillationLoss``.
+        freeze_embeddings: keep the teacher's embeddings.
+        training: fields of transformers' ``TrainingArguments``; ``bf16: auto`` where it pays.
+        seed: of data order and every random generator.
+        resume: go on with the run in ``output``.
+        overwrite: throw away the run in ``output``.
+    """
+
+    teacher: str
+    output: str
+    data: Any = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
+    length: int = 256
+    neuron: dict = field(
+        default_factory=lambda: {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
+    )
+    sgc: Any = None
+    membrane: str = "token"
+    threshold: Any = 1.0
+    learn_threshold: bool = False
+    loss: dict = field(default_factory=dict)
+    freeze_embeddings: bool = True
+    training: dict = field(default_factory=dict)
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+    def make_loss(self) -> DistillationLoss:
+        reject_unknown_keys(self.loss, DistillationLoss.__dataclass_fields__, "loss")
+        return DistillationLoss(**self.loss)
+
+
+def distill(
+    settings: DistillationSettings,
+    teacher: SpikingMambaForCausalLM | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> tuple[Path, list[dict[str, float]]]:
+    """Distil a student as the settings say.
+
+    Args:
+        teacher, tokenizer: what ``settings.teacher`` names, where they are in memory already.
+
+    Returns:
+        The student's folder, and the log's rows.
+
+    Raises:
+        RunError, CheckpointError, DataError, ValueError: before anything is written or trained.
+    """
+    set_seed(settings.seed)
+    loss = settings.make_loss()
+    teacher = load_dense(settings.teacher) if teacher is None else teacher
+    tokenizer = AutoTokenizer.from_pretrained(settings.teacher) if tokenizer is None else tokenizer
+    student = SpikingMambaForCausalLM.from_dense(
+        teacher,
+        neuron=settings.neuron,
+        sgc=settings.sgc,
+        membrane=settings.membrane,
+        threshold=settings.threshold,
+        learn_threshold=settings.learn_threshold,
+    )
+    arguments = training_arguments(Path(settings.output), settings.training, settings.seed)
+    rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)
+    check_rows(rows, arguments)
+    folder = start_run(settings, settings.resume, settings.overwrite)
+    trainer = DistillationTrainer(
+        student,
+        teacher,
+        loss=loss,
+        freeze_embeddings=settings.freeze_embeddings,
+        args=arguments,
+        train_dataset=rows,
+        data_collator=collate,
+    )
+    history = run(trainer, settings.resume)
+    return finish_run(student, tokenizer, folder), history

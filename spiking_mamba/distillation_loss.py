@@ -1,0 +1,167 @@
+"""What a student is trained on: KL on logits, a hidden-state term, cross-entropy."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+from transformers.models.mamba2.modeling_mamba2 import Mamba2CausalLMOutput
+
+from .modeling import SpikingMambaForCausalLM
+
+__all__ = ["DistillationLoss", "hidden_loss", "kl_divergence", "token_mask"]
+
+HIDDEN_KINDS = ("softmax_mse", "mse", "cosine")
+HIDDEN_STATES = ("block", "mixer")
+
+# More logits than this at a time are made, used and thrown away in pieces: 256 MB in float32.
+_LOGITS_AT_A_TIME = 2**26
+
+
+def token_mask(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor | None
+) -> torch.Tensor:
+    """Which positions count, ``[B, L]`` bool: tokens, not padding, whose next label is not -100."""
+    mask = torch.ones_like(input_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if labels is not None:
+        mask = mask & F.pad(labels[:, 1:] != -100, (0, 1), value=False)
+    return mask
+
+
+def kl_divergence(
+    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
+) -> torch.Tensor:
+    """``KL(teacher || student)`` summed over positions and multiplied by the temperature squared, so that
+    gradients keep their size (Hinton et al., arXiv 1503.02531). Softmax in float32.
+
+    Args:
+        student_logits, teacher_logits: ``[N, vocab_size]``.
+    """
+    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
+    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
+    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
+
+
+def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "softmax_mse") -> torch.Tensor:
+    """Distance of two hidden states ``[N, hidden_size]``, averaged over the positions; float32.
+
+    'softmax_mse' is the source's ``1/2 ||softmax(y) - softmax(y')||^2`` (arXiv 2510.04595), 'mse' the same
+    without softmax, divided by the teacher's mean square; 'cosine' is ``1 - cos``.
+    """
+    student, teacher = student.float(), teacher.float()
+    if kind == "softmax_mse":
+        return (student.softmax(-1) - teacher.softmax(-1)).square().sum(-1).mean() / 2
+    if kind == "mse":
+        return (student - teacher).square().mean() / teacher.square().mean().clamp_min(1e-6)
+    if kind == "cosine":
+        return (1 - F.cosine_similarity(student, teacher, dim=-1)).mean()
+    raise ValueError(f"Unknown hidden loss {kind!r}.")
+
+
+@dataclass
+class DistillationLoss:
+    """What the student is trained on: ``kl * KL + hidden * L_hidden + cross_entropy * CE``.
+
+    Every term is averaged over unmasked tokens, the hidden term over layers too.
+
+    Attributes:
+        temperature: of both softmaxes in the KL term, > 0.
+        kl: weight of ``KL(teacher || student)`` on the logits.
+        hidden: weight of the hidden-state term.
+        hidden_kind: 'softmax_mse' (the source's), 'mse' or 'cosine'.
+        hidden_states: 'block' compares the residual stream behind every block, 'mixer' what every block
+            adds to it, which is the output of its out_proj.
+        cross_entropy: weight of the next-token cross-entropy on the data.
+    """
+
+    temperature: float = 1.0
+    kl: float = 1.0
+    hidden: float = 0.0
+    hidden_kind: str = "softmax_mse"
+    hidden_states: str = "mixer"
+    cross_entropy: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"loss.temperature must be positive, got {self.temperature}.")
+        if (
+            min(self.kl, self.hidden, self.cross_entropy) < 0
+            or self.kl + self.hidden + self.cross_entropy == 0
+        ):
+            raise ValueError("The weights of the loss must not be negative, and one must be positive.")
+        if self.hidden_kind not in ("softmax_mse", "mse", "cosine"):
+            raise ValueError(
+                f"loss.hidden_kind must be softmax_mse, mse or cosine, got {self.hidden_kind!r}."
+            )
+        if self.hidden_states not in ("block", "mixer"):
+            raise ValueError(f"loss.hidden_states must be block or mixer, got {self.hidden_states!r}.")
+
+    def __call__(
+        self,
+        student: SpikingMambaForCausalLM,
+        teacher: torch.nn.Module,
+        student_output: Mamba2CausalLMOutput,
+        teacher_output: Mamba2CausalLMOutput,
+        input_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The loss, and its parts for the log.
+
+        Args:
+            student_output, teacher_output: made with ``output_hidden_states``; their last hidden states
+                are what the heads turn into logits here, a piece at a time.
+            input_ids, attention_mask, labels: ``[B, L]``; labels are needed for the cross-entropy.
+        """
+        mask = token_mask(input_ids, attention_mask, labels)
+        own, theirs = student_output.hidden_states[-1][mask], teacher_output.hidden_states[-1][mask]
+        targets = None
+        if self.cross_entropy:
+            if labels is None:
+                raise ValueError("loss.cross_entropy needs labels.")
+            targets = F.pad(labels[:, 1:], (0, 1), value=-100)[mask]
+        parts = self._logit_terms(student.lm_head, teacher.lm_head, own, theirs, targets)
+        loss = self.kl * parts["kl"] + self.cross_entropy * parts.get("ce", 0.0)
+        if self.hidden:
+            ours = self._compared(student, student_output, input_ids)
+            others = self._compared(teacher, teacher_output, input_ids)
+            terms = [
+                hidden_loss(a[mask], b[mask], self.hidden_kind) for a, b in zip(ours, others, strict=True)
+            ]
+            parts["hidden"] = torch.stack(terms).mean()
+            loss = loss + self.hidden * parts["hidden"]
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    def _compared(
+        self, model: Any, output: Mamba2CausalLMOutput, input_ids: torch.Tensor
+    ) -> list[torch.Tensor]:
+        # transformers lists the residual stream behind every block, then the last norm's output
+        stream = list(output.hidden_states[:-1])
+        if self.hidden_states == "block":
+            return stream
+        before = [model.get_input_embeddings()(input_ids), *stream[:-1]]
+        return [after.float() - b.float() for after, b in zip(stream, before, strict=True)]
+
+    def _logit_terms(self, student_head, teacher_head, own, theirs, targets) -> dict[str, torch.Tensor]:
+        def terms(own, theirs, targets):
+            logits = student_head(own)
+            with torch.no_grad():
+                teacher_logits = teacher_head(theirs)
+            kl = kl_divergence(logits, teacher_logits, self.temperature)
+            ce = None if targets is None else F.cross_entropy(logits.float(), targets, reduction="sum")
+            return kl, ce
+
+        size = max(1, _LOGITS_AT_A_TIME // student_head.out_features)
+        kl, ce = own.new_zeros((), dtype=torch.float32), own.new_zeros((), dtype=torch.float32)
+        for start in range(0, len(own), size):
+            piece = slice(start, start + size)
+            arguments = own[piece], theirs[piece], None if targets is None else targets[piece]
+            if len(own) > size and torch.is_grad_enabled():
+                kl_piece, ce_piece = checkpoint(terms, *arguments, use_reentrant=False)
+            else:
+                kl_piece, ce_piece = terms(*arguments)
+            kl = kl + kl_piece
+            ce = ce if ce_piece is None else ce + ce_piece
+        tokens = max(1, len(own))
+        return {"kl": kl / tokens} | ({} if targets is None else {"ce": ce / tokens})

@@ -1,0 +1,394 @@
+"""A Mamba2 language model whose two projections per block are fed by spikes.
+
+One explicit-state core with two skins. transformers': ``generate()`` and ``cache_params``. spikingjelly's:
+``functional.set_step_mode(model, "s")``, one token a call, ``functional.reset_net(model)`` between
+sequences. A dense Mamba2 is the same model with ``config.neuron = None``.
+"""
+
+import copy
+import math
+from typing import Any, ClassVar
+
+import torch
+from spikingjelly.activation_based.base import MemoryModule
+from torch import nn
+from transformers import Cache, DynamicCache
+from transformers import initialization as init
+from transformers.models.mamba2.modeling_mamba2 import (
+    Mamba2Block,
+    Mamba2CausalLMOutput,
+    Mamba2ForCausalLM,
+    Mamba2Mixer,
+    Mamba2Model,
+    Mamba2Output,
+    Mamba2PreTrainedModel,
+    Mamba2RMSNorm,
+    apply_mask_to_padding_states,
+)
+
+import neurons
+
+from . import ssd
+from .configuration import PROJECTIONS, SpikingMambaConfig
+from .projection import SpikingProjection
+
+__all__ = ["SpikingMambaForCausalLM", "SpikingMambaModel", "spike_driven"]
+
+
+class SpikingMambaMixer(Mamba2Mixer):
+    """Mamba2's mixer between two :class:`SpikingProjection`; parameters and names are Mamba2's."""
+
+    def __init__(self, config: SpikingMambaConfig, layer_idx: int) -> None:
+        super().__init__(config, layer_idx, initialize_mixer_weights=False)
+        for name, threshold in config.layer_threshold(layer_idx).items():
+            dense = getattr(self, name)
+            projection = SpikingProjection(
+                dense.in_features,
+                dense.out_features,
+                bias=config.use_bias,
+                neuron=None if config.neuron is None else neurons.build(config.neuron),
+                membrane=config.membrane,
+                threshold=threshold,
+                learn_threshold=config.learn_threshold,
+                sgc=config.sgc,
+                spike_driven=config.spike_driven,
+            )
+            setattr(self, name, projection)
+        self.states_per_neuron = config.states_per_neuron
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """``[B, L, hidden_size] -> [B, L, hidden_size]``; states are read from and written to the cache."""
+        batch, length, _ = hidden_states.shape
+        conv_state = scan_state = None
+        if cache_params is not None:
+            conv_state = cache_params.get_conv_state(self.layer_idx)
+            scan_state = cache_params.get_recurrent_state(self.layer_idx)
+
+        hidden_states = apply_mask_to_padding_states(hidden_states, attention_mask)
+        projected = self._project("in_proj", hidden_states, cache_params)
+        gate, xBC, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        xBC = xBC.transpose(1, 2)  # [B, conv_dim, L]
+        if conv_state is not None and length == 1:
+            xBC = ssd.causal_conv1d_update(xBC, conv_state, weight, bias, self.activation)
+        else:
+            if cache_params is not None:  # what comes back starts with the tokens before these
+                xBC = cache_params.update_conv_state(
+                    xBC, self.layer_idx, conv_kernel_size=self.conv_kernel_size
+                )
+            xBC = ssd.causal_conv1d(xBC, weight, bias, self.activation)[..., -length:]
+        xBC = apply_mask_to_padding_states(xBC.transpose(1, 2), attention_mask)
+        groups_width = self.n_groups * self.ssm_state_size
+        x, B, C = xBC.split([self.intermediate_size, groups_width, groups_width], dim=-1)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        B = B.unflatten(-1, (self.n_groups, self.ssm_state_size))
+        C = C.unflatten(-1, (self.n_groups, self.ssm_state_size))
+
+        A = -torch.exp(self.A_log.float())
+        if scan_state is not None and length == 1:
+            y = ssd.state_update(
+                scan_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, self.dt_bias
+            ).unsqueeze(1)
+        else:
+            y = ssd.chunk_scan(
+                x,
+                dt,
+                A,
+                B,
+                C,
+                chunk_size=self.chunk_size,
+                D=self.D,
+                dt_bias=self.dt_bias,
+                dt_limit=self.time_step_limit,
+                initial_states=scan_state,
+                return_final_states=cache_params is not None,
+            )
+            if cache_params is not None:
+                y, scan_state = y
+                cache_params.update_recurrent_state(scan_state, self.layer_idx)
+
+        y = self.norm(y.reshape(batch, length, -1), gate)
+        return self._project("out_proj", y.to(hidden_states.dtype), cache_params)
+
+    def _project(self, name: str, x: torch.Tensor, cache_params: Cache | None) -> torch.Tensor:
+        """Run a projection; its neuron's states live in slots of the cache behind convolution and scan."""
+        projection = getattr(self, name)
+        if cache_params is None or not self.states_per_neuron:
+            return projection(x)
+        layer = cache_params.layers[self.layer_idx]
+        first = 1 + PROJECTIONS.index(name) * self.states_per_neuron
+        slots = range(first, first + self.states_per_neuron)
+        states = [layer.recurrent_states[i] for i in slots if layer.has_previous_state[i]]
+        y = projection(x, states)
+        for i, state in zip(slots, states, strict=True):
+            layer.update_recurrent_state(state, i)
+            layer.has_previous_state[i] = True
+        return y
+
+
+class SpikingMambaBlock(Mamba2Block):
+    """Mamba2's block around a :class:`SpikingMambaMixer`."""
+
+    def __init__(self, config: SpikingMambaConfig, layer_idx: int) -> None:
+        nn.Module.__init__(self)  # not Mamba2Block's, which would make a mixer to throw away
+        self.config = config
+        self.layer_idx = layer_idx
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer = SpikingMambaMixer(config, layer_idx)
+
+
+class Stream(MemoryModule):
+    """The state of a sequence fed token by token in step mode 's': the model's cache as a memory, which
+    ``functional.reset_net`` forgets."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.step_mode = "m"
+        self.register_memory("cache", None)
+
+    def _apply(self, fn):
+        self.reset()  # a sequence does not survive a move to another device or dtype
+        return super()._apply(fn)
+
+
+class SpikingMambaPreTrainedModel(Mamba2PreTrainedModel):
+    """Weights, initialisation and loading of the spiking Mamba2."""
+
+    config_class = SpikingMambaConfig
+    _no_split_modules: ClassVar = ["SpikingMambaBlock"]
+    _keep_in_fp32_modules_strict: ClassVar = {"log_threshold"}
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, SpikingProjection) and hasattr(module, "log_threshold"):
+            init.constant_(module.log_threshold, math.log(module.initial_threshold))
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
+        """As in transformers, but a checkpoint that lacks or adds a weight is an error, not a warning.
+
+        Raises:
+            ValueError: a key is missing or unexpected, or a shape disagrees with the config.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = {
+            key: sorted(map(str, info[key]))
+            for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if info.get(key)
+        }
+        if problems:
+            raise ValueError(
+                "The checkpoint does not fit its configuration: "
+                + "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:5])}" for k, v in problems.items())
+            )
+        return (model, info) if output_loading_info else model
+
+
+class SpikingMambaModel(SpikingMambaPreTrainedModel, Mamba2Model):
+    """The backbone: embeddings, blocks and the last norm."""
+
+    def __init__(self, config: SpikingMambaConfig) -> None:
+        Mamba2PreTrainedModel.__init__(self, config)
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(SpikingMambaBlock(config, i) for i in range(config.num_hidden_layers))
+        self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.stream = Stream()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cache_params: Cache | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> tuple | Mamba2Output:
+        """As in transformers' Mamba2. In step mode 's' the call continues the sequence of the calls before
+        it, unless the model trains or a cache is passed.
+
+        Args:
+            input_ids: ``[B, L]`` token ids. inputs_embeds: ``[B, L, hidden_size]`` instead of them.
+            attention_mask: ``[B, L]``, 1 for tokens and 0 for padding.
+
+        Raises:
+            ValueError: a token id lies outside the vocabulary (checked on the CPU), or the batch size has
+                changed in the midst of a stream.
+        """
+        if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
+            vocabulary = self.embeddings.num_embeddings
+            if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+                raise ValueError(
+                    f"input_ids reach from {int(input_ids.min())} to {int(input_ids.max())}, "
+                    f"outside the vocabulary of {vocabulary}."
+                )
+        streaming = self.stream.step_mode == "s" and not self.training and cache_params is None
+        if streaming:
+            cache_params = self._stream_cache(
+                (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+            )
+            use_cache = True
+        output = super().forward(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=cache_params,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            attention_mask=attention_mask,
+            **kwargs,
+        )
+        if streaming:
+            self.stream.cache = cache_params
+        return output
+
+    def _stream_cache(self, batch: int) -> Cache:
+        cache = self.stream.cache
+        if cache is None:
+            return DynamicCache(config=self.config)
+        if (state := cache.get_conv_state(0)) is not None and state.shape[0] != batch:
+            raise ValueError(
+                f"The stream holds {state.shape[0]} sequences, this call has {batch}: "
+                "call functional.reset_net(model) between sequences."
+            )
+        return cache
+
+
+class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
+    """The language model; ``config.neuron = None`` makes it a dense Mamba2."""
+
+    def __init__(self, config: SpikingMambaConfig) -> None:
+        Mamba2PreTrainedModel.__init__(self, config)
+        self.backbone = SpikingMambaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cache_params: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> tuple | Mamba2CausalLMOutput:
+        """As in transformers' Mamba2: logits ``[B, L, vocab_size]`` in float32, and the mean cross-entropy
+        where ``labels`` ``[B, L]`` are given (-100 is ignored). ``past_key_values`` is another name of
+        ``cache_params``."""
+        return super().forward(
+            input_ids=input_ids,
+            inputs_embeds=inputs_embeds,
+            cache_params=past_key_values if cache_params is None else cache_params,
+            labels=labels,
+            output_hidden_states=output_hidden_states,
+            return_dict=return_dict,
+            use_cache=use_cache,
+            attention_mask=attention_mask,
+            logits_to_keep=logits_to_keep,
+            **kwargs,
+        )
+
+    def projections(self) -> dict[str, SpikingProjection]:
+        """All spiking projections by module name, ``backbone.layers.0.mixer.in_proj`` and so on."""
+        return {
+            name: module
+            for name, module in self.named_modules()
+            if isinstance(module, SpikingProjection) and module.neuron is not None
+        }
+
+    @property
+    def sgc_lambda(self) -> float:
+        """SGC's lambda now; 0 without the path."""
+        return max((projection.sgc_lambda for projection in self.projections().values()), default=0.0)
+
+    def set_sgc_lambda(self, lam: float) -> None:
+        """Set SGC's lambda of every projection; 0 switches the path off."""
+        for projection in self.projections().values():
+            projection.sgc_lambda = lam
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: "Mamba2ForCausalLM | str",
+        neuron: dict | MemoryModule | None = None,
+        sgc: dict | None = None,
+        membrane: str = "token",
+        threshold: Any = 1.0,
+        learn_threshold: bool = False,
+    ) -> "SpikingMambaForCausalLM":
+        """A student with the weights of a dense Mamba2 and neurons in front of its projections.
+
+        Args:
+            dense: a model of this class or transformers' ``Mamba2ForCausalLM``, or the folder or hub name
+                of a checkpoint of transformers or of state-spaces.
+            neuron: a spec or a node as an example; ``None`` gives a dense copy.
+            sgc, membrane, threshold, learn_threshold: see :class:`SpikingMambaConfig`.
+
+        Returns:
+            A new model in training mode, on the device and in the dtype of ``dense``.
+        """
+        from .checkpoint import load_dense
+
+        if isinstance(neuron, nn.Module):
+            neuron = neurons.spec_of(neuron)
+        if not isinstance(dense, nn.Module):
+            dense = load_dense(dense)
+        fields = {k: v for k, v in dense.config.to_dict().items() if k not in ("model_type", "architectures")}
+        config = SpikingMambaConfig.from_dict(
+            fields
+            | {
+                "neuron": neuron,
+                "sgc": sgc,
+                "membrane": membrane,
+                "threshold": threshold,
+                "learn_threshold": learn_threshold,
+            }
+        )
+        model = cls(config).to(device=dense.device, dtype=dense.dtype)
+        incompatible = model.load_state_dict(dense.state_dict(), strict=False)
+        missing = [key for key in incompatible.missing_keys if not key.endswith("log_threshold")]
+        if missing or incompatible.unexpected_keys:
+            raise ValueError(
+                f"Weights do not fit: missing {missing}, unexpected {incompatible.unexpected_keys}."
+            )
+        for parameter_name, parameter in model.named_parameters():
+            if parameter_name.endswith("log_threshold"):
+                parameter.data = parameter.data.float()
+        model.generation_config = copy.deepcopy(dense.generation_config)
+        return model.train()
+
+
+def spike_driven(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
+    """A copy of ``model`` whose projections are fed by ternary micro-steps and sum them.
+
+    Every projection sees, for the same input, exactly the integers of ``model``; its weight only ever
+    meets -1, 0 and 1.
+
+    Raises:
+        ValueError: the neuron has no signed integer spikes.
+    """
+    config = copy.deepcopy(model.config)
+    config.spike_driven = True
+    config.__post_init__()
+    driven = copy.deepcopy(model)
+    driven.config = driven.backbone.config = config
+    for projection in driven.projections().values():
+        projection.spike_driven = True
+    return driven

@@ -1,0 +1,82 @@
+"""Pretraining of a small dense Mamba2, to be distilled later."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
+
+from . import data
+from .configuration import SpikingMambaConfig
+from .modeling import SpikingMambaForCausalLM
+from .settings import reject_unknown_keys
+from .training import check_rows, collate, finish_run, run, start_run, training_arguments
+
+__all__ = ["PretrainingSettings", "pretrain"]
+
+
+@dataclass
+class PretrainingSettings:
+    """Settings of one pretraining; every field is a key of the YAML file.
+
+    Attributes:
+        output: folder of the run: settings, checkpoints, log, and the model in ``model/``.
+        data: text, see ``spiking_mamba.data.load_text``.
+        length: tokens per row.
+        vocab_size: entries of the byte-level BPE that is trained on the text.
+        tokenizer: folder or hub name of a tokenizer to use instead; null to train one.
+        model: fields of ``SpikingMambaConfig``.
+        training: fields of transformers' ``TrainingArguments``; ``bf16: auto`` where it pays.
+        seed: of the weights, the data order and every random generator.
+        resume: go on with the run in ``output``.
+        overwrite: throw away the run in ``output``.
+    """
+
+    output: str
+    data: Any = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
+    length: int = 256
+    vocab_size: int = 4096
+    tokenizer: Any = None
+    model: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+    def make_config(self, tokenizer: PreTrainedTokenizerBase) -> SpikingMambaConfig:
+        """The model's configuration; the number of heads follows from the widths."""
+        reject_unknown_keys(self.model, SpikingMambaConfig.__dataclass_fields__, "model")
+        fields = {"head_dim": 32, "n_groups": 1, "expand": 2, "tie_word_embeddings": True} | self.model
+        if "hidden_size" not in fields:
+            raise ValueError("model must set hidden_size.")
+        fields.setdefault("num_heads", fields["hidden_size"] * fields["expand"] // fields["head_dim"])
+        end = tokenizer.eos_token_id
+        return SpikingMambaConfig(
+            vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, pad_token_id=end, **fields
+        )
+
+
+def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]]]:
+    """Pretrain a dense model as the settings say.
+
+    Returns:
+        The model's folder, and the log's rows.
+
+    Raises:
+        RunError, DataError, ValueError: before anything is written or trained.
+    """
+    set_seed(settings.seed)
+    text = data.load_text(settings.data, split="train")
+    if settings.tokenizer is None:
+        tokenizer = data.train_tokenizer(text["text"], settings.vocab_size)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+    config = settings.make_config(tokenizer)
+    arguments = training_arguments(Path(settings.output), settings.training, settings.seed)
+    rows = data.tokenize(text, tokenizer, settings.length)
+    check_rows(rows, arguments)
+    folder = start_run(settings, settings.resume, settings.overwrite)
+    model = SpikingMambaForCausalLM(config)
+    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    history = run(trainer, settings.resume)
+    return finish_run(model, tokenizer, folder), history

@@ -1,0 +1,164 @@
+"""A linear projection fed by spikes, with Smoothed Gradient Compensation (SGC) in training."""
+
+import math
+from collections.abc import Callable
+
+import torch
+from spikingjelly.activation_based.base import MemoryModule
+from torch import nn
+from torch.nn import functional as F
+
+import neurons
+
+__all__ = ["SpikingProjection", "compensate"]
+
+_SMOOTH: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
+    "tanh": lambda u, d: d * torch.tanh(u),  # the source's
+    "scaled_tanh": lambda u, d: d * torch.tanh(u / d),
+    "clip": lambda u, d: u.clamp(-d, d),
+    "identity": lambda u, d: u,
+}
+
+
+def compensate(
+    u: torch.Tensor, spike: torch.Tensor, mode: str, function: str, lam: float, max_spike_count: int
+) -> torch.Tensor:
+    """Mix the smooth path into the spikes before the matrix product, which is linear, so one serves both.
+
+    With the smooth ``f`` and lambda ``lam``:
+
+    - 'blend': ``s + lam * (f(u) - s)``, in the forward and the backward pass;
+    - 'gradient': spikes forward; backward the surrogate's slope plus ``lam * f'``;
+    - 'replace': spikes forward; backward ``(1 - lam)`` of the surrogate's slope plus ``lam * f'``.
+
+    Args:
+        u: the projection's input in units of V_th, any shape.
+        spike: the neuron's spikes for it, the same shape.
+        mode, function: see :class:`~spiking_mamba.SpikingMambaConfig`.
+        lam: in [0, 1].
+        max_spike_count: ``D``, the saturation of ``f``.
+
+    Returns:
+        What the linear map is applied to, in the dtype of ``spike``.
+    """
+    smooth = _SMOOTH[function](u, max_spike_count)
+    if mode == "blend":
+        return (spike + lam * (smooth - spike)).to(spike.dtype)
+    difference = lam * (smooth - smooth.detach())  # zero, with the gradient of lam * f
+    if mode == "replace":
+        spike = spike.detach() + (1.0 - lam) * (spike - spike.detach())
+    return spike + difference.to(spike.dtype)
+
+
+class SpikingProjection(nn.Linear):
+    r"""``y = V_th * W S(x / V_th) + b``: a linear layer fed by spikes, or a plain one without a neuron.
+
+    The weight keeps ``nn.Linear``'s name and shape, so dense checkpoints load unchanged. Spikes are never
+    scaled before the product, which therefore consists of accumulations; V_th scales its result.
+
+    Args:
+        in_features, out_features, bias: as in ``nn.Linear``.
+        neuron: a spikingjelly node at unit threshold, or ``None`` for a dense layer.
+        membrane: 'token' (every token starts at V = 0) or 'sequence' (V runs along the token axis).
+        threshold: V_th, > 0, in the units of ``x``.
+        learn_threshold: train ``log V_th`` as the float32 parameter ``log_threshold``.
+        sgc: ``None`` or the complete SGC settings of the config; see :func:`compensate`.
+        spike_driven: feed the weight ternary micro-steps and sum, instead of integers.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = False,
+        neuron: MemoryModule | None = None,
+        membrane: str = "token",
+        threshold: float = 1.0,
+        learn_threshold: bool = False,
+        sgc: dict | None = None,
+        spike_driven: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias=bias)
+        self.neuron = neuron
+        self.membrane = membrane
+        self.initial_threshold = threshold
+        if learn_threshold:
+            self.log_threshold = nn.Parameter(torch.tensor(math.log(threshold)))
+        self.sgc = sgc
+        self.sgc_lambda = 0.0 if sgc is None else float(sgc["lam"])
+        self.spike_driven = spike_driven
+
+    def extra_repr(self) -> str:
+        text = super().extra_repr()
+        if self.neuron is not None:
+            text += f", membrane={self.membrane}, threshold={float(self.threshold):.4g}, sgc={self.sgc}"
+        return text
+
+    @property
+    def threshold(self) -> float | torch.Tensor:
+        """V_th: a number, or a 0-dimensional float32 tensor where it is learned."""
+        if hasattr(self, "log_threshold"):
+            return self.log_threshold.float().exp()
+        return self.initial_threshold
+
+    @property
+    def max_spike_count(self) -> int:
+        """``D`` of the neuron; 1 for one that does not say."""
+        surrogate = getattr(self.neuron, "surrogate_function", None)
+        return int(getattr(self.neuron, "max_spike_count", getattr(surrogate, "max_spike_count", 1)))
+
+    def spikes(self, u: torch.Tensor, states: list | None = None) -> torch.Tensor:
+        """Drive the neuron over a batch of sequences.
+
+        The neuron's state belongs to the caller: it goes in, comes out, and is reset, so that nothing is
+        left in the module whatever order a checkpointed backward pass recomputes in.
+
+        Args:
+            u: input in units of V_th, shape ``[B, L, in_features]``.
+            states: the neuron's states after the previous token, each ``[B, in_features]``, or an empty
+                list for a fresh sequence; replaced by the states after the last token.
+
+        Returns:
+            Spikes ``[B, L, in_features]``.
+        """
+        node = self.neuron
+        assert node is not None, "a dense projection has no spikes"
+        step_mode = node.step_mode
+        node.step_mode = "m"
+        try:
+            if self.membrane == "token":
+                return node(u.unsqueeze(0))[0]
+            if states:
+                node._memories.update(zip(node._memories, states, strict=True))
+            spike = node(u.transpose(0, 1)).transpose(0, 1)
+            if states is not None:
+                states[:] = node._memories.values()
+            return spike
+        finally:
+            node.reset()
+            node.step_mode = step_mode
+
+    def forward(self, x: torch.Tensor, states: list | None = None) -> torch.Tensor:
+        """Project ``x`` of shape ``[B, L, in_features]`` to ``[B, L, out_features]``; ``states`` as in
+        :meth:`spikes`."""
+        if self.neuron is None:
+            return super().forward(x)
+        threshold = self.threshold
+        unit = not isinstance(threshold, torch.Tensor) and threshold == 1.0
+        u = x if unit else x.float() / threshold
+        spike = self.spikes(u, states)
+        if self.training and self.sgc is not None and self.sgc_lambda > 0.0:
+            mode, function = self.sgc["mode"], self.sgc["function"]
+            spike = compensate(u, spike, mode, function, self.sgc_lambda, self.max_spike_count)
+        if not torch.is_autocast_enabled(x.device.type):
+            spike = spike.to(self.weight.dtype)
+        y = self._accumulate(spike)
+        y = y if unit else (y * threshold).to(y.dtype)
+        return y if self.bias is None else y + self.bias
+
+    def _accumulate(self, spike: torch.Tensor) -> torch.Tensor:
+        if not self.spike_driven:
+            return F.linear(spike, self.weight)
+        slots = self.max_spike_count
+        ternary = neurons.SignedCountToTernary(slots)(spike.unsqueeze(0))  # [D, B, L, in]
+        return neurons.MicroStepSum(slots)(F.linear(ternary, self.weight))[0]

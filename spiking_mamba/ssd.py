@@ -1,0 +1,146 @@
+"""The state-space-dual scan and the causal convolution, chosen per device when they are called.
+
+On CUDA they are mamba-ssm's Triton kernels (and causal-conv1d's, when installed), elsewhere, or when
+those packages are missing, transformers' torch functions.
+"""
+
+import functools
+import importlib
+import importlib.util
+import sys
+import types
+import warnings
+from typing import Any
+
+import torch
+from transformers.models.mamba2 import modeling_mamba2 as reference
+
+__all__ = ["causal_conv1d", "causal_conv1d_update", "chunk_scan", "state_update"]
+
+
+def _torch_version(function: Any) -> Any:
+    # transformers wraps these once, at import, for all devices; the torch version stays beneath.
+    return getattr(function, "__wrapped__", function)
+
+
+_conv_torch = _torch_version(reference.causal_conv1d_fn)
+_conv_update_torch = _torch_version(reference.causal_conv1d_update)
+_scan_torch = _torch_version(reference.mamba2_chunk_scan)
+_state_update_torch = _torch_version(reference.mamba2_selective_state_update)
+
+
+@functools.cache
+def _triton_kernels() -> types.SimpleNamespace | None:
+    """mamba-ssm's Mamba-2 kernels, or None (said once) where they are not installed."""
+    if importlib.util.find_spec("mamba_ssm") is None:
+        warnings.warn(
+            "mamba-ssm is not installed: the scan runs on slow torch functions. Install it with `make gpu`.",
+            stacklevel=4,
+        )
+        return None
+    if importlib.util.find_spec("selective_scan_cuda") is None:
+        # mamba_ssm 2.3 imports this Mamba-1 extension unconditionally; a build without CUDA lacks it, and
+        # Mamba-2 does not use it.
+        sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+    scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    update = importlib.import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update
+    return types.SimpleNamespace(chunk_scan=scan, state_update=update)
+
+
+@functools.cache
+def _conv_kernels() -> Any | None:
+    return importlib.import_module("causal_conv1d") if importlib.util.find_spec("causal_conv1d") else None
+
+
+def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str):
+    """Depthwise causal convolution and activation, ``[B, C, L] -> [B, C, L]``; weight ``[C, K]``."""
+    if x.is_cuda and (kernels := _conv_kernels()) is not None:
+        return kernels.causal_conv1d_fn(x, weight, bias, activation=activation)
+    return _conv_torch(x, weight, bias, activation=activation)
+
+
+def causal_conv1d_update(
+    x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+):
+    """One token of :func:`causal_conv1d`: ``x`` is ``[B, C, 1]``; ``state`` ``[B, C, K]`` moves on."""
+    return _conv_update_torch(x, state, weight, bias, activation)
+
+
+def chunk_scan(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    *,
+    chunk_size: int,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    dt_limit: tuple[float, float],
+    initial_states: torch.Tensor | None = None,
+    return_final_states: bool = False,
+):
+    """The chunked scan of Mamba-2 (Dao & Gu, arXiv 2405.21060, section 6).
+
+    Args:
+        x: ``[B, L, H, P]``. dt: ``[B, L, H]``, before bias and softplus. A: ``[H]``, negative.
+        B, C: ``[B, L, G, N]``. D, dt_bias: ``[H]``.
+        initial_states: ``[B, H, P, N]``.
+
+    Returns:
+        ``y`` of the shape of ``x``, and the last states ``[B, H, P, N]`` if asked for.
+    """
+    function = _scan_torch
+    if x.is_cuda and (kernels := _triton_kernels()) is not None:
+        function = kernels.chunk_scan
+    return function(
+        x,
+        dt,
+        A,
+        B,
+        C,
+        chunk_size=chunk_size,
+        D=D,
+        z=None,
+        dt_bias=dt_bias,
+        initial_states=initial_states,
+        dt_softplus=True,
+        dt_limit=tuple(dt_limit),
+        return_final_states=return_final_states,
+    )
+
+
+def state_update(
+    state: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+):
+    """One token of :func:`chunk_scan`; ``state`` ``[B, H, P, N]`` moves on in place.
+
+    Args:
+        x: ``[B, H, P]``. dt: ``[B, H]``. A, D, dt_bias: ``[H]``. B, C: ``[B, G, N]``.
+
+    Returns:
+        ``y`` ``[B, H, P]``.
+    """
+    heads, head_dim, state_size = state.shape[1:]
+    function = _state_update_torch
+    if x.is_cuda and (kernels := _triton_kernels()) is not None:
+        function = kernels.state_update
+    return function(
+        state,
+        x,
+        dt[..., None].expand(-1, -1, head_dim),
+        A[:, None, None].expand(heads, head_dim, state_size),
+        B,
+        C,
+        D[:, None].expand(heads, head_dim),
+        z=None,
+        dt_bias=dt_bias[:, None].expand(heads, head_dim),
+        dt_softplus=True,
+    )

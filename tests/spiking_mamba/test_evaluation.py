@@ -1,0 +1,253 @@
+"""Zero-shot tasks against log-likelihoods worked out by hand; perplexity against known models."""
+
+import logging
+import math
+import random
+import socket
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from transformers import Mamba2Config, Mamba2ForCausalLM
+
+from spiking_mamba import evaluation
+from spiking_mamba.data import count_bytes, load_text, tokenize, train_tokenizer
+from spiking_mamba.evaluation import CHANCE, perplexity, zero_shot, zero_shot_tasks
+from spiking_mamba.packages import DataError
+
+ITEMS = {
+    "hellaswag": 10042,
+    "piqa": 1838,
+    "arc_easy": 2376,
+    "arc_challenge": 1172,
+    "boolq": 3270,
+    "winogrande": 1267,
+    "sciq": 1000,
+    "openbookqa": 500,
+    "copa": 100,
+}
+
+
+@pytest.fixture(scope="module")
+def text():
+    return load_text("openwebtext-passages")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(text):
+    return train_tokenizer(text["text"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = Mamba2Config(
+        vocab_size=4096,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_heads=4,
+        head_dim=16,
+        state_size=8,
+        n_groups=1,
+        chunk_size=16,
+        initializer_range=0.5,  # far from uniform, so that scores differ
+    )
+    return Mamba2ForCausalLM(config)
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(_, address):
+        raise AssertionError(f"connects to {address}")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+
+
+def log_likelihood(model, tokenizer, context, continuation):
+    """In nats, with plain torch. Spaces between the two belong to the second; no context is end-of-text."""
+    spaces = context[len(context.rstrip()) :]
+    context, continuation = context.rstrip(), spaces + continuation
+    prefix = tokenizer(context)["input_ids"] or [tokenizer.eos_token_id]
+    ids = prefix + tokenizer(context + continuation)["input_ids"][len(tokenizer(context)["input_ids"]) :]
+    model.eval()
+    with torch.no_grad():
+        scores = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    return sum(scores[i - 1, ids[i]].item() for i in range(len(prefix), len(ids)))
+
+
+@pytest.mark.parametrize("name", CHANCE)
+def test_items_are_the_stock_ones(name):
+    split, _, _ = evaluation._SOURCES[name]
+    items = evaluation._load(name)[split]
+    assert len(items) == ITEMS[name]
+    if name.startswith("arc") or name == "openbookqa":
+        choices = [item["text"] for item in items["choices"]]
+        assert sum(1 / len(c) for c in choices) / len(choices) == pytest.approx(CHANCE[name], abs=1e-4)
+        assert all(item["answerKey"] in item["choices"]["label"] for item in items)
+    if name == "boolq":
+        assert all(" -- " in passage for passage in items["passage"])
+        assert sum(items["label"]) == 2033
+
+
+def test_all_tasks_build_and_score(model, tokenizer, no_network, tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    model.train()
+    model.backbone.layers[0].eval()  # a frozen part
+    modes = [module.training for module in model.modules()]
+    generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
+    with caplog.at_level(logging.INFO):
+        scores = zero_shot(model, tokenizer, zero_shot_tasks(list(CHANCE)), limit=8)
+
+    assert list(scores) == list(CHANCE)
+    for task, score in scores.items():
+        assert set(score) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "chance", "n"}
+        assert score["n"] == 8
+        assert score["chance"] == CHANCE[task]
+        assert 0 <= score["acc"] <= 1
+        assert (score["acc_norm"] is None) == (task in ("boolq", "winogrande", "copa"))
+
+    # COPA once more, by hand.
+    connectors, right = {"cause": "because", "effect": "therefore"}, 0
+    for item in evaluation._load("copa")["validation"].select(range(8)):
+        context = item["premise"].strip()[:-1] + " " + connectors[item["question"]]
+        # Two spaces: the stock task puts one before each choice, lm-eval another between context and choice.
+        choices = ["  " + c[0].lower() + c[1:] for c in (item["choice1"], item["choice2"])]
+        scored = [log_likelihood(model, tokenizer, context, choice) for choice in choices]
+        right += scored.index(max(scored)) == item["label"]
+    assert scores["copa"]["acc"] == right / 8
+
+    for module, mode in zip(model.modules(), modes, strict=True):
+        module.training = mode  # log_likelihood changed them
+    zero_shot(model, tokenizer, zero_shot_tasks(["copa"]), limit=2)
+    assert [module.training for module in model.modules()] == modes
+    assert generators == (
+        random.getstate(),
+        np.random.get_state()[1].tolist(),
+        torch.get_rng_state().tolist(),
+    )
+    assert list(tmp_path.iterdir()) == []
+    assert not [r for r in caplog.records if r.name.startswith("lm_eval")]
+
+
+def test_prompts():
+    """As lm-eval publishes them."""
+    tasks = zero_shot_tasks(["arc_easy", "openbookqa", "boolq", "winogrande"])
+    built = evaluation._stock_tasks(tasks).load(tasks)["tasks"]
+    prompts = {name: task.doc_to_text(task.eval_docs[0]) for name, task in built.items()}
+    assert prompts["arc_easy"] == (
+        "Question: Which statement best explains why photosynthesis is the foundation of most food webs?"
+        "\nAnswer:"
+    )
+    assert prompts["openbookqa"].startswith("A person wants to start saving money so that they can afford")
+    assert prompts["boolq"].startswith("Ethanol fuel -- All biomass goes through")
+    assert prompts["boolq"].endswith("\nQuestion: does ethanol take more energy make that produces?\nAnswer:")
+    assert (
+        built["winogrande"].doc_to_choice(built["winogrande"].eval_docs[0])[1].endswith("than Maria so Maria")
+    )
+
+
+@pytest.mark.parametrize("batch_size", [1, 5])
+def test_log_likelihoods(model, tokenizer, batch_size):
+    """Whatever the padding, lm-eval's number is the one worked out by hand."""
+    from lm_eval.api.instance import Instance
+
+    pairs = [
+        ("The capital of France is", " Paris"),
+        ("Question: why?\nAnswer:", " because a much longer answer makes for much padding, " * 3),
+        ("", "An empty context"),
+        ("a", " b"),
+        ("word " * 50, "end"),
+    ]
+    requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
+    found = evaluation._harness(model, tokenizer, batch_size).loglikelihood(requests, disable_tqdm=True)
+    expected = [log_likelihood(model, tokenizer, *pair) for pair in pairs]
+    torch.testing.assert_close([score for score, _ in found], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_padding_is_masked(model, tokenizer):
+    masks = []
+    hook = model.register_forward_pre_hook(
+        lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
+    )
+    harness = evaluation._harness(model, tokenizer, 2)
+    harness._model_call(torch.tensor([[0, 5, 0, 7], [9, 8, 0, 0], [0, 0, 0, 0]]))
+    hook.remove()
+    assert masks[0].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
+
+
+def test_names():
+    assert zero_shot_tasks(["piqa", "copa", "piqa"], data="hub") == ["piqa", "copa"]
+    with pytest.raises(DataError, match="Did you mean hellaswag"):
+        zero_shot_tasks(["helaswag"])
+    with pytest.raises(DataError, match="'packages' or 'hub'"):
+        zero_shot_tasks(["piqa"], data="web")
+    with pytest.raises(DataError, match="No task was named"):
+        zero_shot_tasks([])
+
+
+class Constant(torch.nn.Module):
+    """Gives every token the same logits."""
+
+    def __init__(self, logits):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor(logits))
+
+    def forward(self, input_ids, use_cache):
+        assert not self.training
+        return SimpleNamespace(logits=self.logits.expand(*input_ids.shape, -1))
+
+
+class TestPerplexity:
+    rows = datasets.Dataset.from_dict({"input_ids": [[0, 1, 2, 3], [3, 2, 1, 0], [1, 1, 1, 1]]})
+
+    def test_uniform(self):
+        result = perplexity(Constant([0.0] * 5), self.rows, batch_size=2, bytes=24, progress=False)
+        assert result["perplexity"] == pytest.approx(5)
+        assert result["tokens"] == 9
+        assert result["bits_per_byte"] == pytest.approx(math.log2(5) * 12 / 24)
+
+    def test_known(self):
+        model = Constant([math.log(p) for p in (0.5, 0.25, 0.125, 0.125)]).train()
+        bits = [2 + 3 + 3, 3 + 2 + 1, 2 + 2 + 2]
+        result = perplexity(model, self.rows, progress=False)
+        assert result["nll_per_token"] == pytest.approx(sum(bits) / 9 * math.log(2))
+        assert model.training
+
+    def test_labels(self):
+        rows = self.rows.add_column("labels", [[0, 1, 2, 3], [3, 2, -100, -100], [-100] * 4])
+        result = perplexity(Constant([0.0] * 5), rows, bytes=12, progress=False)
+        assert result["tokens"] == 4
+        assert result["bits_per_byte"] == pytest.approx(math.log2(5) * 6 / 12)
+
+    def test_agrees_with_the_models_own_loss(self, model, tokenizer, text):
+        rows = tokenize(text, tokenizer, 64).select(range(6))
+        result = perplexity(model, rows, batch_size=4, bytes=count_bytes(rows, tokenizer), progress=False)
+        ids = torch.tensor(rows["input_ids"][:])
+        with torch.no_grad():
+            loss = model.eval()(ids, labels=ids).loss.item()
+        assert result["nll_per_token"] == pytest.approx(loss, rel=1e-5)
+        assert result["tokens"] == 6 * 63
+
+    def test_nan(self):
+        class Broken(Constant):
+            def forward(self, input_ids, use_cache):
+                logits = super().forward(input_ids, use_cache).logits.clone()
+                logits[(input_ids == 3).any(1) & (input_ids[:, 0] == 3), 1, 4] = math.nan
+                return SimpleNamespace(logits=logits)
+
+        model = Broken([0.0] * 5)
+        with pytest.raises(FloatingPointError, match="row 1"):
+            perplexity(model, self.rows, progress=False)
+        assert model.training  # restored after an error too
+
+    @pytest.mark.parametrize("rows", [[[0, 1], [1]], [[0], [1]]])
+    def test_unusable_rows(self, rows):
+        with pytest.raises(DataError, match="equally long"):
+            perplexity(Constant([0.0] * 5), datasets.Dataset.from_dict({"input_ids": rows}), progress=False)
+
+    def test_no_rows(self):
+        for rows in (self.rows.select([]), datasets.Dataset.from_dict({"text": ["a"]})):
+            with pytest.raises(DataError, match="input_ids"):
+                perplexity(Constant([0.0] * 5), rows, progress=False)
