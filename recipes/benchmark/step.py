@@ -8,14 +8,20 @@ warm-up, so read the ratios. A machine that does other work at the same time spo
 
 import argparse
 import statistics
+import sys
 import time
+from pathlib import Path
 
-import torch
-from transformers import Mamba2Config, Mamba2ForCausalLM
+# Beside this file lies neurons.py, called as the package is: "import neurons" must not find it.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
 
-from spiking_mamba import SpikingMambaForCausalLM
-from spiking_mamba.report import markdown_table
-from spiking_mamba.training import keep_freed_memory, quiet
+import torch  # noqa: E402
+from transformers import Mamba2Config, Mamba2ForCausalLM  # noqa: E402
+
+from spiking_mamba import SpikingMambaForCausalLM  # noqa: E402
+from spiking_mamba.report import markdown_table  # noqa: E402
+from spiking_mamba.training import keep_freed_memory, quiet  # noqa: E402
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
 
