@@ -200,9 +200,10 @@ def test_opcheck() -> None:
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
 def test_torch_compile_without_graph_breaks(compiler: str) -> None:
     surrogate = SignedSpikeCount()
+    node = SILIFNode(tau=3.0, step_mode="m", backend="cupy")
 
     def function(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        node = SILIFNode(tau=3.0, step_mode="m", backend="cupy")
+        node.reset()
         spike = node(x * 2.0)
         assert isinstance(node.v, torch.Tensor)
         return spike, node.v, ops.signed_spike_count(x, 1.0, surrogate) * 2.0
