@@ -94,7 +94,15 @@ class SpikingMambaMixer(Mamba2Mixer):
         A = -torch.exp(self.A_log.float())
         if scan_state is not None and length == 1:
             y = ssd.state_update(
-                scan_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, self.dt_bias
+                scan_state,
+                x[:, 0],
+                dt[:, 0],
+                A,
+                B[:, 0],
+                C[:, 0],
+                self.D,
+                self.dt_bias,
+                self.time_step_limit,
             ).unsqueeze(1)
         else:
             y = ssd.chunk_scan(
