@@ -162,6 +162,13 @@ class Stream(MemoryModule):
         self.step_mode = "m"
         self.register_memory("cache", None)
 
+    def detach(self) -> None:
+        """Cut the cached states, in place, from the graph of the tokens before."""
+        for layer in () if self.cache is None else self.cache.layers:
+            for state in (*layer.conv_states.values(), *layer.recurrent_states.values()):
+                if state is not None:
+                    state.detach_()
+
     def _apply(self, fn):
         self.reset()  # a sequence does not survive a move to another device or dtype
         return super()._apply(fn)
