@@ -369,6 +369,7 @@ def test_generate_in_step_mode_s_leaves_the_stream_alone():
 # --- torch's machinery ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("membrane", MEMBRANES)
 def test_gradient_checkpointing(membrane, reentrant):
@@ -381,7 +382,7 @@ def test_gradient_checkpointing(membrane, reentrant):
         return {name: p.grad.clone() for name, p in model.named_parameters()}, counts.to_dict()
 
     plain, counted = gradients()
-    model.activation_checkpointing_enable({"use_reentrant": reentrant})
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     calls = []
     hook = model.projections()["backbone.layers.0.mixer.in_proj"].register_forward_hook(
         lambda *_: calls.append(1)
