@@ -376,7 +376,10 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
                 "learn_threshold": learn_threshold,
             }
         )
-        model = cls(config).to(device=dense.device, dtype=dense.dtype)
+        model = cls(config).to(dense.device)
+        for parameter_name, parameter in model.named_parameters():
+            if not parameter_name.endswith("log_threshold"):
+                parameter.data = parameter.data.to(dense.dtype)
         incompatible = model.load_state_dict(dense.state_dict(), strict=False)
         own = (".log_threshold", ".neuron.")  # what a student has and a dense model has not
         missing = [key for key in incompatible.missing_keys if not any(part in key for part in own)]
@@ -384,9 +387,6 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
             raise ValueError(
                 f"Weights do not fit: missing {missing}, unexpected {incompatible.unexpected_keys}."
             )
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("log_threshold"):
-                parameter.data = parameter.data.float()
         model.generation_config = copy.deepcopy(dense.generation_config)
         return model.train()
 
