@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 import transformers
 import yaml
@@ -158,8 +159,14 @@ def finish_run(
     return target
 
 
-def check_rows(rows: datasets.Dataset, arguments: TrainingArguments) -> None:
-    """Raise a RunError when the data do not fill one batch."""
+def check_rows(rows: datasets.Dataset, arguments: TrainingArguments, vocab_size: int) -> None:
+    """Raise a RunError when the data do not fill one batch, or hold a token that the model does not know."""
     batch = arguments.per_device_train_batch_size
     if len(rows) < batch:
         raise RunError(f"The data make {len(rows)} rows, fewer than one batch of {batch}: give more text.")
+    largest = pc.max(pc.list_flatten(rows.data.column("input_ids"))).as_py()
+    if largest >= vocab_size:
+        raise RunError(
+            f"The data hold the token id {largest}, outside the vocabulary of {vocab_size}: "
+            "the tokenizer does not belong to the model."
+        )
