@@ -123,7 +123,7 @@ def test_state_spaces_weights_in_half_precision_and_safetensors(tmp_path):
     assert (logits(ours) - logits(theirs.half().float())).abs().max() <= 1e-5
 
 
-# --- what is broken ---------------------------------------------------------------------------------------------
+# --- what is broken ---
 
 
 @FORMATS
@@ -284,11 +284,13 @@ def test_from_pretrained_with_a_missing_or_extra_key(key, tmp_path):
     tiny_model(neuron=INTEGER, learn_threshold=True).save_pretrained(tmp_path)
     change_weights(tmp_path, lambda weights: weights.update({"stray": weights.pop(key)}))
     for cls in (SpikingMambaForCausalLM, AutoModelForCausalLM):
-        with pytest.raises(ValueError, match=f"missing keys: {key}; unexpected keys: stray".replace(".", r"\.")):
+        with pytest.raises(
+            ValueError, match=f"missing keys: {key}; unexpected keys: stray".replace(".", r"\.")
+        ):
             cls.from_pretrained(tmp_path)
 
 
-# --- students, exports --------------------------------------------------------------------------------------------
+# --- students, exports ---
 
 
 @pytest.mark.parametrize("neuron", [None, INTEGER])
@@ -338,7 +340,9 @@ def test_folding_powers_of_two_is_exact(membrane):
 @pytest.mark.parametrize("membrane", ["token", "sequence"])
 def test_folding_other_thresholds_is_close(membrane, learned):
     threshold = [{"in_proj": 0.7, "out_proj": 0.3}, 1.3]
-    model = tiny_model(neuron=LEAKY, membrane=membrane, threshold=threshold, learn_threshold=learned, use_bias=True)
+    model = tiny_model(
+        neuron=LEAKY, membrane=membrane, threshold=threshold, learn_threshold=learned, use_bias=True
+    )
     folded = fold_thresholds(model)
     with recorded_spikes(model) as before, recorded_spikes(folded) as after:
         expected, found = logits(model), logits(folded)

@@ -49,7 +49,9 @@ class EagerNode(jelly.LIFNode):
 
     def __init__(self, eagerness: float = 0.2, surrogate_function=None, step_mode: str = "s") -> None:
         surrogate_function = StepWithSlope() if surrogate_function is None else surrogate_function
-        super().__init__(v_threshold=1.0 - eagerness, surrogate_function=surrogate_function, step_mode=step_mode)
+        super().__init__(
+            v_threshold=1.0 - eagerness, surrogate_function=surrogate_function, step_mode=step_mode
+        )
         self.eagerness = eagerness
 
 
@@ -65,8 +67,12 @@ NEURONS = {
     "LIFNode": {"class": JELLY + "neuron.LIFNode", "args": {"surrogate_function": ATAN, "v_threshold": 0.3}},
     "ILIFNode": {
         "class": JELLY + "neuron.ILIFNode",
-        "args": {"surrogate_function": {"class": JELLY + "surrogate.MultiLevelSpikeCount", "args": {
-            "max_spike_count": 3}}},
+        "args": {
+            "surrogate_function": {
+                "class": JELLY + "surrogate.MultiLevelSpikeCount",
+                "args": {"max_spike_count": 3},
+            }
+        },
     },
     "TernaryLIFNode": {
         "class": JELLY + "neuron.TernaryLIFNode",
@@ -244,7 +250,9 @@ def test_bad_fields(fields, error, message):
 
 
 def test_defaults_and_round_trip(tmp_path):
-    config = tiny_config(neuron=INTEGER, sgc={"mode": "replace"}, threshold=[1, {"in_proj": 2, "out_proj": 3}])
+    config = tiny_config(
+        neuron=INTEGER, sgc={"mode": "replace"}, threshold=[1, {"in_proj": 2, "out_proj": 3}]
+    )
     assert config.sgc == {"mode": "replace", "function": "scaled_tanh", "lam": 1.0, "schedule": "linear"}
     assert SpikingMambaConfig().neuron is None
     config.save_pretrained(tmp_path)

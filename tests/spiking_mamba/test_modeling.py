@@ -55,7 +55,7 @@ def padding(kind, batch, length):
     return None if kind == "none" else mask
 
 
-# --- parity -----------------------------------------------------------------------------------------------
+# --- parity ---
 
 
 def transformers_mamba2(**fields):
@@ -113,7 +113,7 @@ def test_the_model_is_causal(membrane):
     assert not torch.equal(before[:, 25:], after[:, 25:])
 
 
-# --- streaming --------------------------------------------------------------------------------------------
+# --- streaming ---
 
 
 @pytest.mark.parametrize("fields", [{}, {"n_groups": 2}, {"time_step_limit": (0.01, 0.05)}])
@@ -263,7 +263,7 @@ def test_step_modes_of_the_nodes_are_put_back():
         assert {p.neuron.step_mode for p in model.projections().values()} == {mode}
 
 
-# --- spike-driven inference ----------------------------------------------------------------------------------
+# --- spike-driven inference ---
 
 
 @pytest.mark.parametrize("threshold", [1.0, 0.3])
@@ -315,7 +315,7 @@ def test_spike_driven_needs_signed_integers():
             spike_driven(tiny_model(neuron=neuron))
 
 
-# --- cache and generation --------------------------------------------------------------------------------------
+# --- cache and generation ---
 
 
 @pytest.mark.parametrize("membrane", [None, *MEMBRANES])
@@ -366,7 +366,7 @@ def test_generate_in_step_mode_s_leaves_the_stream_alone():
     assert model.backbone.stream.cache is None
 
 
-# --- torch's machinery ------------------------------------------------------------------------------------------
+# --- torch's machinery ---
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
@@ -458,7 +458,9 @@ def test_detach_net_cuts_the_stream(membrane):
 
     def states():
         layers = model.backbone.stream.cache.layers
-        kept = [s for layer in layers for s in (*layer.conv_states.values(), *layer.recurrent_states.values())]
+        kept = [
+            s for layer in layers for s in (*layer.conv_states.values(), *layer.recurrent_states.values())
+        ]
         return [s for s in kept if s is not None]
 
     assert any(state.requires_grad for state in states())
@@ -489,7 +491,7 @@ def test_a_monitor_sees_the_spikes():
     assert all(torch.equal(r[0], s[0]) for r, s in zip(watcher.records, spikes.values(), strict=True))
 
 
-# --- bad input -----------------------------------------------------------------------------------------------------
+# --- bad input ---
 
 
 @pytest.mark.parametrize("token", [-1, VOCABULARY])

@@ -82,7 +82,8 @@ def test_compensate_keeps_the_dtype_of_the_spikes(mode):
 
 def test_lambda_schedules():
     for start in (1.0, 0.6):
-        for progress, linear, cosine in [(0, 1, 1), (0.25, 0.75, (1 + 0.5**0.5) / 2), (0.5, 0.5, 0.5), (1, 0, 0)]:
+        by_hand = [(0, 1, 1), (0.25, 0.75, (1 + 0.5**0.5) / 2), (0.5, 0.5, 0.5), (1, 0, 0)]
+        for progress, linear, cosine in by_hand:
             assert sgc_lambda("linear", start, progress) == pytest.approx(start * linear)
             assert sgc_lambda("cosine", start, progress) == pytest.approx(start * cosine, abs=1e-12)
             assert sgc_lambda("constant", start, progress) == start
@@ -101,7 +102,7 @@ def test_sgc_of_a_whole_model_is_set_and_switched_off():
     assert plain.sgc_lambda == 0.0
 
 
-# --- thresholds -----------------------------------------------------------------------------------------------
+# --- thresholds ---
 
 
 def test_threshold_scales_the_result_not_the_spikes():
@@ -123,7 +124,9 @@ def test_gradient_of_a_learned_threshold_by_hand():
         projection.log_threshold.data = torch.tensor(math.log(0.5))
         x = 0.5 * u
         projection(torch.tensor([[[x]]], dtype=torch.float64)).sum().backward()
-        assert projection.log_threshold.grad.item() == pytest.approx(1.7 * (0.5 * spike - slope * x), abs=1e-5)
+        assert projection.log_threshold.grad.item() == pytest.approx(
+            1.7 * (0.5 * spike - slope * x), abs=1e-5
+        )
 
 
 def test_gradient_of_a_learned_threshold_by_finite_differences():

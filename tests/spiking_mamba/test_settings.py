@@ -75,7 +75,9 @@ def test_flags_negative_numbers_lists_and_null(config):
     assert parse(config, "--flag", "false").flag is False
 
 
-@pytest.mark.parametrize("arguments", [("loss.kl=2e-1", "loss.deep.b=3"), ("--loss.kl", "2e-1", "--loss.deep.b=3")])
+@pytest.mark.parametrize(
+    "arguments", [("loss.kl=2e-1", "loss.deep.b=3"), ("--loss.kl", "2e-1", "--loss.deep.b=3")]
+)
 def test_nested_overrides_keep_the_rest(config, arguments):
     assert parse(config, *arguments).loss == {"kl": 0.2, "deep": {"a": 1, "b": 3}}
 
@@ -135,7 +137,7 @@ def test_refused_files(refusal, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.yaml", "settings file.yaml"]
 
 
-# --- the folder of a run ---------------------------------------------------------------------------------------------
+# --- the folder of a run ---
 
 
 def content(folder):
@@ -199,7 +201,9 @@ def test_a_folder_that_was_no_run_is_never_removed(flags, tmp_path):
 
 
 def test_training_arguments(tmp_path):
-    arguments = training_arguments(tmp_path / "run", {"learning_rate": 1e-3, "max_steps": 5, "bf16": False}, 3)
+    arguments = training_arguments(
+        tmp_path / "run", {"learning_rate": 1e-3, "max_steps": 5, "bf16": False}, 3
+    )
     assert (arguments.learning_rate, arguments.max_steps, arguments.seed) == (1e-3, 5, 3)
     assert (arguments.adam_beta2, arguments.bf16, arguments.report_to) == (0.95, False, [])
     with pytest.raises(ValueError, match="'learning_rat' in training; did you mean 'learning_rate'"):

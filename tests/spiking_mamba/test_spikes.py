@@ -123,7 +123,11 @@ def test_gradient_checkpointing_counts_once(membrane, reentrant):
 
 def test_counts_in_bfloat16_are_exact():
     model, ids = spiking("token", threshold=0.25), tokens(8, 64)
-    with recorded_spikes(model) as spikes, count_spikes(model) as counts, torch.autocast("cpu", torch.bfloat16):
+    with (
+        recorded_spikes(model) as spikes,
+        count_spikes(model) as counts,
+        torch.autocast("cpu", torch.bfloat16),
+    ):
         model(ids)
     assert max(p.channel_sum.max() for p in counts.projections.values()) > 256  # beyond bfloat16's integers
     check(counts, model, joined(spikes), torch.ones_like(ids))
