@@ -43,9 +43,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not any((folder / name).is_file() for name in _WEIGHTS):
         raise CheckpointError(f"{folder} is incomplete: it has none of {', '.join(_WEIGHTS)}.")
     try:
-        return json.loads(path.read_text())
+        settings = json.loads(path.read_text())
     except ValueError as error:
         raise CheckpointError(f"{path} is no JSON: {error}") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} is no mapping of keys to values.")
+    return settings
 
 
 def load_dense(name: str | Path) -> SpikingMambaForCausalLM:
@@ -63,23 +66,27 @@ def load_dense(name: str | Path) -> SpikingMambaForCausalLM:
     """
     folder = _folder(name)
     settings = _read_config(folder)
-    if "d_model" in settings and "ssm_cfg" in settings:
-        return _load_state_spaces(folder, settings)
+    try:
+        if "d_model" in settings and "ssm_cfg" in settings:
+            return _load_state_spaces(folder, settings)
+        return _load_transformers(folder, settings)
+    except CheckpointError:
+        raise
+    except Exception as error:  # readers of broken files raise what they please, down to struct.error
+        raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _load_transformers(folder: Path, settings: dict[str, Any]) -> SpikingMambaForCausalLM:
     model_type = settings.get("model_type")
     if model_type not in (Mamba2Config.model_type, SpikingMambaConfig.model_type):
         raise CheckpointError(f"{folder} holds a model of type {model_type!r}, not a Mamba2.")
-    try:
-        config = SpikingMambaConfig.from_pretrained(folder)
-        if config.neuron is not None:
-            raise CheckpointError(f"{folder} holds a spiking model, not a dense one.")
-        # sliced projections, say, show as mismatched: report them with the others instead of at the first
-        return SpikingMambaForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, weights_only=True
-        )
-    except CheckpointError:
-        raise
-    except (ValueError, OSError, RuntimeError) as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+    config = SpikingMambaConfig.from_pretrained(folder)
+    if config.neuron is not None:
+        raise CheckpointError(f"{folder} holds a spiking model, not a dense one.")
+    # sliced projections, say, show as mismatched: report them with the others instead of at the first
+    return SpikingMambaForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.float32, ignore_mismatched_sizes=True, weights_only=True
+    )
 
 
 def _load_state_spaces(folder: Path, settings: dict[str, Any]) -> SpikingMambaForCausalLM:
@@ -97,10 +104,7 @@ def _load_state_spaces(folder: Path, settings: dict[str, Any]) -> SpikingMambaFo
     model = SpikingMambaForCausalLM(config)
     if config.tie_word_embeddings:
         weights.setdefault("lm_head.weight", weights["backbone.embeddings.weight"])
-    try:
-        model.load_state_dict(weights, strict=True)
-    except RuntimeError as error:
-        raise CheckpointError(f"{folder}: {error}") from error
+    model.load_state_dict(weights, strict=True)
     return model.float().eval()
 
 
@@ -114,9 +118,9 @@ def _infer_config(weights: dict[str, torch.Tensor], settings: dict[str, Any]) ->
     num_heads = weights[layer + "A_log"].shape[0]
     ssm = settings["ssm_cfg"]
     n_groups = ssm.get("ngroups", 1)
-    tied = "lm_head.weight" not in weights or torch.equal(
-        weights["lm_head.weight"], weights["backbone.embeddings.weight"]
-    )
+    tied = settings.get("tie_embeddings", True)
+    if (head := weights.get("lm_head.weight")) is not None:
+        tied = torch.equal(head, weights["backbone.embeddings.weight"])
     return SpikingMambaConfig(
         vocab_size=vocab_size,
         hidden_size=hidden_size,

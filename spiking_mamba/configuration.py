@@ -94,8 +94,11 @@ class SpikingMambaConfig(Mamba2Config):
         for key, allowed in choices.items():
             if self.sgc[key] not in allowed:
                 raise ValueError(f"sgc.{key} must be one of {allowed}, got {self.sgc[key]!r}.")
-        if not 0.0 <= self.sgc["lam"] <= 1.0:
-            raise ValueError(f"sgc.lam must lie in [0, 1], got {self.sgc['lam']}.")
+        lam = self.sgc["lam"]
+        if isinstance(lam, bool) or not isinstance(lam, int | float):
+            raise TypeError(f"sgc.lam must be a number, got {lam!r}.")
+        if not 0.0 <= lam <= 1.0:
+            raise ValueError(f"sgc.lam must lie in [0, 1], got {lam}.")
 
     def layer_threshold(self, layer_idx: int) -> dict[str, float]:
         """V_th of both projections of a layer, ``{"in_proj": float, "out_proj": float}``."""

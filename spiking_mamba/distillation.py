@@ -202,7 +202,7 @@ def distill(
     )
     arguments = training_arguments(Path(settings.output), settings.training, settings.seed)
     rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)
-    check_rows(rows, arguments)
+    check_rows(rows, arguments, teacher.config.vocab_size)
     folder = start_run(settings, settings.resume, settings.overwrite)
     trainer = DistillationTrainer(
         student,

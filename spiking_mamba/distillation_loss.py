@@ -50,6 +50,8 @@ def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "softm
     without softmax, divided by the teacher's mean square; 'cosine' is ``1 - cos``.
     """
     student, teacher = student.float(), teacher.float()
+    if not len(student):
+        return student.sum()  # 0 with a graph, not the NaN of an empty mean
     if kind == "softmax_mse":
         return (student.softmax(-1) - teacher.softmax(-1)).square().sum(-1).mean() / 2
     if kind == "mse":
@@ -154,7 +156,7 @@ class DistillationLoss:
 
         size = max(1, _LOGITS_AT_A_TIME // student_head.out_features)
         kl, ce = own.new_zeros((), dtype=torch.float32), own.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(own), size):
+        for start in range(0, max(1, len(own)), size):
             piece = slice(start, start + size)
             arguments = own[piece], theirs[piece], None if targets is None else targets[piece]
             if len(own) > size and torch.is_grad_enabled():

@@ -94,7 +94,15 @@ class SpikingMambaMixer(Mamba2Mixer):
         A = -torch.exp(self.A_log.float())
         if scan_state is not None and length == 1:
             y = ssd.state_update(
-                scan_state, x[:, 0], dt[:, 0], A, B[:, 0], C[:, 0], self.D, self.dt_bias
+                scan_state,
+                x[:, 0],
+                dt[:, 0],
+                A,
+                B[:, 0],
+                C[:, 0],
+                self.D,
+                self.dt_bias,
+                self.time_step_limit,
             ).unsqueeze(1)
         else:
             y = ssd.chunk_scan(
@@ -153,6 +161,13 @@ class Stream(MemoryModule):
         super().__init__()
         self.step_mode = "m"
         self.register_memory("cache", None)
+
+    def detach(self) -> None:
+        """Cut the cached states, in place, from the graph of the tokens before."""
+        for layer in () if self.cache is None else self.cache.layers:
+            for state in (*layer.conv_states.values(), *layer.recurrent_states.values()):
+                if state is not None:
+                    state.detach_()
 
     def _apply(self, fn):
         self.reset()  # a sequence does not survive a move to another device or dtype
@@ -361,16 +376,17 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
                 "learn_threshold": learn_threshold,
             }
         )
-        model = cls(config).to(device=dense.device, dtype=dense.dtype)
+        model = cls(config).to(dense.device)
+        for parameter_name, parameter in model.named_parameters():
+            if not parameter_name.endswith("log_threshold"):
+                parameter.data = parameter.data.to(dense.dtype)
         incompatible = model.load_state_dict(dense.state_dict(), strict=False)
-        missing = [key for key in incompatible.missing_keys if not key.endswith("log_threshold")]
+        own = (".log_threshold", ".neuron.")  # what a student has and a dense model has not
+        missing = [key for key in incompatible.missing_keys if not any(part in key for part in own)]
         if missing or incompatible.unexpected_keys:
             raise ValueError(
                 f"Weights do not fit: missing {missing}, unexpected {incompatible.unexpected_keys}."
             )
-        for parameter_name, parameter in model.named_parameters():
-            if parameter_name.endswith("log_threshold"):
-                parameter.data = parameter.data.float()
         model.generation_config = copy.deepcopy(dense.generation_config)
         return model.train()
 

@@ -74,7 +74,7 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
     config = settings.make_config(tokenizer)
     arguments = training_arguments(Path(settings.output), settings.training, settings.seed)
     rows = data.tokenize(text, tokenizer, settings.length)
-    check_rows(rows, arguments)
+    check_rows(rows, arguments, config.vocab_size)
     folder = start_run(settings, settings.resume, settings.overwrite)
     model = SpikingMambaForCausalLM(config)
     trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)

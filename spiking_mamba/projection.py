@@ -63,7 +63,7 @@ class SpikingProjection(nn.Linear):
         threshold: V_th, > 0, in the units of ``x``.
         learn_threshold: train ``log V_th`` as the float32 parameter ``log_threshold``.
         sgc: ``None`` or the complete SGC settings of the config; see :func:`compensate`.
-        spike_driven: feed the weight ternary micro-steps and sum, instead of integers.
+        spike_driven: feed the weight ternary micro-steps and sum, instead of integers; without SGC.
     """
 
     def __init__(
@@ -147,7 +147,8 @@ class SpikingProjection(nn.Linear):
         unit = not isinstance(threshold, torch.Tensor) and threshold == 1.0
         u = x if unit else x.float() / threshold
         spike = self.spikes(u, states)
-        if self.training and self.sgc is not None and self.sgc_lambda > 0.0:
+        compensated = self.training and self.sgc is not None and not self.spike_driven
+        if compensated and self.sgc_lambda > 0.0:
             mode, function = self.sgc["mode"], self.sgc["function"]
             spike = compensate(u, spike, mode, function, self.sgc_lambda, self.max_spike_count)
         if not torch.is_autocast_enabled(x.device.type):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -12,6 +13,15 @@ import yaml
 __all__ = ["parse_settings", "reject_unknown_keys"]
 
 T = TypeVar("T")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML whose ``1e-3`` is a number, as in YAML 1.2; PyYAML reads a string unless a point is in it."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+)
 
 
 def reject_unknown_keys(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -43,7 +53,7 @@ def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 raise ValueError(f"Expected key=value or --key value, got {word!r}.")
             value = rest.pop(0) if rest and not rest[0].startswith("--") and "=" not in rest[0] else "true"
         # "-" and "_" are the same in option names, as argparse's users expect
-        found[key.replace("-", "_")] = yaml.safe_load(value)
+        found[key.replace("-", "_")] = yaml.load(value, _Loader)
     return found
 
 
@@ -65,7 +75,7 @@ def _checked(cls: type[T], given: Mapping[str, Any], where: str) -> T:
 
 
 def _number(kind: Any, value: Any, where: str) -> Any:
-    """Check a scalar against its annotation; YAML reads 1e-3 as a string and 1 as an integer."""
+    """Check a scalar against its annotation; YAML reads 1 as an integer."""
     if kind is float and isinstance(value, str | int) and not isinstance(value, bool):
         try:
             return float(value)
@@ -103,7 +113,7 @@ def parse_settings(cls: type[T], arguments: Sequence[str] | None = None, descrip
         path = Path(known.config)
         if not path.is_file():
             raise ValueError(f"There is no settings file {path}.")
-        settings = yaml.safe_load(path.read_text()) or {}
+        settings = yaml.load(path.read_text(), _Loader) or {}
         if not isinstance(settings, dict):
             raise ValueError(f"{path} is no mapping of keys to values.")
         reject_unknown_keys(settings, (f.name for f in dataclasses.fields(cls)), str(path))  # type: ignore[arg-type]

@@ -36,7 +36,6 @@ class ProjectionSpikes:
 
     def add(self, spike: torch.Tensor) -> None:
         """Count ``spike`` of shape ``[tokens, in_features]``."""
-        spike = spike.detach()
         bins = 2 * self.max_spike_count + 1
         if self.tokens == 0:
             self.channel_sum = torch.zeros(self.in_features, dtype=torch.float64, device=spike.device)
@@ -158,7 +157,8 @@ def count_spikes(model: SpikingMambaForCausalLM) -> Iterator[SpikeCounts]:
         def count(node, args, output) -> None:
             if torch._C._current_graph_task_id() != -1:  # recomputed by gradient checkpointing
                 return
-            spike = _by_batch(projection, output)
+            # detached at once: what this saved for a backward pass, the recomputation would not
+            spike = _by_batch(projection, output.detach())
             if mask[0] is None or mask[0].shape[1] < spike.shape[1]:
                 spikes.add(spike.flatten(0, 1))
             else:  # a cache's mask covers the past too

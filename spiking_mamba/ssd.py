@@ -7,12 +7,14 @@ those packages are missing, transformers' torch functions.
 import functools
 import importlib
 import importlib.util
+import math
 import sys
 import types
 import warnings
 from typing import Any
 
 import torch
+from torch.nn import functional as F
 from transformers.models.mamba2 import modeling_mamba2 as reference
 
 __all__ = ["causal_conv1d", "causal_conv1d_update", "chunk_scan", "state_update"]
@@ -119,6 +121,7 @@ def state_update(
     C: torch.Tensor,
     D: torch.Tensor,
     dt_bias: torch.Tensor,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
 ):
     """One token of :func:`chunk_scan`; ``state`` ``[B, H, P, N]`` moves on in place.
 
@@ -132,6 +135,9 @@ def state_update(
     function = _state_update_torch
     if x.is_cuda and (kernels := _triton_kernels()) is not None:
         function = kernels.state_update
+    softplus = tuple(dt_limit) == (0.0, math.inf)
+    if not softplus:  # these functions know no limit
+        dt, dt_bias = F.softplus(dt + dt_bias.to(dt.dtype)).clamp(*dt_limit), torch.zeros_like(dt_bias)
     return function(
         state,
         x,
@@ -142,5 +148,5 @@ def state_update(
         D[:, None].expand(heads, head_dim),
         z=None,
         dt_bias=dt_bias[:, None].expand(heads, head_dim),
-        dt_softplus=True,
+        dt_softplus=softplus,
     )

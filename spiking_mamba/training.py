@@ -8,11 +8,12 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow.compute as pc
 import torch
 import transformers
 import yaml
@@ -41,6 +42,15 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 
+def _on_first_process(action: Callable[..., Any], *arguments: Any) -> None:
+    """Call ``action`` once in a distributed run, the other processes waiting for it."""
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if not distributed or torch.distributed.get_rank() == 0:
+        action(*arguments)
+    if distributed:
+        torch.distributed.barrier()
+
+
 def start_run(settings: Any, resume: bool, overwrite: bool) -> Path:
     """Make the folder of a run and write its settings there, before anything is trained.
 
@@ -53,6 +63,11 @@ def start_run(settings: Any, resume: bool, overwrite: bool) -> Path:
         RunError: the folder holds another run, or there is nothing to resume.
     """
     folder = Path(settings.output)
+    _on_first_process(_claim, folder, settings, resume, overwrite)
+    return folder
+
+
+def _claim(folder: Path, settings: Any, resume: bool, overwrite: bool) -> None:
     plain = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
     plain = {key: value for key, value in plain.items() if key not in ("resume", "overwrite")}
     kept = folder / _SETTINGS
@@ -66,7 +81,7 @@ def start_run(settings: Any, resume: bool, overwrite: bool) -> Path:
         changed = sorted(k for k in before.keys() | plain.keys() if before.get(k) != plain.get(k))
         if changed:
             raise RunError(f"{folder} holds a run with other settings of {', '.join(changed)}.")
-        return folder
+        return
     if occupied and not overwrite:
         raise RunError(
             f"{folder} already holds files: choose another output, or say resume=true or overwrite=true."
@@ -77,7 +92,6 @@ def start_run(settings: Any, resume: bool, overwrite: bool) -> Path:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_whole(kept, yaml.safe_dump(plain, sort_keys=False))
-    return folder
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -158,7 +172,7 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, float]]:
     last = get_last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=last)
     history = trainer.state.log_history
-    write_whole(Path(folder) / _HISTORY, json.dumps(history, indent=1))
+    _on_first_process(write_whole, Path(folder) / _HISTORY, json.dumps(history, indent=1))
     return history
 
 
@@ -167,10 +181,14 @@ def finish_run(
 ) -> Path:
     """Export model and tokenizer to ``folder / name``, whole or not at all; return that folder."""
     target, draft = folder / name, folder / f"{name}.part"
-    shutil.rmtree(draft, ignore_errors=True)
-    export(model, draft, tokenizer)
-    shutil.rmtree(target, ignore_errors=True)
-    draft.replace(target)
+
+    def save() -> None:
+        shutil.rmtree(draft, ignore_errors=True)
+        export(model, draft, tokenizer)
+        shutil.rmtree(target, ignore_errors=True)
+        draft.replace(target)
+
+    _on_first_process(save)
     return target
 
 
@@ -180,11 +198,17 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module="transformers|torch|multiprocess|accelerate")
 
 
-def check_rows(rows: datasets.Dataset, arguments: TrainingArguments) -> None:
-    """Raise a RunError when the data do not fill one batch."""
+def check_rows(rows: datasets.Dataset, arguments: TrainingArguments, vocab_size: int) -> None:
+    """Raise a RunError when the data do not fill one batch, or hold a token that the model does not know."""
     batch = arguments.per_device_train_batch_size
     if len(rows) < batch:
         raise RunError(f"The data make {len(rows)} rows, fewer than one batch of {batch}: give more text.")
+    largest = pc.max(pc.list_flatten(rows.data.column("input_ids"))).as_py()
+    if largest >= vocab_size:
+        raise RunError(
+            f"The data hold the token id {largest}, outside the vocabulary of {vocab_size}: "
+            "the tokenizer does not belong to the model."
+        )
 
 
 @contextlib.contextmanager
