@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["si_lif_multi_step", "si_lif_step"]
+__all__ = ["si_lif_multi_step", "si_lif_step", "signed_spike_count"]
 
 SurrogateFunction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -56,6 +56,23 @@ def spike_dtype(x: torch.Tensor, surrogate_function: SurrogateFunction) -> torch
     return dtype
 
 
+def _normalise(h: torch.Tensor, v_threshold: float) -> torch.Tensor:
+    # Dividing by a tensor: on CUDA, dividing by a Python number multiplies by its rounded reciprocal,
+    # which tips spikes at thresholds that are no powers of two.
+    return h if v_threshold == 1.0 else h / torch.full((), v_threshold, dtype=h.dtype, device=h.device)
+
+
+def signed_spike_count(
+    x: torch.Tensor, v_threshold: float, surrogate_function: SurrogateFunction
+) -> torch.Tensor:
+    """Spikes of neurons that start at ``V = 0``, for one step: ``S(x / V_th)``, without their potential.
+
+    Arguments, dtypes and errors as in :func:`si_lif_step`; any shape.
+    """
+    u = _normalise(x.to(state_dtype(x)), v_threshold)
+    return surrogate_function(u).to(spike_dtype(x, surrogate_function))
+
+
 def si_lif_step(
     x: torch.Tensor,
     v: torch.Tensor | float,
@@ -86,9 +103,7 @@ def si_lif_step(
     if isinstance(v, torch.Tensor) or v != 0.0:
         v = v.to(dtype) if isinstance(v, torch.Tensor) else v
         h = (v if math.isinf(tau) else (1.0 - 1.0 / tau) * v) + h
-    # Dividing by a tensor: on CUDA, dividing by a Python number multiplies by its rounded reciprocal,
-    # which tips spikes at thresholds that are no powers of two.
-    u = h if v_threshold == 1.0 else h / torch.full((), v_threshold, dtype=dtype, device=h.device)
+    u = _normalise(h, v_threshold)
     spike = surrogate_function(u)
     reset = spike.detach() if detach_reset else spike
     v = h - (reset if v_threshold == 1.0 else v_threshold * reset)

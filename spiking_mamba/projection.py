@@ -127,6 +127,8 @@ class SpikingProjection(nn.Linear):
         node.step_mode = "m"
         try:
             if self.membrane == "token":
+                if isinstance(node, neurons.SILIFNode):
+                    node.stateless = True  # nobody will ask for its potential
                 return node(u.unsqueeze(0))[0]
             if states:
                 node._memories.update(zip(node._memories, states, strict=True))
@@ -137,6 +139,8 @@ class SpikingProjection(nn.Linear):
         finally:
             node.reset()
             node.step_mode = step_mode
+            if isinstance(node, neurons.SILIFNode):
+                node.stateless = False
 
     def forward(self, x: torch.Tensor, states: list | None = None) -> torch.Tensor:
         """Project ``x`` of shape ``[B, L, in_features]`` to ``[B, L, out_features]``; ``states`` as in

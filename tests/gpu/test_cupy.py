@@ -317,3 +317,16 @@ def test_inference_keeps_no_mask() -> None:
         spike = ops.signed_spike_count(x, 1.0, SignedSpikeCount())
         assert torch.cuda.max_memory_allocated() - before == spike.numel() * 4
     assert kernel.layout(1, 2**24).mask_bytes == 2**21
+
+
+def test_stateless_node_equals_torch() -> None:
+    x = torch.randn(3, 1001, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    results = []
+    for backend in ("torch", "cupy"):
+        node = SILIFNode(tau=3.0, step_mode="m", backend=backend)
+        node.stateless = True
+        spike = node(x)
+        assert node.v == 0.0
+        results.append((spike.detach(), torch.autograd.grad(spike, x, torch.ones_like(spike))[0]))
+    for a, e in zip(*results, strict=True):
+        assert_bit_equal(a, e)

@@ -573,3 +573,21 @@ def test_other_arguments(cls, argument, value, error):
 
 def test_exports():
     assert set(neurons.__all__) <= set(dir(neurons))
+
+
+@pytest.mark.parametrize("v_threshold", [1.0, 0.3])
+def test_stateless_steps_are_windows_of_their_own(v_threshold):
+    node = SILIFNode(3, tau=2.0, v_threshold=v_threshold, step_mode="m")
+    x = torch.randn(5, 4, 6, requires_grad=True)
+    expected = []
+    for step in x:  # a fresh neuron for every step
+        expected.append(node(step.unsqueeze(0))[0])
+        node.reset()
+    node.stateless = True
+    actual = node(x)
+    assert node.v == 0.0
+    assert torch.equal(actual, torch.stack(expected))
+    grad = torch.randn_like(actual)
+    (expected_grad,) = torch.autograd.grad(torch.stack(expected), x, grad)
+    (actual_grad,) = torch.autograd.grad(actual, x, grad)
+    assert torch.equal(actual_grad, expected_grad)
