@@ -1,5 +1,7 @@
 """Choosing the backend of a net's nodes, as spikingjelly's users know it."""
 
+import functools
+import importlib
 import importlib.util
 
 from torch import nn
@@ -29,6 +31,7 @@ def set_backend(
             setattr(module, "backend", backend)  # noqa: B010 (nn.Module's attributes are untyped)
 
 
+@functools.cache  # an exception is not cached: installing CuPy later helps
 def check_cupy() -> None:
     """Raise a RuntimeError that says what is missing where CuPy's backend cannot run."""
     if importlib.util.find_spec("cupy") is None:
@@ -36,4 +39,9 @@ def check_cupy() -> None:
             "backend='cupy' needs CuPy, which is not installed: pip install cupy-cuda13x (CUDA 13) or "
             "cupy-cuda12x (CUDA 12)."
         )
-    raise RuntimeError("backend='cupy' is not part of this release yet: use backend='torch'.")
+    try:
+        importlib.import_module("cupy")
+    except Exception as error:
+        raise RuntimeError(
+            f"backend='cupy' needs CuPy, which is installed but does not import: {error}"
+        ) from error

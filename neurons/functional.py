@@ -25,8 +25,9 @@ __all__ = ["si_lif_multi_step", "si_lif_step"]
 
 SurrogateFunction = Callable[[torch.Tensor], torch.Tensor]
 
-# The largest integer up to which every integer is a value of the dtype.
-_LARGEST_COUNT = {torch.bfloat16: 2**8, torch.float16: 2**11, torch.float32: 2**24}
+# The largest count that is exact in the dtype. float32 has the integers up to 2**24, but |u| - 1/2, from
+# which counts are made, only up to 2**23.
+_LARGEST_COUNT = {torch.bfloat16: 2**8, torch.float16: 2**11, torch.float32: 2**23}
 
 
 def state_dtype(x: torch.Tensor) -> torch.dtype:
@@ -122,7 +123,8 @@ def si_lif_multi_step(
             potentials.append(v)
     if not spikes:
         dtype = state_dtype(x_seq)
-        empty = x_seq.new_empty(x_seq.shape, dtype=spike_dtype(x_seq, surrogate_function))
+        # A copy, so that the spikes stay in the graph: a backward pass over no steps is legal too.
+        empty = x_seq.to(spike_dtype(x_seq, surrogate_function), copy=True)
         if not isinstance(v, torch.Tensor):
             v = torch.full(x_seq.shape[1:], float(v), dtype=dtype, device=x_seq.device)
         return empty, v.to(dtype), empty.to(dtype) if store_v_seq else None

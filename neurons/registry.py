@@ -79,14 +79,15 @@ def build(spec: dict[str, Any]) -> nn.Module:
     """
     if not isinstance(spec, dict) or "class" not in spec or not set(spec) <= {"class", "args"}:
         raise TypeError(f'A neuron is described as {{"class": ..., "args": {{...}}}}, got {spec!r}.')
-    cls, args = _find(spec["class"]), spec.get("args") or {}
+    cls, args = _find(spec["class"]), spec.get("args")
+    args = {} if args is None else args  # a YAML key without a value
     if not isinstance(args, dict):
         raise TypeError(f'"args" of {spec["class"]} must be a mapping, got {args!r}.')
     known = inspect.signature(cls).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in known.values())
     for key in args:
         if key not in known and not takes_any:
-            near = difflib.get_close_matches(key, known, n=1)
+            near = difflib.get_close_matches(str(key), known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; it takes {', '.join(known)}."
             raise TypeError(f"{spec['class']} has no argument {key!r}{hint}")
     return cls(**{k: build(v) if isinstance(v, dict) and "class" in v else v for k, v in args.items()})

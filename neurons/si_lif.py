@@ -8,6 +8,7 @@ from spikingjelly.activation_based.neuron import BaseNode
 
 from . import functional
 from .backend import BACKENDS, check_cupy
+from .cupy import ops as cupy_ops
 from .surrogate import SignedSpikeCount, SurrogateFunctionBase
 
 __all__ = ["SILIFNode"]
@@ -147,9 +148,12 @@ class SILIFNode(BaseNode):
     def _multi_step(
         self, x_seq: torch.Tensor, v: object, store_v_seq: bool
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        multi_step = functional.si_lif_multi_step
         if self.backend == "cupy":
-            check_cupy()
-        return functional.si_lif_multi_step(
+            if not torch.compiler.is_compiling():  # a compiled call checks when the kernel is launched
+                check_cupy()
+            multi_step = cupy_ops.si_lif_multi_step
+        return multi_step(
             x_seq,
             v,  # type: ignore[arg-type]
             self.tau,

@@ -132,7 +132,7 @@ class DistillationSettings:
 
     Attributes:
         teacher: folder or hub name of a dense Mamba2 checkpoint with its tokenizer.
-        output: folder of the run: settings, checkpoints, log, and the student in ``student/``.
+        output: folder of the run: settings, checkpoints, log, and the student in ``model/``.
         data: text, see ``spiking_mamba.data.load_text``: a corpus that a package carries, a file, a hub
             name, or a list of them.
         length: tokens per row.
@@ -214,4 +214,4 @@ def distill(
         data_collator=collate,
     )
     history = run(trainer, settings.resume)
-    return finish_run(student, tokenizer, folder, "student"), history
+    return finish_run(student, tokenizer, folder), history

@@ -1,11 +1,14 @@
 """What every training recipe shares: its run folder, its data and transformers' arguments."""
 
+import contextlib
 import ctypes
 import dataclasses
 import json
+import os
 import shutil
 import sys
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,16 @@ import pyarrow.compute as pc
 import torch
 import transformers
 import yaml
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
+from .checkpoint import CheckpointError, export
+from .modeling import SpikingMambaForCausalLM
+from .packages import DataError
 from .settings import reject_unknown_keys
 
-__all__ = ["RunError", "collate", "finish_run", "run", "start_run", "training_arguments"]
+__all__ = ["RunError", "collate", "finish_run", "quiet", "run", "start_run", "training_arguments"]
 
 _SETTINGS = "settings.yaml"
 _HISTORY = "log.json"
@@ -117,6 +124,13 @@ def bf16_pays() -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported())
 
 
+def device_name() -> str:
+    """What this process computes on, for reports."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
+
+
 def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> TrainingArguments:
     """transformers' ``TrainingArguments`` from a recipe's ``training`` mapping.
 
@@ -143,6 +157,8 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
+    # YAML reads a bare `no` as false
+    given = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in given.items()}
     arguments = defaults | given
     if arguments["bf16"] == "auto":
         arguments["bf16"] = bf16_pays()
@@ -161,20 +177,25 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, float]]:
 
 
 def finish_run(
-    model: transformers.PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str = "model"
+    model: SpikingMambaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str = "model"
 ) -> Path:
-    """Save model and tokenizer to ``folder / name``, whole or not at all; return that folder."""
+    """Export model and tokenizer to ``folder / name``, whole or not at all; return that folder."""
     target, draft = folder / name, folder / f"{name}.part"
 
     def save() -> None:
         shutil.rmtree(draft, ignore_errors=True)
-        model.save_pretrained(draft)
-        tokenizer.save_pretrained(draft)
+        export(model, draft, tokenizer)
         shutil.rmtree(target, ignore_errors=True)
         draft.replace(target)
 
     _on_first_process(save)
     return target
+
+
+def quiet() -> None:
+    """Silence what transformers says about this machine at every start (missing kernels and the like)."""
+    transformers.logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", module="transformers|torch|multiprocess|accelerate")
 
 
 def check_rows(rows: datasets.Dataset, arguments: TrainingArguments, vocab_size: int) -> None:
@@ -188,3 +209,14 @@ def check_rows(rows: datasets.Dataset, arguments: TrainingArguments, vocab_size:
             f"The data hold the token id {largest}, outside the vocabulary of {vocab_size}: "
             "the tokenizer does not belong to the model."
         )
+
+
+@contextlib.contextmanager
+def fail_clearly() -> Iterator[None]:
+    """End a recipe with one line instead of a traceback when its input is at fault."""
+    try:
+        yield
+    except (CheckpointError, DataError, RunError, StrictDataclassError, ValueError, TypeError) as error:
+        if os.environ.get("SPIKING_MAMBA_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}")

@@ -1,0 +1,369 @@
+"""The CuPy kernels as torch operators, and the functions that nodes call.
+
+``neurons::si_lif_multi_step`` and ``neurons::signed_spike_count`` are ``torch.library`` custom operators
+with fake kernels and autograd formulas, so they pass through ``torch.compile(fullgraph=True)``. Importing
+this module needs neither CuPy nor a GPU; running an operator does.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import functional
+from ..surrogate import SignedSpikeCount
+from . import kernel
+
+__all__ = ["si_lif_multi_step", "signed_spike_count"]
+
+
+# ---- Operators. Tensors [T, N, *]; the mask is one bit an element in a layout of the kernels' own. ----
+
+
+def _empty_forward(
+    x_seq: Tensor, spike_dtype: torch.dtype, store_mask: bool, store_v_seq: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    T, N = x_seq.shape[0], math.prod(x_seq.shape[1:])
+    return (
+        x_seq.new_empty(x_seq.shape, dtype=spike_dtype),
+        x_seq.new_empty(x_seq.shape[1:], dtype=torch.float32),
+        x_seq.new_empty(kernel.layout(T, N).mask_bytes if store_mask else 0, dtype=torch.uint8),
+        x_seq.new_empty(x_seq.shape if store_v_seq else 0, dtype=torch.float32),
+    )
+
+
+@torch.library.custom_op(
+    "neurons::si_lif_multi_step",
+    mutates_args=(),
+    schema="(Tensor x_seq, Tensor? v, float beta, float v_threshold, int max_spike_count, float alpha, "
+    "float grad_window, bool detach_reset, ScalarType spike_dtype, bool store_mask, bool store_v_seq) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _multi_step(
+    x_seq: Tensor,
+    v: Tensor | None,
+    beta: float,
+    v_threshold: float,
+    max_spike_count: int,
+    alpha: float,
+    grad_window: float,
+    detach_reset: bool,
+    spike_dtype: torch.dtype,
+    store_mask: bool,
+    store_v_seq: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``(spike_seq, v, mask, v_seq)``; ``mask`` and ``v_seq`` are empty unless asked for."""
+    T, N = x_seq.shape[0], math.prod(x_seq.shape[1:])
+    spike_seq, v_out, mask, v_seq = _empty_forward(x_seq, spike_dtype, store_mask, store_v_seq)
+    if T == 0:
+        return spike_seq, v_out.zero_() if v is None else v_out.copy_(v), mask, v_seq
+    if N > 0:
+        plan = kernel.layout(T, N)
+        x_seq, v = x_seq.contiguous(), None if v is None else v.contiguous()
+        tensors = (x_seq, v, spike_seq, v_out, v_seq if store_v_seq else None, mask if store_mask else None)
+        name = f"forward_{plan.family}"
+        kernel.launch(
+            name,
+            x_seq.device,
+            kernel.module_options(name, x_seq.dtype, spike_dtype, v_threshold, True, v_seq=store_v_seq),
+            plan.grid,
+            plan.block,
+            kernel.pack(tensors, T, N, (beta, v_threshold, max_spike_count, grad_window)),
+        )
+    return spike_seq, v_out, mask, v_seq
+
+
+@_multi_step.register_fake
+def _(
+    x_seq, v, beta, v_threshold, max_spike_count, alpha, grad_window, detach_reset, spike_dtype,
+    store_mask, store_v_seq,
+):  # fmt: skip
+    return _empty_forward(x_seq, spike_dtype, store_mask, store_v_seq)
+
+
+@torch.library.custom_op(
+    "neurons::si_lif_multi_step_backward",
+    mutates_args=(),
+    schema="(Tensor? grad_spike_seq, Tensor? grad_v, Tensor? grad_v_seq, Tensor mask, SymInt[] shape, "
+    "float beta, float v_threshold, float alpha, bool detach_reset, ScalarType x_dtype, "
+    "ScalarType spike_dtype, bool need_grad_v) -> (Tensor, Tensor)",
+)
+def _multi_step_backward(
+    grad_spike_seq: Tensor | None,
+    grad_v: Tensor | None,
+    grad_v_seq: Tensor | None,
+    mask: Tensor,
+    shape: list[int],
+    beta: float,
+    v_threshold: float,
+    alpha: float,
+    detach_reset: bool,
+    x_dtype: torch.dtype,
+    spike_dtype: torch.dtype,
+    need_grad_v: bool,
+) -> tuple[Tensor, Tensor]:
+    """The gradients to ``x_seq`` and to the initial ``v`` (empty unless needed)."""
+    T, N = shape[0], math.prod(shape[1:])
+    grad_x_seq = mask.new_empty(shape, dtype=x_dtype)
+    grad_v0 = mask.new_empty(shape[1:] if need_grad_v else 0, dtype=torch.float32)
+    if T == 0 and need_grad_v:
+        return grad_x_seq, grad_v0.zero_() if grad_v is None else grad_v0.copy_(grad_v)
+    if T > 0 and N > 0:
+        plan = kernel.layout(T, N)
+        grads = tuple(None if g is None else g.contiguous() for g in (grad_spike_seq, grad_v, grad_v_seq))
+        tensors = (*grads, mask, grad_x_seq, grad_v0 if need_grad_v else None)
+        name = f"backward_{plan.family}"
+        kernel.launch(
+            name,
+            mask.device,
+            kernel.module_options(
+                name,
+                x_dtype,
+                spike_dtype,
+                v_threshold,
+                True,
+                v_seq=grad_v_seq is not None,
+                grad_spike=grad_spike_seq is not None,
+            ),
+            plan.grid,
+            plan.block,
+            kernel.pack(tensors, T, N, (beta, v_threshold, alpha), (detach_reset,)),
+        )
+    return grad_x_seq, grad_v0
+
+
+@_multi_step_backward.register_fake
+def _(
+    grad_spike_seq, grad_v, grad_v_seq, mask, shape, beta, v_threshold, alpha, detach_reset, x_dtype,
+    spike_dtype, need_grad_v,
+):  # fmt: skip
+    return (
+        mask.new_empty(shape, dtype=x_dtype),
+        mask.new_empty(shape[1:] if need_grad_v else 0, dtype=torch.float32),
+    )
+
+
+def _multi_step_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x_seq, _, ctx.beta, ctx.v_threshold, _, ctx.alpha, _, ctx.detach_reset, ctx.spike_dtype, *stored = inputs
+    ctx.store_mask, ctx.store_v_seq = stored
+    ctx.shape, ctx.x_dtype = x_seq.shape, x_seq.dtype
+    ctx.save_for_backward(output[2])
+    ctx.set_materialize_grads(False)  # an absent gradient costs nothing
+
+
+def _multi_step_autograd(ctx: Any, grad_spike_seq, grad_v, _grad_mask, grad_v_seq):
+    (mask,) = ctx.saved_tensors
+    if not ctx.store_mask:
+        raise RuntimeError("neurons::si_lif_multi_step was called with store_mask=False: no backward pass.")
+    if not ctx.store_v_seq:
+        grad_v_seq = None
+    if grad_spike_seq is None and grad_v is None and grad_v_seq is None:
+        return (None,) * 11
+    need_grad_v = ctx.needs_input_grad[1]
+    grad_x_seq, grad_v0 = _multi_step_backward(
+        grad_spike_seq,
+        grad_v,
+        grad_v_seq,
+        mask,
+        ctx.shape,
+        ctx.beta,
+        ctx.v_threshold,
+        ctx.alpha,
+        ctx.detach_reset,
+        ctx.x_dtype,
+        ctx.spike_dtype,
+        need_grad_v,
+    )
+    return (grad_x_seq, grad_v0 if need_grad_v else None, *(None,) * 9)
+
+
+_multi_step.register_autograd(_multi_step_autograd, setup_context=_multi_step_setup)
+
+
+def _empty_count(x: Tensor, spike_dtype: torch.dtype, store_mask: bool) -> tuple[Tensor, Tensor]:
+    mask_bytes = kernel.layout(1, x.numel()).mask_bytes if store_mask else 0
+    return x.new_empty(x.shape, dtype=spike_dtype), x.new_empty(mask_bytes, dtype=torch.uint8)
+
+
+@torch.library.custom_op(
+    "neurons::signed_spike_count",
+    mutates_args=(),
+    schema="(Tensor x, float v_threshold, int max_spike_count, float alpha, float grad_window, "
+    "ScalarType spike_dtype, bool store_mask) -> (Tensor, Tensor)",
+)
+def _count(
+    x: Tensor,
+    v_threshold: float,
+    max_spike_count: int,
+    alpha: float,
+    grad_window: float,
+    spike_dtype: torch.dtype,
+    store_mask: bool,
+) -> tuple[Tensor, Tensor]:
+    """``(spike, mask)``: the first step of a fresh neuron, whose potential nobody wants."""
+    spike, mask = _empty_count(x, spike_dtype, store_mask)
+    if x.numel() > 0:
+        plan, x = kernel.layout(1, x.numel()), x.contiguous()
+        kernel.launch(
+            "forward_single",
+            x.device,
+            kernel.module_options("forward_single", x.dtype, spike_dtype, v_threshold, False),
+            plan.grid,
+            plan.block,
+            kernel.pack(
+                (x, None, spike, None, None, mask if store_mask else None),
+                1,
+                x.numel(),
+                (1.0, v_threshold, max_spike_count, grad_window),
+            ),
+        )
+    return spike, mask
+
+
+@_count.register_fake
+def _(x, v_threshold, max_spike_count, alpha, grad_window, spike_dtype, store_mask):
+    return _empty_count(x, spike_dtype, store_mask)
+
+
+@torch.library.custom_op(
+    "neurons::signed_spike_count_backward",
+    mutates_args=(),
+    schema="(Tensor grad_spike, Tensor mask, float v_threshold, float alpha, ScalarType x_dtype) -> Tensor",
+)
+def _count_backward(
+    grad_spike: Tensor, mask: Tensor, v_threshold: float, alpha: float, x_dtype: torch.dtype
+) -> Tensor:
+    grad_x = grad_spike.new_empty(grad_spike.shape, dtype=x_dtype)
+    if grad_spike.numel() > 0:
+        plan, grad_spike = kernel.layout(1, grad_spike.numel()), grad_spike.contiguous()
+        kernel.launch(
+            "backward_single",
+            mask.device,
+            kernel.module_options("backward_single", x_dtype, grad_spike.dtype, v_threshold, False),
+            plan.grid,
+            plan.block,
+            kernel.pack(
+                (grad_spike, None, None, mask, grad_x, None),
+                1,
+                grad_spike.numel(),
+                (1.0, v_threshold, alpha),
+                (True,),
+            ),
+        )
+    return grad_x
+
+
+@_count_backward.register_fake
+def _(grad_spike, mask, v_threshold, alpha, x_dtype):
+    return grad_spike.new_empty(grad_spike.shape, dtype=x_dtype)
+
+
+def _count_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, ctx.v_threshold, _, ctx.alpha, _, _, ctx.store_mask = inputs
+    ctx.x_dtype = x.dtype
+    ctx.save_for_backward(output[1])
+    ctx.set_materialize_grads(False)
+
+
+def _count_autograd(ctx: Any, grad_spike, _grad_mask):
+    (mask,) = ctx.saved_tensors
+    if not ctx.store_mask:
+        raise RuntimeError("neurons::signed_spike_count was called with store_mask=False: no backward pass.")
+    if grad_spike is None:
+        return (None,) * 7
+    return (_count_backward(grad_spike, mask, ctx.v_threshold, ctx.alpha, ctx.x_dtype), *(None,) * 6)
+
+
+_count.register_autograd(_count_autograd, setup_context=_count_setup)
+
+
+# ---- What nodes call ----
+
+
+def _check(x: Tensor, surrogate_function: Any) -> SignedSpikeCount:
+    """Raise what says why the kernels cannot run this."""
+    cls = type(surrogate_function)
+    if (
+        not isinstance(surrogate_function, SignedSpikeCount)
+        or cls.forward is not SignedSpikeCount.forward
+        or cls.spiking_function is not SignedSpikeCount.spiking_function
+        or not surrogate_function.spiking
+    ):
+        raise TypeError(
+            f"backend='cupy' has a kernel for SignedSpikeCount(spiking=True) only, not for "
+            f"{surrogate_function!r}; use backend='torch'."
+        )
+    if x.dtype not in kernel.STORAGE:
+        raise TypeError(
+            f"backend='cupy' takes float32, float16 or bfloat16, got {x.dtype}; use backend='torch'."
+        )
+    if x.device.type not in kernel.DEVICE_TYPES:
+        raise RuntimeError(
+            f"backend='cupy' runs on CUDA tensors, got one on {x.device}; move the net and its input, or use "
+            f"backend='torch'."
+        )
+    return surrogate_function
+
+
+def si_lif_multi_step(
+    x_seq: Tensor,
+    v: Tensor | float,
+    tau: float,
+    v_threshold: float,
+    surrogate_function: Any,
+    detach_reset: bool = False,
+    store_v_seq: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """:func:`neurons.functional.si_lif_multi_step` by one kernel each way; same arguments, same results.
+
+    With ``v`` the number 0 no potential is read. The forward pass keeps one bit an element for the
+    backward pass, if there can be one.
+
+    Raises:
+        TypeError: no kernel for this surrogate function or input dtype.
+        RuntimeError: the input is not on CUDA, or CuPy is missing or broken.
+        ValueError: ``v`` is on another device, or the counts are not exact in the spikes' dtype.
+    """
+    surrogate = _check(x_seq, surrogate_function)
+    if isinstance(v, Tensor):
+        if v.device != x_seq.device:
+            raise ValueError(f"The input is on {x_seq.device}, the potential on {v.device}.")
+        v0: Tensor | None = v.to(torch.float32).expand(x_seq.shape[1:])
+    elif v != 0.0:
+        v0 = torch.full(x_seq.shape[1:], float(v), dtype=torch.float32, device=x_seq.device)
+    else:
+        v0 = None
+    spike_seq, v_out, _, v_seq = _multi_step(
+        x_seq,
+        v0,
+        1.0 - 1.0 / tau,  # tau = inf: exactly 1
+        v_threshold,
+        surrogate.max_spike_count,
+        surrogate.alpha,
+        surrogate.grad_window,
+        detach_reset,
+        functional.spike_dtype(x_seq, surrogate),
+        torch.is_grad_enabled() and (x_seq.requires_grad or (v0 is not None and v0.requires_grad)),
+        store_v_seq,
+    )
+    return spike_seq, v_out, v_seq if store_v_seq else None
+
+
+def signed_spike_count(x: Tensor, v_threshold: float, surrogate_function: Any) -> Tensor:
+    """The spikes of fresh neurons for one step, any shape: ``surrogate_function(x / v_threshold)``.
+
+    Neither reads nor writes a potential: what a projection wants whose every token is its own window.
+    Raises as :func:`si_lif_multi_step` does.
+    """
+    surrogate = _check(x, surrogate_function)
+    spike, _ = _count(
+        x,
+        v_threshold,
+        surrogate.max_spike_count,
+        surrogate.alpha,
+        surrogate.grad_window,
+        functional.spike_dtype(x, surrogate),
+        torch.is_grad_enabled() and x.requires_grad,
+    )
+    return spike

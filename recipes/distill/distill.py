@@ -1,0 +1,17 @@
+"""Distil a dense Mamba2 into a spiking one: python recipes/distill/distill.py recipes/distill/tiny.yaml"""
+
+from spiking_mamba.distillation import DistillationSettings, distill
+from spiking_mamba.settings import parse_settings
+from spiking_mamba.training import fail_clearly, quiet
+
+
+def main() -> None:
+    settings = parse_settings(DistillationSettings, description=__doc__)
+    quiet()
+    with fail_clearly():
+        folder, _ = distill(settings)
+    print(f"The student is in {folder}.")
+
+
+if __name__ == "__main__":
+    main()

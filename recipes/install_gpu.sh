@@ -1,0 +1,20 @@
+#!/bin/sh
+# Add the GPU kernels to the current environment without touching its torch: mamba-ssm's Triton kernels,
+# which need no compiler, and causal-conv1d where nvcc is at hand.
+set -eu
+PYTHON=${PYTHON:-python}
+"$PYTHON" -c 'import torch; print("torch", torch.__version__, "GPU:", torch.cuda.get_device_name() if torch.cuda.is_available() else "none found")'
+"$PYTHON" -m pip install --quiet ninja packaging setuptools wheel einops
+# The CUDA extension of mamba-ssm serves Mamba-1 alone.
+MAMBA_SKIP_CUDA_BUILD=TRUE MAMBA_FORCE_BUILD=TRUE \
+  "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation mamba-ssm==2.3.2.post1
+echo "mamba-ssm: its Triton kernels are installed"
+if command -v nvcc >/dev/null 2>&1 && "$PYTHON" -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+  if CAUSAL_CONV1D_FORCE_BUILD=TRUE "$PYTHON" -m pip install --quiet --no-deps --no-build-isolation causal-conv1d; then
+    echo "causal-conv1d: built"
+  else
+    echo "causal-conv1d: did not build; the convolution runs on torch"
+  fi
+else
+  echo "causal-conv1d: left out, it needs nvcc and a GPU; the convolution runs on torch"
+fi

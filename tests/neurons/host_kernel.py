@@ -1,0 +1,52 @@
+"""Runs ``neurons/cupy/si_lif.cu`` on the CPU: compiled by the host's C++ compiler, launched by ctypes."""
+
+import ctypes
+import functools
+import hashlib
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from neurons.cupy import kernel
+
+COMPILER = shutil.which("c++") or shutil.which("g++")
+FAMILIES = ("single", "wide", "tall")
+C_TYPES = {"u8": ctypes.c_void_p, "i4": ctypes.c_int, "i8": ctypes.c_longlong, "f4": ctypes.c_float}
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory:
+    return tempfile.TemporaryDirectory(prefix="si_lif_host_")
+
+
+@functools.cache
+def _library(options: tuple[str, ...]) -> ctypes.CDLL:
+    assert COMPILER is not None
+    defines = [o for o in options if o.startswith("-D")]
+    out = Path(_folder().name) / (hashlib.sha256(repr(defines).encode()).hexdigest()[:16] + ".so")
+    flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
+    source = Path(__file__).with_name("host_cuda.cpp")
+    command = [COMPILER, *flags, f"-I{kernel.SOURCE.parent}", *defines, str(source), "-o", str(out)]
+    subprocess.run(command, check=True, capture_output=True, text=True)
+    return ctypes.CDLL(str(out))
+
+
+def launch(
+    name: str,
+    device: torch.device,
+    options: tuple[str, ...],
+    grid: int,
+    block: int,
+    args: tuple[np.generic, ...],
+) -> None:
+    """Stands in for ``kernel.launch``."""
+    assert device.type == "cpu"
+    direction, family = name.split("_")
+    typed = [C_TYPES[a.dtype.str[1:]](a.item()) for a in args]
+    getattr(_library(tuple(o for o in options if "ONLY" not in o)), f"run_{direction}")(
+        FAMILIES.index(family), grid, block, *typed
+    )

@@ -1,0 +1,45 @@
+"""The README keeps its promises: its commands exist, its Python runs, its files are there."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_blocks_run(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+
+
+def test_make_targets_exist():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    promised = set(re.findall(r"\bmake ([a-z-]+)", README))
+    assert promised
+    assert promised <= targets
+
+
+def test_files_exist():
+    named = set(re.findall(r"\b((?:recipes|docs|tests|neurons|spiking_mamba)/[\w/.-]*\w)", README))
+    missing = [name for name in named if not (ROOT / name).exists()]
+    assert named
+    assert not missing
+
+
+def test_environment_names_all_dependencies():
+    import tomllib
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    wanted = project["dependencies"] + project["optional-dependencies"]["recipes"]
+    wanted += project["optional-dependencies"]["gpu"]
+    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
+    assert set(wanted) <= set(conda[-1]["pip"])
+    assert "nodefaults" not in (ROOT / "environment.yml").read_text()

@@ -1,0 +1,179 @@
+"""The recipes' real command lines, on tiny text files."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+WORDS = "the quick brown fox jumps over a lazy dog while seven small mice watch from under an old tree"
+SMALL = [
+    "length=32",
+    "vocab_size=300",
+    "model.hidden_size=32",
+    "model.num_hidden_layers=2",
+    "model.state_size=8",
+    "model.chunk_size=16",
+]
+
+
+def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, ROOT / "recipes" / script, *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    words = WORDS.split()
+    documents = [
+        f"Story {i}: " + " ".join(words[(i * j + j * j) % len(words)] for j in range(80))
+        for i in range(1, 20)
+    ]
+    path.write_text("\n\n".join(documents))
+    return path
+
+
+@pytest.fixture(scope="module")
+def teacher(text, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("runs") / "teacher"
+    done = run(
+        "teacher/train.py",
+        ROOT / "recipes/teacher/tiny.yaml",
+        f"data={text}",
+        f"output={folder}",
+        *SMALL,
+        "training.max_steps=4",
+        "--training.per_device_train_batch_size",
+        "2",
+    )
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+def distill(teacher: Path, text: Path, output: Path, *arguments: str) -> subprocess.CompletedProcess:
+    return run(
+        "distill/distill.py",
+        ROOT / "recipes/distill/tiny.yaml",
+        f"teacher={teacher / 'model'}",
+        f"data={text}",
+        f"output={output}",
+        "length=32",
+        "training.max_steps=4",
+        "training.per_device_train_batch_size=2",
+        "training.logging_steps=1",
+        *arguments,
+    )
+
+
+def test_teacher_and_student_load_with_the_auto_classes(teacher, text, tmp_path):
+    done = distill(teacher, text, tmp_path / "student", "sgc={mode: blend}", "learn_threshold=true")
+    assert done.returncode == 0, done.stderr
+    code = (
+        "import sys, spiking_mamba, torch\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "for folder in sys.argv[1:]:\n"
+        "    model = AutoModelForCausalLM.from_pretrained(folder)\n"
+        "    prompt = AutoTokenizer.from_pretrained(folder)('the quick', return_tensors='pt')\n"
+        "    ids = model.generate(**prompt, max_new_tokens=3, min_new_tokens=3, do_sample=False)\n"
+        "    print(ids.shape[1] - prompt['input_ids'].shape[1])\n"
+    )
+    folders = [teacher / "model", tmp_path / "student/model"]
+    loaded = subprocess.run(
+        [sys.executable, "-c", code, *folders], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert loaded.stdout.split() == ["3", "3"], loaded.stderr
+    exported = json.loads((tmp_path / "student/model/config.json").read_text())
+    assert exported["sgc"] is None
+    assert exported["threshold"] == 1.0
+    assert exported["neuron"]["class"] == "neurons.SILIFNode"
+    log = json.loads((tmp_path / "student/log.json").read_text())
+    assert [row["sgc_lambda"] for row in log if "kl" in row] == pytest.approx([1.0, 0.75, 0.5, 0.25])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["lenght=32"], "did you mean 'length'"),
+        (["training.learning_rat=1"], "did you mean 'learning_rate'"),
+        (["loss.temprature=1"], "did you mean 'temperature'"),
+        (["neuron.args.max_spike_count=0"], "at least 1"),
+        (["neuron.class=os.system"], "Unknown neuron"),
+        (["neuron.args.max_spikes=3"], "max_spike_count"),
+        (["threshold=0"], "positive"),
+        (["membrane=tokens"], "membrane"),
+        (["data=/nowhere/text.txt"], "text.txt"),
+        (["data=wikipedia-leeds"], "wikipedia-leads"),
+        (["teacher=/nowhere/model"], "/nowhere/model"),
+        (["training.max_steps=4", "length=100000"], "tokens"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(teacher, text, tmp_path, arguments, message):
+    done = distill(teacher, text, tmp_path / "student", *arguments)
+    assert done.returncode != 0
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_folder_with_another_run_is_left_alone(teacher, text, tmp_path):
+    output = tmp_path / "student"
+    output.mkdir()
+    (output / "thesis.tex").write_text("precious")
+    for extra in ([], ["overwrite=true"], ["resume=true"]):
+        done = distill(teacher, text, output, *extra)
+        assert done.returncode != 0
+        assert "Traceback" not in done.stderr
+        assert [path.name for path in output.iterdir()] == ["thesis.tex"]
+
+
+def test_a_killed_run_resumes_to_the_same_student(teacher, text, tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    arguments = ["training.save_steps=1", "sgc={mode: blend}"]
+    assert distill(teacher, text, whole, *arguments).returncode == 0
+    done = distill(teacher, text, killed, *arguments)
+    assert done.returncode == 0, done.stderr
+    # what is left of a run that was killed after its third step
+    shutil.rmtree(killed / "model")
+    (killed / "log.json").unlink()
+    shutil.rmtree(killed / "checkpoint-4")
+    assert (
+        "other settings of loss"
+        in distill(teacher, text, killed, *arguments, "resume=true", "loss.kl=2").stderr
+    )
+    done = distill(teacher, text, killed, *arguments, "resume=true")
+    assert done.returncode == 0, done.stderr
+    weights = [(folder / "model/model.safetensors").read_bytes() for folder in (whole, killed)]
+    assert weights[0] == weights[1]
+    last = [json.loads((folder / "log.json").read_text())[3] for folder in (whole, killed)]
+    assert {k: last[0][k] for k in ("loss", "kl", "sgc_lambda")} == {
+        k: last[1][k] for k in ("loss", "kl", "sgc_lambda")
+    }
+
+
+def test_quickstart(text, tmp_path):
+    done = run(
+        "quickstart/quickstart.py",
+        ROOT / "recipes/quickstart/quickstart.yaml",
+        f"data={text}",
+        f"output={tmp_path / 'run'}",
+        *SMALL,
+        "teacher_training={max_steps: 3, per_device_train_batch_size: 2, logging_steps: 1}",
+        "student_training={max_steps: 3, per_device_train_batch_size: 2, logging_steps: 1}",
+        "held_out_rows=2",
+        "tasks=[sciq, piqa, copa]",
+        "limit=2",
+    )
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["after"]["perplexity"] > 1
+    assert set(results["after"]["zero_shot"]) == {"sciq", "piqa", "copa"}
+    assert "closed" in done.stdout
+    assert "energy gain" in (folder / "report.md").read_text()
+    assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    spikes = results["spikes"]["projections"]
+    assert sum(spikes["backbone.layers.0.mixer.in_proj"]["histogram"]) == results["held_out_rows"] * 32 * 32
