@@ -151,9 +151,9 @@ class SpikingProjection(nn.Linear):
         unit = not isinstance(threshold, torch.Tensor) and threshold == 1.0
         u = x if unit else x.float() / threshold
         spike = self.spikes(u, states)
-        compensated = self.training and self.sgc is not None and not self.spike_driven
-        if compensated and self.sgc_lambda > 0.0:
-            mode, function = self.sgc["mode"], self.sgc["function"]
+        sgc = self.sgc if self.training and not self.spike_driven else None
+        if sgc is not None and self.sgc_lambda > 0.0:
+            mode, function = sgc["mode"], sgc["function"]
             spike = compensate(u, spike, mode, function, self.sgc_lambda, self.max_spike_count)
         if not torch.is_autocast_enabled(x.device.type):
             spike = spike.to(self.weight.dtype)

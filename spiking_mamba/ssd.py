@@ -11,6 +11,7 @@ import math
 import sys
 import types
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -121,7 +122,7 @@ def state_update(
     C: torch.Tensor,
     D: torch.Tensor,
     dt_bias: torch.Tensor,
-    dt_limit: tuple[float, float] = (0.0, math.inf),
+    dt_limit: Sequence[float] = (0.0, math.inf),
 ):
     """One token of :func:`chunk_scan`; ``state`` ``[B, H, P, N]`` moves on in place.
 

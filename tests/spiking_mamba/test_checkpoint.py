@@ -253,6 +253,7 @@ class Code:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @FORMATS
 @pytest.mark.parametrize("save", [torch.save, lambda o, path: path.write_bytes(pickle.dumps(o))])
 def test_a_pickle_with_code_is_not_executed(make, save, tmp_path):

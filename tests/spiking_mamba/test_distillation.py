@@ -428,7 +428,7 @@ class Stop(TrainerCallback):
 
 def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(settings, monkeypatch, tmp_path):
     whole, expected = distill(settings)
-    assert whole == tmp_path / "run" / "student"
+    assert whole == tmp_path / "run" / "model"
     assert json.loads((tmp_path / "run" / "log.json").read_text()) == expected
     again = replace(settings, output=str(tmp_path / "again"))
     make = DistillationTrainer.__init__
@@ -441,7 +441,7 @@ def test_a_run_that_is_killed_and_resumed_ends_like_one_that_was_not(settings, m
         patch.setattr(DistillationTrainer, "__init__", with_stop)
         with pytest.raises(KeyboardInterrupt):
             distill(again)
-    assert not (tmp_path / "again" / "student").exists()
+    assert not (tmp_path / "again" / "model").exists()
     assert (tmp_path / "again" / "checkpoint-2").is_dir()
     with pytest.raises(RunError, match="already holds"):
         distill(again)
@@ -557,7 +557,7 @@ def test_two_processes(settings, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("ended") == 2
     names = {p.name for p in (tmp_path / "run").iterdir()}
-    assert names >= {"settings.yaml", "log.json", "student"}
+    assert names >= {"settings.yaml", "log.json", "model"}
     assert not any(name.endswith(".part") for name in names)
-    student = SpikingMambaForCausalLM.from_pretrained(tmp_path / "run" / "student")
+    student = SpikingMambaForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert all(p.isfinite().all() for p in student.parameters())
