@@ -22,7 +22,7 @@ SMALL = [
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
     command = [sys.executable, ROOT / "recipes" / script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +31,7 @@ def text(tmp_path_factory) -> Path:
     words = WORDS.split()
     documents = [
         f"Story {i}: " + " ".join(words[(i * j + j * j) % len(words)] for j in range(80))
-        for i in range(1, 20)
+        for i in range(1, 150)
     ]
     path.write_text("\n\n".join(documents))
     return path
