@@ -47,6 +47,7 @@ class SILIFNode(BaseNode):
 
     max_spike_count: int
     tau: float
+    stateless: bool
     v: float | torch.Tensor  # [N, *]; the number 0 before the first step
 
     def __init__(

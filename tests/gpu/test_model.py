@@ -1,0 +1,115 @@
+"""The model on a GPU (marked gpu: Triton's scan and CuPy's neurons need one)."""
+
+import importlib.util
+
+import pytest
+import torch
+from spikingjelly.activation_based import functional
+
+from neurons import set_backend
+from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, ssd
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU: it runs Triton and CuPy"),
+]
+needs_mamba_ssm = pytest.mark.skipif(
+    importlib.util.find_spec("mamba_ssm") is None, reason="compares with mamba-ssm's kernels: make gpu"
+)
+NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
+
+
+def make(membrane: str = "token", **fields) -> SpikingMambaForCausalLM:
+    torch.manual_seed(0)
+    leak = {"tau": 2.0} if membrane == "sequence" else {}
+    neuron = NEURON | {"args": NEURON["args"] | leak}
+    config = SpikingMambaConfig(
+        vocab_size=512,
+        hidden_size=128,
+        num_hidden_layers=3,
+        num_heads=4,
+        head_dim=64,
+        n_groups=1,
+        state_size=64,
+        chunk_size=64,
+        neuron=neuron,
+        membrane=membrane,
+        threshold=0.5,
+        **fields,
+    )
+    return SpikingMambaForCausalLM(config).cuda()
+
+
+@needs_mamba_ssm
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("length", [1, 63, 256, 300])
+def test_the_scans_agree(dtype, tolerance, length):
+    torch.manual_seed(0)
+    B, H, P, G, N = 2, 4, 64, 1, 64
+
+    def draw(*shape):
+        return torch.randn(*shape, device="cuda", dtype=dtype)
+
+    inputs = [draw(B, length, H, P), draw(B, length, H), draw(B, length, G, N), draw(B, length, G, N)]
+    A = -torch.rand(H, device="cuda") - 0.5
+    fixed = {"D": torch.ones(H, device="cuda"), "dt_bias": torch.full((H,), -2.0, device="cuda")}
+    state = torch.randn(B, H, P, N, device="cuda")
+    results = []
+    for function in (ssd._triton_kernels().chunk_scan, ssd._scan_torch):
+        x, dt, Bm, C = (t.clone().requires_grad_() for t in inputs)
+        y, last = function(
+            x, dt, A, Bm, C, chunk_size=64, initial_states=state, dt_softplus=True,
+            dt_limit=(0.0, float("inf")), return_final_states=True, **fixed,
+        )  # fmt: skip
+        grads = torch.autograd.grad(y.float().square().mean() + last.float().square().mean(), (x, dt, Bm, C))
+        results.append([y, last, *grads])
+    for triton, reference in zip(*results, strict=True):
+        scale = reference.float().abs().max()
+        assert (triton.float() - reference.float()).abs().max() <= tolerance * scale
+
+
+@pytest.mark.parametrize("membrane", ["token", "sequence"])
+def test_cupy_computes_the_same_model(membrane):
+    model = make(membrane)
+    input_ids = torch.randint(0, 512, (2, 100), device="cuda")
+    results = []
+    for backend in ("torch", "cupy"):
+        set_backend(model, backend)
+        loss = model(input_ids, labels=input_ids).loss
+        loss.backward()
+        gradient = model.backbone.layers[0].mixer.in_proj.weight.grad.clone()
+        model.zero_grad()
+        results.append((loss.detach(), gradient))
+    (loss, gradient), (cupy_loss, cupy_gradient) = results
+    torch.testing.assert_close(cupy_loss, loss, rtol=1e-6, atol=1e-6)
+    # the scan's own atomics move the last bits of a gradient from run to run
+    assert (cupy_gradient - gradient).abs().max() <= 1e-4 * gradient.abs().max()
+
+
+@pytest.mark.parametrize("membrane", ["token", "sequence"])
+def test_streaming_on_a_gpu(membrane):
+    model = make(membrane).eval()
+    set_backend(model, "cupy")
+    input_ids = torch.randint(0, 512, (2, 20), device="cuda")
+    with torch.no_grad():
+        full = model(input_ids).logits
+        functional.set_step_mode(model, "s")
+        streamed = torch.cat([model(token[:, None]).logits for token in input_ids.unbind(1)], 1)
+    assert (streamed - full).abs().max() <= 1e-2 * full.abs().max()
+
+
+def test_bf16_training_lowers_the_loss():
+    model = make(sgc={"mode": "blend"})
+    set_backend(model, "cupy")
+    model.gradient_checkpointing_enable()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, fused=True)
+    input_ids = torch.randint(0, 512, (4, 128), device="cuda")
+    losses = []
+    for _ in range(20):
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(input_ids, labels=input_ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.9 * losses[0]
