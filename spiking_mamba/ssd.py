@@ -1,7 +1,8 @@
 """The state-space-dual scan and the causal convolution, chosen per device when they are called.
 
 On CUDA they are mamba-ssm's Triton kernels (and causal-conv1d's, when installed), elsewhere, or when
-those packages are missing, transformers' torch functions.
+those packages are missing, transformers' torch functions. Triton's kernels multiply float32 in TF32: on an
+H100 their float32 results differ from torch's by up to 1e-3 of the largest value.
 """
 
 import functools

@@ -41,14 +41,13 @@ def make(membrane: str = "token", **fields) -> SpikingMambaForCausalLM:
 
 
 @needs_mamba_ssm
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("length", [1, 63, 256, 300])
-def test_the_scans_agree(dtype, tolerance, length):
+def test_the_scans_agree_in_bf16(length):
     torch.manual_seed(0)
     B, H, P, G, N = 2, 4, 64, 1, 64
 
     def draw(*shape):
-        return torch.randn(*shape, device="cuda", dtype=dtype)
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
 
     inputs = [draw(B, length, H, P), draw(B, length, H), draw(B, length, G, N), draw(B, length, G, N)]
     A = -torch.rand(H, device="cuda") - 0.5
@@ -65,7 +64,7 @@ def test_the_scans_agree(dtype, tolerance, length):
         results.append([y, last, *grads])
     for triton, reference in zip(*results, strict=True):
         scale = reference.float().abs().max()
-        assert (triton.float() - reference.float()).abs().max() <= tolerance * scale
+        assert (triton.float() - reference.float()).abs().max() <= 2e-2 * scale
 
 
 @pytest.mark.parametrize("membrane", ["token", "sequence"])
