@@ -109,6 +109,8 @@ def spec_of(module: nn.Module) -> dict[str, Any]:
     for key, parameter in inspect.signature(cls).parameters.items():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
             continue
+        if key == "grad_window" and module.__dict__.get(key) == getattr(module, "max_spike_count", None):
+            continue  # the default, which follows max_spike_count
         if key == "grad_window" and hasattr(module, "grad_min"):  # how MultiLevelSpikeCount keeps it
             args[key] = [module.grad_min, module.grad_max]
             continue

@@ -232,7 +232,7 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel, Mamba2Model):
         **kwargs: Any,
     ) -> tuple | Mamba2Output:
         """As in transformers' Mamba2. In step mode 's' the call continues the sequence of the calls before
-        it, unless the model trains or a cache is passed.
+        it, unless the model trains, a cache is passed, or ``use_cache=False`` asks for no state.
 
         Args:
             input_ids: ``[B, L]`` token ids. inputs_embeds: ``[B, L, hidden_size]`` instead of them.
@@ -250,6 +250,7 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel, Mamba2Model):
                     f"outside the vocabulary of {vocabulary}."
                 )
         streaming = self.stream.step_mode == "s" and not self.training and cache_params is None
+        streaming = streaming and use_cache is not False
         if streaming:
             cache_params = self._stream_cache(
                 (input_ids if inputs_embeds is None else inputs_embeds).shape[0]

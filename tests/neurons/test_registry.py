@@ -103,7 +103,7 @@ def test_spec_by_hand():
             "tau": 2.0,
             "surrogate_function": {
                 "class": "neurons.SignedSpikeCount",
-                "args": {"max_spike_count": 8, "alpha": 0.5, "grad_window": 8.0},
+                "args": {"max_spike_count": 8, "alpha": 0.5},
             },
         },
     }

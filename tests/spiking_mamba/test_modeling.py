@@ -507,3 +507,13 @@ def test_integer_input_of_a_projection():
     with pytest.raises(TypeError, match="floating-point"):
         projection(torch.ones(1, 2, 32, dtype=torch.long))
     assert projection.neuron.step_mode == "s"
+
+
+def test_without_a_cache_step_mode_s_keeps_no_state():
+    model = tiny_model(neuron=LEAKY, membrane="sequence")
+    input_ids = tokens(2, 12)
+    with torch.no_grad():
+        full = model(input_ids, use_cache=False).logits
+        functional.set_step_mode(model, "s")
+        model(input_ids[:, :1])  # a stream has begun
+        assert torch.equal(model(input_ids, use_cache=False).logits, full)
