@@ -57,7 +57,10 @@ def load_text(source: str | Sequence[str], split: str | None = None, seed: int =
         parts.append(documents.select(list(_keep(documents, split, seed, seen))))
     if not any(map(len, parts)):
         names = ", ".join(map(str, sources))
-        raise DataError(f"None of the {len(seen)} documents of {names} falls into {split!r}; give more text.")
+        raise DataError(
+            f"None of the {len(seen)} documents of {names} falls into {split!r}: give more "
+            "documents (in a .txt file a blank line separates them)."
+        )
     return datasets.concatenate_datasets(parts)
 
 

@@ -6,10 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, TrainerCallback, set_seed
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
 
 from . import data
 from .checkpoint import load_dense
+from .configuration import SpikingMambaConfig
 from .distillation_loss import DistillationLoss
 from .modeling import SpikingMambaForCausalLM
 from .settings import reject_unknown_keys
@@ -171,6 +179,19 @@ class DistillationSettings:
         reject_unknown_keys(self.loss, DistillationLoss.__dataclass_fields__, "loss")
         return DistillationLoss(**self.loss)
 
+    def make_arguments(self) -> TrainingArguments:
+        return training_arguments(Path(self.output), self.training, self.seed)
+
+    def check(self, teacher: SpikingMambaConfig) -> None:
+        """Raise what :func:`distill` would raise about these settings, before there is a teacher."""
+        self.make_loss()
+        self.make_arguments()
+        spiking = {
+            name: getattr(self, name)
+            for name in ("neuron", "sgc", "membrane", "threshold", "learn_threshold")
+        }
+        SpikingMambaConfig.from_dict(teacher.to_dict() | spiking)
+
 
 def distill(
     settings: DistillationSettings,
@@ -200,7 +221,7 @@ def distill(
         threshold=settings.threshold,
         learn_threshold=settings.learn_threshold,
     )
-    arguments = training_arguments(Path(settings.output), settings.training, settings.seed)
+    arguments = settings.make_arguments()
     rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)
     check_rows(rows, arguments, teacher.config.vocab_size)
     folder = start_run(settings, settings.resume, settings.overwrite)

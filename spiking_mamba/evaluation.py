@@ -190,11 +190,16 @@ def zero_shot(
     for task, count in results["n-samples"].items():
         found = results["results"][task]
         scores[task] = {
-            key: float(found[f"{key},none"]) if f"{key},none" in found else None
+            key: _number(found.get(f"{key},none"))
             for key in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr")
         }
         scores[task] |= {"chance": CHANCE.get(task), "n": count["effective"]}
     return scores
+
+
+def _number(value: Any) -> float | None:
+    """A score, or None where there is none: of a single item lm-eval calls the error "N/A"."""
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _stock_tasks(tasks: Sequence[Any]) -> Any:

@@ -7,6 +7,7 @@ sequences. A dense Mamba2 is the same model with ``config.neuron = None``.
 
 import copy
 import math
+import re
 from typing import Any, ClassVar
 
 import torch
@@ -174,6 +175,14 @@ class Stream(MemoryModule):
         return super()._apply(fn)
 
 
+def _same(one: nn.Module | None, other: nn.Module | None) -> bool:
+    """Whether two nodes are alike, but for the step mode and the backend they are in at the moment."""
+    if one is not None and any(True for _ in one.parameters()):
+        return True  # what such a node prints moves as it is trained; its class is compared elsewhere
+    texts = [re.sub(r"(step_mode|backend)=\w+", "", repr(node)) for node in (one, other)]
+    return texts[0] == texts[1]
+
+
 class SpikingMambaPreTrainedModel(Mamba2PreTrainedModel):
     """Weights, initialisation and loading of the spiking Mamba2."""
 
@@ -186,6 +195,22 @@ class SpikingMambaPreTrainedModel(Mamba2PreTrainedModel):
         super()._init_weights(module)
         if isinstance(module, SpikingProjection) and hasattr(module, "log_threshold"):
             init.constant_(module.log_threshold, math.log(module.initial_threshold))
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; a neuron that was swapped by hand goes into the configuration first.
+
+        Raises:
+            ValueError: the projections have different neurons, for which the configuration has one place.
+            TypeError: the neuron cannot be described, see ``neurons.spec_of``.
+        """
+        nodes = [module.neuron for module in self.modules() if isinstance(module, SpikingProjection)]
+        if nodes:
+            own = None if self.config.neuron is None else neurons.build(self.config.neuron)
+            if any(type(node) is not type(nodes[0]) or not _same(node, nodes[0]) for node in nodes):
+                raise ValueError("The projections have different neurons; a configuration holds one for all.")
+            if type(nodes[0]) is not type(own) or not _same(nodes[0], own):
+                self.config.neuron = None if nodes[0] is None else neurons.spec_of(nodes[0])
+        super().save_pretrained(*args, **kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
@@ -232,7 +257,8 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel, Mamba2Model):
         **kwargs: Any,
     ) -> tuple | Mamba2Output:
         """As in transformers' Mamba2. In step mode 's' the call continues the sequence of the calls before
-        it, unless the model trains, a cache is passed, or ``use_cache=False`` asks for no state.
+        it, unless the model trains, a cache is passed, or ``use_cache=False`` asks for no state. Streams are
+        for inference, under ``torch.no_grad()``: their states move on in place.
 
         Args:
             input_ids: ``[B, L]`` token ids. inputs_embeds: ``[B, L, hidden_size]`` instead of them.

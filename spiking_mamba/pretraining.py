@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, Trainer, set_seed
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from . import data
 from .configuration import SpikingMambaConfig
@@ -43,17 +43,23 @@ class PretrainingSettings:
     resume: bool = False
     overwrite: bool = False
 
-    def make_config(self, tokenizer: PreTrainedTokenizerBase) -> SpikingMambaConfig:
-        """The model's configuration; the number of heads follows from the widths."""
+    def make_config(self, vocab_size: int, end: int) -> SpikingMambaConfig:
+        """The model's configuration; the number of heads follows from the widths.
+
+        Args:
+            end: id of the end-of-text token.
+        """
         reject_unknown_keys(self.model, SpikingMambaConfig.__dataclass_fields__, "model")
         fields = {"head_dim": 32, "n_groups": 1, "expand": 2, "tie_word_embeddings": True} | self.model
         if "hidden_size" not in fields:
             raise ValueError("model must set hidden_size.")
         fields.setdefault("num_heads", fields["hidden_size"] * fields["expand"] // fields["head_dim"])
-        end = tokenizer.eos_token_id
         return SpikingMambaConfig(
-            vocab_size=len(tokenizer), bos_token_id=end, eos_token_id=end, pad_token_id=end, **fields
+            vocab_size=vocab_size, bos_token_id=end, eos_token_id=end, pad_token_id=end, **fields
         )
+
+    def make_arguments(self) -> TrainingArguments:
+        return training_arguments(Path(self.output), self.training, self.seed)
 
 
 def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]]]:
@@ -71,8 +77,8 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
         tokenizer = data.train_tokenizer(text["text"], settings.vocab_size)
     else:
         tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
-    config = settings.make_config(tokenizer)
-    arguments = training_arguments(Path(settings.output), settings.training, settings.seed)
+    config = settings.make_config(len(tokenizer), tokenizer.eos_token_id)
+    arguments = settings.make_arguments()
     rows = data.tokenize(text, tokenizer, settings.length)
     check_rows(rows, arguments, config.vocab_size)
     folder = start_run(settings, settings.resume, settings.overwrite)

@@ -26,7 +26,8 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def _score(score: dict[str, Any]) -> str:
-    return f"{score['acc']:.3f} ± {score['acc_stderr']:.3f}"
+    error = score["acc_stderr"]
+    return f"{score['acc']:.3f} ± " + ("?" if error is None else f"{error:.3f}")
 
 
 def summary(results: dict[str, Any]) -> str:

@@ -86,15 +86,19 @@ class QuickstartSettings:
 def run(settings: QuickstartSettings) -> dict[str, Any]:
     """Run it all; return what ``results.json`` holds."""
     start = time.time()
-    # what cannot be evaluated is an error now, not after the training
+    # what is wrong is an error now, not after the teacher's training
+    folder = Path(settings.output)
+    for_teacher, for_student = settings.teacher(folder), settings.student(folder, folder / "teacher/model")
+    for_teacher.make_arguments()
+    for_student.check(for_teacher.make_config(settings.vocab_size, end=0))
     tasks = evaluation.zero_shot_tasks(settings.tasks)
     held_out_text = data.load_text(settings.data, split="held_out")
-    folder = start_run(settings, settings.resume, settings.overwrite)
+    start_run(settings, settings.resume, settings.overwrite)
 
     print("1/4  Pretraining the dense teacher")
-    teacher_folder, teacher_log = pretrain(settings.teacher(folder))
+    teacher_folder, teacher_log = pretrain(for_teacher)
     print("2/4  Distilling the spiking student")
-    student_folder, student_log = distill(settings.student(folder, teacher_folder))
+    student_folder, student_log = distill(for_student)
 
     print("3/4  Evaluating")
     tokenizer = AutoTokenizer.from_pretrained(teacher_folder)

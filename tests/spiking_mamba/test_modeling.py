@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from spikingjelly.activation_based import functional
+from spikingjelly.activation_based import functional, neuron
 from tiny import (
     INTEGER,
     LEAKY,
@@ -310,9 +310,9 @@ def test_spike_driven_sees_no_sgc():
 
 
 def test_spike_driven_needs_signed_integers():
-    for neuron in (None, {"class": "spikingjelly.activation_based.neuron.LIFNode"}):
+    for spec in (None, {"class": "spikingjelly.activation_based.neuron.LIFNode"}):
         with pytest.raises(ValueError, match="signed integer"):
-            spike_driven(tiny_model(neuron=neuron))
+            spike_driven(tiny_model(neuron=spec))
 
 
 # --- cache and generation ---
@@ -517,3 +517,22 @@ def test_without_a_cache_step_mode_s_keeps_no_state():
         functional.set_step_mode(model, "s")
         model(input_ids[:, :1])  # a stream has begun
         assert torch.equal(model(input_ids, use_cache=False).logits, full)
+
+
+def test_a_neuron_swapped_by_hand_is_saved(tmp_path):
+    model = tiny_model(neuron=INTEGER)
+    for projection in model.projections().values():
+        projection.neuron = neuron.LIFNode(tau=2.0)
+    functional.set_step_mode(model, "s")
+    functional.set_step_mode(model, "m")  # a mode is no part of a neuron
+    model.save_pretrained(tmp_path)
+    input_ids = tokens(2, 9)
+    with torch.no_grad():
+        expected = model(input_ids).logits
+        assert torch.equal(
+            SpikingMambaForCausalLM.from_pretrained(tmp_path).eval()(input_ids).logits, expected
+        )
+    model.backbone.layers[0].mixer.in_proj.neuron = neuron.LIFNode(tau=3.0)
+    with pytest.raises(ValueError, match="different neurons"):
+        model.save_pretrained(tmp_path / "other")
+    assert not (tmp_path / "other").exists()
