@@ -245,9 +245,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             names, [timed[n] for n in names], color=["C1" if n == "SI-LIF, cupy" else "C0" for n in names]
         )
         for i, n in enumerate(names):
-            axis.text(
-                timed[n], i, f" {timed[n]:#.3g}" if timed[n] < 1000 else f" {timed[n]:.0f}", va="center"
-            )
+            axis.text(timed[n], i, f" {timed[n]:#.3g}" if timed[n] < 100 else f" {timed[n]:.0f}", va="center")
         axis.axvline(row["floor_ms"], color="black", linestyle=":")
         axis.set_xscale("log")
         axis.set_xlim(row["floor_ms"] / 2, max([*timed.values(), row["floor_ms"]]) * 8)
