@@ -4,7 +4,7 @@
 integer. They are spikingjelly nodes: swap them in, call ``functional.reset_net`` between sequences.
 """
 
-from . import functional, surrogate
+from . import compensation, functional, surrogate
 from .backend import set_backend
 from .micro_steps import MicroStepSum, SignedCountToTernary
 from .registry import build, register, spec_of
@@ -19,6 +19,7 @@ __all__ = [
     "SignedSpikeCount",
     "TILIFNode",
     "build",
+    "compensation",
     "functional",
     "register",
     "set_backend",

@@ -6,7 +6,7 @@ from numbers import Real
 import torch
 from spikingjelly.activation_based.neuron import BaseNode
 
-from . import functional
+from . import compensation, functional
 from .backend import BACKENDS, check_cupy
 from .cupy import ops as cupy_ops
 from .surrogate import SignedSpikeCount, SurrogateFunctionBase
@@ -91,9 +91,13 @@ class SILIFNode(BaseNode):
         self.max_spike_count = int(max_spike_count)
         self.tau = float(tau)
         self.backend = backend
-        # In step mode 'm', make every time step a window of its own that starts at V = 0, and keep no
-        # potential: what a projection asks for whose every token stands alone. Half the memory traffic.
+        # Make every element of the input a window of its own that starts at V = 0, keep no potential, in
+        # either step mode: what a projection asks for whose every token stands alone. Half the traffic.
         self.stateless = False
+        # For such a call in training: (mode, function, lambda) of a smooth path that is mixed into the
+        # spikes in the same pass, see neurons.compensation. The mixture is left in `compensated`.
+        self.compensation: tuple[str, str, float] | None = None
+        self.compensated: torch.Tensor | None = None
 
     @property
     def supported_backends(self) -> tuple[str, ...]:
@@ -155,6 +159,10 @@ class SILIFNode(BaseNode):
         return self.backend == "cupy"
 
     def _signed_spike_count(self, x: torch.Tensor) -> torch.Tensor:
+        if self.compensation is not None:
+            function = (cupy_ops if self._on_cupy() else compensation).compensated_spike_count
+            spike, self.compensated = function(x, self.surrogate_function, *self.compensation)
+            return spike
         signed_spike_count = (cupy_ops if self._on_cupy() else functional).signed_spike_count
         return signed_spike_count(x, self.v_threshold, self.surrogate_function)
 
@@ -179,9 +187,10 @@ class SILIFNode(BaseNode):
         spike_seq, v, _ = self._multi_step(inputs[0], states[0], False)
         return (spike_seq,), (v, *states[1:])
 
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        return self._signed_spike_count(x) if self.stateless else super().forward(x, *args, **kwargs)
+
     def multi_step_forward(self, x_seq: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        if self.stateless:
-            return self._signed_spike_count(x_seq)
         states: tuple[object, ...] = (self.v,)
         # A fresh neuron starts from the number 0: no tensor of zeros, no pass over it.
         if isinstance(self.v, torch.Tensor) or self.v != 0.0:

@@ -8,6 +8,7 @@ from spikingjelly.activation_based.base import MemoryModule
 from transformers import Mamba2Config
 
 import neurons
+from neurons import compensation
 
 from .settings import reject_unknown_keys
 
@@ -15,8 +16,8 @@ __all__ = ["PROJECTIONS", "SGC_FUNCTIONS", "SGC_MODES", "SGC_SCHEDULES", "Spikin
 
 PROJECTIONS = ("in_proj", "out_proj")
 MEMBRANES = ("token", "sequence")
-SGC_MODES = ("blend", "gradient", "replace")
-SGC_FUNCTIONS = ("tanh", "scaled_tanh", "clip", "identity")
+SGC_MODES = compensation.MODES
+SGC_FUNCTIONS = tuple(compensation.SMOOTH_FUNCTIONS)
 SGC_SCHEDULES = ("constant", "linear", "cosine")
 SGC_DEFAULTS = {"function": "scaled_tanh", "lam": 1.0, "schedule": "linear"}
 

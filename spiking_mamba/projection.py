@@ -1,7 +1,6 @@
 """A linear projection fed by spikes, with Smoothed Gradient Compensation (SGC) in training."""
 
 import math
-from collections.abc import Callable
 
 import torch
 from spikingjelly.activation_based.base import MemoryModule
@@ -9,45 +8,9 @@ from torch import nn
 from torch.nn import functional as F
 
 import neurons
+from neurons.compensation import compensate
 
-__all__ = ["SpikingProjection", "compensate"]
-
-_SMOOTH: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
-    "tanh": lambda u, d: d * torch.tanh(u),  # the source's
-    "scaled_tanh": lambda u, d: d * torch.tanh(u / d),
-    "clip": lambda u, d: u.clamp(-d, d),
-    "identity": lambda u, d: u,
-}
-
-
-def compensate(
-    u: torch.Tensor, spike: torch.Tensor, mode: str, function: str, lam: float, max_spike_count: int
-) -> torch.Tensor:
-    """Mix the smooth path into the spikes before the matrix product, which is linear, so one serves both.
-
-    With the smooth ``f`` and lambda ``lam``:
-
-    - 'blend': ``s + lam * (f(u) - s)``, in the forward and the backward pass;
-    - 'gradient': spikes forward; backward the surrogate's slope plus ``lam * f'``;
-    - 'replace': spikes forward; backward ``(1 - lam)`` of the surrogate's slope plus ``lam * f'``.
-
-    Args:
-        u: the projection's input in units of V_th, any shape.
-        spike: the neuron's spikes for it, the same shape.
-        mode, function: see :class:`~spiking_mamba.SpikingMambaConfig`.
-        lam: in [0, 1].
-        max_spike_count: ``D``, the saturation of ``f``.
-
-    Returns:
-        What the linear map is applied to, in the dtype of ``spike``.
-    """
-    smooth = _SMOOTH[function](u, max_spike_count)
-    if mode == "blend":
-        return (spike + lam * (smooth - spike)).to(spike.dtype)
-    difference = lam * (smooth - smooth.detach())  # zero, with the gradient of lam * f
-    if mode == "replace":
-        spike = spike.detach() + (1.0 - lam) * (spike - spike.detach())
-    return spike + difference.to(spike.dtype)
+__all__ = ["SpikingProjection"]
 
 
 class SpikingProjection(nn.Linear):
@@ -62,7 +25,7 @@ class SpikingProjection(nn.Linear):
         membrane: 'token' (every token starts at V = 0) or 'sequence' (V runs along the token axis).
         threshold: V_th, > 0, in the units of ``x``.
         learn_threshold: train ``log V_th`` as the float32 parameter ``log_threshold``.
-        sgc: ``None`` or the complete SGC settings of the config; see :func:`compensate`.
+        sgc: ``None`` or the complete SGC settings of the config; see :mod:`neurons.compensation`.
         spike_driven: feed the weight ternary micro-steps and sum, instead of integers; without SGC.
     """
 
@@ -123,12 +86,13 @@ class SpikingProjection(nn.Linear):
         """
         node = self.neuron
         assert node is not None, "a dense projection has no spikes"
+        if self._stateless:
+            node.stateless = True
+            return node(u.unsqueeze(0))[0]
         step_mode = node.step_mode
         node.step_mode = "m"
         try:
             if self.membrane == "token":
-                if isinstance(node, neurons.SILIFNode):
-                    node.stateless = True  # nobody will ask for its potential
                 return node(u.unsqueeze(0))[0]
             if states:
                 node._memories.update(zip(node._memories, states, strict=True))
@@ -139,8 +103,26 @@ class SpikingProjection(nn.Linear):
         finally:
             node.reset()
             node.step_mode = step_mode
-            if isinstance(node, neurons.SILIFNode):
-                node.stateless = False
+
+    @property
+    def _stateless(self) -> bool:
+        """Whether the node works without a potential: nobody will ask for it, every token being a window."""
+        return self.membrane == "token" and isinstance(self.neuron, neurons.SILIFNode)
+
+    def _compensated(self, u: torch.Tensor, states: list | None) -> torch.Tensor:
+        """The spikes with SGC's smooth path mixed in, ``[B, L, in_features]``."""
+        assert self.sgc is not None
+        mode, function = self.sgc["mode"], self.sgc["function"]
+        node = self.neuron
+        if not self._stateless:
+            spike = self.spikes(u, states)
+            return compensate(u, spike, mode, function, self.sgc_lambda, self.max_spike_count)
+        node.compensation = mode, function, self.sgc_lambda
+        try:
+            self.spikes(u)
+            return node.compensated[0]
+        finally:
+            node.compensation = node.compensated = None
 
     def forward(self, x: torch.Tensor, states: list | None = None) -> torch.Tensor:
         """Project ``x`` of shape ``[B, L, in_features]`` to ``[B, L, out_features]``; ``states`` as in
@@ -150,11 +132,10 @@ class SpikingProjection(nn.Linear):
         threshold = self.threshold
         unit = not isinstance(threshold, torch.Tensor) and threshold == 1.0
         u = x if unit else x.float() / threshold
-        spike = self.spikes(u, states)
-        sgc = self.sgc if self.training and not self.spike_driven else None
-        if sgc is not None and self.sgc_lambda > 0.0:
-            mode, function = sgc["mode"], sgc["function"]
-            spike = compensate(u, spike, mode, function, self.sgc_lambda, self.max_spike_count)
+        compensates = (
+            self.training and self.sgc is not None and self.sgc_lambda > 0.0 and not self.spike_driven
+        )
+        spike = self._compensated(u, states) if compensates else self.spikes(u, states)
         if not torch.is_autocast_enabled(x.device.type):
             spike = spike.to(self.weight.dtype)
         y = self._accumulate(spike)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from neurons import SignedSpikeCount, functional
+from neurons import SignedSpikeCount, compensation, functional
 from neurons.cupy import ops
 
 # Gradients may differ from the oracle's by that much of the largest: 1e-6, or one unit in the last place.
@@ -25,7 +25,10 @@ def assert_bit_equal(actual: torch.Tensor, expected: torch.Tensor) -> None:
     )
 
 
-def assert_gradients_agree(actual: torch.Tensor | None, expected: torch.Tensor | None) -> None:
+def assert_gradients_agree(
+    actual: torch.Tensor | None, expected: torch.Tensor | None, tolerance: float | None = None
+) -> None:
+    """Errors relative to the largest gradient; ``tolerance``: GRADIENT_TOLERANCE of the dtype."""
     assert (actual is None) == (expected is None)
     if actual is None or expected is None:
         return
@@ -36,7 +39,8 @@ def assert_gradients_agree(actual: torch.Tensor | None, expected: torch.Tensor |
     if bool(finite.any()):
         error = (actual[finite].double() - expected[finite].double()).abs().max()
         largest = expected[finite].double().abs().max()
-        assert error <= GRADIENT_TOLERANCE[actual.dtype] * largest, f"off by {error} of {largest}"
+        tolerance = GRADIENT_TOLERANCE[actual.dtype] if tolerance is None else tolerance
+        assert error <= tolerance * largest, f"off by {error} of {largest}"
 
 
 @dataclass
@@ -140,3 +144,28 @@ def check_count(x: torch.Tensor, v_threshold: float, surrogate: SignedSpikeCount
     assert_bit_equal(actual.detach(), expected.detach())
     grad = torch.randn(x.shape, device=x.device).to(expected.dtype)
     assert_gradients_agree(torch.autograd.grad(actual, x, grad)[0], torch.autograd.grad(expected, x, grad)[0])
+
+
+def check_compensated(
+    u: torch.Tensor,
+    surrogate: SignedSpikeCount,
+    mode: str,
+    function: str,
+    lam: float,
+    wants_spike: bool = True,
+) -> None:
+    """The compensated operator: spikes to the bit; mixture and gradient within the tolerance of what torch
+    makes of it all in float32."""
+    x = u.detach().requires_grad_()
+    spike, mixed = ops.compensated_spike_count(x, surrogate, mode, function, lam)
+    generator = torch.Generator().manual_seed(1)
+    grads = [torch.randn(u.shape, generator=generator).to(spike) for _ in range(2 if wants_spike else 1)]
+    (grad,) = torch.autograd.grad((mixed, spike)[: len(grads)], x, grads)
+    wide = u.detach().float().requires_grad_()
+    with torch.autocast(u.device.type, enabled=False):
+        exact, smooth = compensation.compensated_spike_count(wide, surrogate, mode, function, lam)
+        wide_grads = [g.float() for g in grads]
+        (expected,) = torch.autograd.grad((smooth, exact)[: len(grads)], wide, wide_grads)
+    assert_bit_equal(spike.detach(), exact.detach().to(spike.dtype))
+    for a, e in ((mixed.detach(), smooth.detach()), (grad, expected)):  # tanh: another rounding may differ
+        assert_gradients_agree(a, e.to(a.dtype), max(1e-6, torch.finfo(a.dtype).eps))

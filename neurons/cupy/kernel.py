@@ -84,9 +84,13 @@ def module_options(
     stateful: bool,
     v_seq: bool = False,
     grad_spike: bool = True,
+    mode: str = "blend",
+    function: str = "tanh",
 ) -> tuple[str, ...]:
-    """The compiler's options for one instantiation of kernel ``name`` ('forward_single', ...)."""
-    return _options(TUNING, name, x_dtype, spike_dtype, v_threshold == 1.0, stateful, v_seq, grad_spike)
+    """The compiler's options for one instantiation of kernel ``name`` ('forward_single', ...); ``mode`` and
+    ``function`` matter to the compensated ones only."""
+    unit = v_threshold == 1.0
+    return _options(TUNING, name, x_dtype, spike_dtype, unit, stateful, v_seq, grad_spike, mode, function)
 
 
 @functools.cache  # called at every launch
@@ -99,6 +103,8 @@ def _options(
     stateful: bool,
     v_seq: bool,
     grad_spike: bool,
+    mode: str,
+    function: str,
 ) -> tuple[str, ...]:
     if torch.float32 in (x_dtype, spike_dtype):
         vec = 4  # 16 bytes of the widest tensor
@@ -111,6 +117,8 @@ def _options(
         "UNIT_THRESHOLD": int(unit_threshold),
         "V_SEQ": int(v_seq),
         "GRAD_SPIKE": int(grad_spike),
+        "MODE": mode.upper(),
+        "SMOOTH": function.upper(),
         "VEC": vec,
         "BLOCK": tuning.block,
         "WIDE_RING": tuning.wide_ring,

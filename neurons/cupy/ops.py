@@ -1,6 +1,7 @@
 """The CuPy kernels as torch operators, and the functions that nodes call.
 
-``neurons::si_lif_multi_step`` and ``neurons::signed_spike_count`` are ``torch.library`` custom operators
+``neurons::si_lif_multi_step``, ``neurons::signed_spike_count`` and ``neurons::compensated_spike_count`` are
+``torch.library`` custom operators
 with fake kernels and autograd formulas, so they pass through ``torch.compile(fullgraph=True)``. Importing
 this module needs neither CuPy nor a GPU; running an operator does.
 """
@@ -15,7 +16,7 @@ from .. import functional
 from ..surrogate import SignedSpikeCount
 from . import kernel
 
-__all__ = ["si_lif_multi_step", "signed_spike_count"]
+__all__ = ["compensated_spike_count", "si_lif_multi_step", "signed_spike_count"]
 
 
 # ---- Operators. Tensors [T, N, *]; the mask is one bit an element in a layout of the kernels' own. ----
@@ -278,6 +279,113 @@ def _count_autograd(ctx: Any, grad_spike, _grad_mask):
 _count.register_autograd(_count_autograd, setup_context=_count_setup)
 
 
+@torch.library.custom_op(
+    "neurons::compensated_spike_count",
+    mutates_args=(),
+    schema="(Tensor u, int max_spike_count, float alpha, float grad_window, str mode, str function, "
+    "float lam, ScalarType spike_dtype) -> (Tensor, Tensor)",
+)
+def _compensated(
+    u: Tensor,
+    max_spike_count: int,
+    alpha: float,
+    grad_window: float,
+    mode: str,
+    function: str,
+    lam: float,
+    spike_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor]:
+    """``(spike, mixed)``."""
+    spike, mixed = (u.new_empty(u.shape, dtype=spike_dtype) for _ in range(2))
+    if u.numel() > 0:
+        plan, u = kernel.layout(1, u.numel()), u.contiguous()
+        name = "forward_compensated"
+        kernel.launch(
+            name,
+            u.device,
+            kernel.module_options(name, u.dtype, spike_dtype, 1.0, False, mode=mode, function=function),
+            plan.grid,
+            plan.block,
+            kernel.pack((u, spike, mixed), 1, u.numel(), (max_spike_count, lam)),
+        )
+    return spike, mixed
+
+
+@_compensated.register_fake
+def _(u, max_spike_count, alpha, grad_window, mode, function, lam, spike_dtype):
+    return u.new_empty(u.shape, dtype=spike_dtype), u.new_empty(u.shape, dtype=spike_dtype)
+
+
+@torch.library.custom_op(
+    "neurons::compensated_spike_count_backward",
+    mutates_args=(),
+    schema="(Tensor u, Tensor? grad_spike, Tensor grad_mixed, int max_spike_count, float alpha, "
+    "float grad_window, str mode, str function, float lam) -> Tensor",
+)
+def _compensated_backward(
+    u: Tensor,
+    grad_spike: Tensor | None,
+    grad_mixed: Tensor,
+    max_spike_count: int,
+    alpha: float,
+    grad_window: float,
+    mode: str,
+    function: str,
+    lam: float,
+) -> Tensor:
+    grad_u = u.new_empty(u.shape)
+    if u.numel() > 0:
+        plan, u, grad_mixed = kernel.layout(1, u.numel()), u.contiguous(), grad_mixed.contiguous()
+        grad_spike = None if grad_spike is None else grad_spike.contiguous()
+        name = "backward_compensated"
+        kernel.launch(
+            name,
+            u.device,
+            kernel.module_options(
+                name,
+                u.dtype,
+                grad_mixed.dtype,
+                1.0,
+                False,
+                grad_spike=grad_spike is not None,
+                mode=mode,
+                function=function,
+            ),
+            plan.grid,
+            plan.block,
+            kernel.pack(
+                (u, grad_spike, grad_mixed, grad_u),
+                1,
+                u.numel(),
+                (max_spike_count, grad_window, alpha, lam),
+            ),
+        )
+    return grad_u
+
+
+@_compensated_backward.register_fake
+def _(u, grad_spike, grad_mixed, max_spike_count, alpha, grad_window, mode, function, lam):
+    return u.new_empty(u.shape)
+
+
+def _compensated_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    u, *ctx.constants, _ = inputs
+    ctx.save_for_backward(u)
+    ctx.set_materialize_grads(False)
+
+
+def _compensated_autograd(ctx: Any, grad_spike, grad_mixed):
+    (u,) = ctx.saved_tensors
+    if grad_spike is None and grad_mixed is None:
+        return (None,) * 8
+    if grad_mixed is None:  # somebody wants the spikes alone
+        grad_mixed = torch.zeros_like(grad_spike)
+    return (_compensated_backward(u, grad_spike, grad_mixed, *ctx.constants), *(None,) * 7)
+
+
+_compensated.register_autograd(_compensated_autograd, setup_context=_compensated_setup)
+
+
 # ---- What nodes call ----
 
 
@@ -367,3 +475,21 @@ def signed_spike_count(x: Tensor, v_threshold: float, surrogate_function: Any) -
         torch.is_grad_enabled() and x.requires_grad,
     )
     return spike
+
+
+def compensated_spike_count(
+    u: Tensor, surrogate_function: Any, mode: str, function: str, lam: float
+) -> tuple[Tensor, Tensor]:
+    """:func:`neurons.compensation.compensated_spike_count` by one kernel each way; same arguments, same
+    spikes to the bit, the same mixture up to one rounding. Raises as :func:`si_lif_multi_step` does."""
+    surrogate = _check(u, surrogate_function)
+    return _compensated(
+        u,
+        surrogate.max_spike_count,
+        surrogate.alpha,
+        surrogate.grad_window,
+        mode,
+        function,
+        lam,
+        functional.spike_dtype(u, surrogate),
+    )

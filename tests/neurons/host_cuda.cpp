@@ -48,7 +48,7 @@ DEV unsigned short float_to_half(float f) {
   return sign | (unsigned short)((exponent + 13) * 1024 + (int)steps);
 }
 
-#define ALL_KERNELS  // the one asked for and the five others
+#define ALL_KERNELS  // the one asked for and all others
 #include "si_lif.cu"
 
 extern "C" void run_forward(int family, int grid, int block, FORWARD_PARAMETERS) {
@@ -65,4 +65,18 @@ extern "C" void run_backward(int family, int grid, int block, BACKWARD_PARAMETER
     for (threadIdx.x = 0; threadIdx.x < (unsigned)block; ++threadIdx.x)
       (family == 0 ? backward_single : family == 1 ? backward_wide : backward_tall)(
           grad_spike, grad_v, grad_v_seq, mask, grad_x, grad_v0, T, N, beta, v_th, alpha, detach_reset, aligned);
+}
+
+extern "C" void run_forward_compensated(int grid, int block, FORWARD_COMPENSATED_PARAMETERS) {
+  gridDim.x = grid;
+  for (blockIdx.x = 0; blockIdx.x < (unsigned)grid; ++blockIdx.x)
+    for (threadIdx.x = 0; threadIdx.x < (unsigned)block; ++threadIdx.x)
+      forward_compensated(x, spike, mixed, T, N, max_count, lam, aligned);
+}
+
+extern "C" void run_backward_compensated(int grid, int block, BACKWARD_COMPENSATED_PARAMETERS) {
+  gridDim.x = grid;
+  for (blockIdx.x = 0; blockIdx.x < (unsigned)grid; ++blockIdx.x)
+    for (threadIdx.x = 0; threadIdx.x < (unsigned)block; ++threadIdx.x)
+      backward_compensated(x, grad_spike, grad_mixed, grad_x, T, N, max_count, window, alpha, lam, aligned);
 }

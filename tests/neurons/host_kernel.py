@@ -47,6 +47,8 @@ def launch(
     assert device.type == "cpu"
     direction, family = name.split("_")
     typed = [C_TYPES[a.dtype.str[1:]](a.item()) for a in args]
-    getattr(_library(tuple(o for o in options if "ONLY" not in o)), f"run_{direction}")(
-        FAMILIES.index(family), grid, block, *typed
-    )
+    library = _library(tuple(o for o in options if "ONLY" not in o))
+    if family == "compensated":
+        getattr(library, f"run_{name}")(grid, block, *typed)
+    else:
+        getattr(library, f"run_{direction}")(FAMILIES.index(family), grid, block, *typed)

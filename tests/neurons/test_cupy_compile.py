@@ -1,7 +1,5 @@
 """The CuPy backend without a GPU: its source compiles for GPUs, and run on the CPU it equals the oracle."""
 
-import ctypes
-import ctypes.util
 import dataclasses
 import importlib.util
 import itertools
@@ -11,7 +9,6 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import host_kernel
 import numpy as np
 import pytest
 import torch
@@ -29,49 +26,6 @@ PAIRS = [
 
 
 # ---- NVRTC ----
-
-
-def _find_nvrtc() -> str | None:
-    spec = importlib.util.find_spec("nvidia")
-    for folder in spec.submodule_search_locations or [] if spec else []:
-        for pattern in ("cu13/lib/libnvrtc.so.1?", "cuda_nvrtc/lib/libnvrtc.so.1?"):
-            for path in sorted(Path(folder).glob(pattern)):
-                return str(path)
-    return ctypes.util.find_library("nvrtc")
-
-
-class Nvrtc:
-    def __init__(self, path: str) -> None:
-        # The builtins library lies beside it, where the loader does not look.
-        for builtins in Path(path).parent.glob("libnvrtc-builtins.so*"):
-            ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
-        self.lib = ctypes.CDLL(path)
-
-    def _string(self, kind: str, program: ctypes.c_void_p) -> str:
-        size = ctypes.c_size_t()
-        getattr(self.lib, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
-        buffer = ctypes.create_string_buffer(size.value)
-        getattr(self.lib, f"nvrtcGet{kind}")(program, buffer)
-        return buffer.value.decode()
-
-    def ptx(self, options: tuple[str, ...]) -> str:
-        program = ctypes.c_void_p()
-        source = kernel.SOURCE.read_bytes()
-        assert self.lib.nvrtcCreateProgram(ctypes.byref(program), source, b"si_lif.cu", 0, None, None) == 0
-        array = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
-        status = self.lib.nvrtcCompileProgram(program, len(options), array)
-        assert status == 0, self._string("ProgramLog", program)
-        ptx = self._string("PTX", program)
-        self.lib.nvrtcDestroyProgram(ctypes.byref(program))
-        return ptx
-
-
-@pytest.fixture(scope="module")
-def nvrtc() -> Nvrtc:
-    path = _find_nvrtc()
-    if path is None:
-        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
-    return Nvrtc(path)
 
 
 def _instantiations(name: str) -> list[tuple[str, ...]]:
@@ -94,7 +48,7 @@ def _instantiations(name: str) -> list[tuple[str, ...]]:
 
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("name", KERNELS)
-def test_compiles_to_ptx(nvrtc: Nvrtc, name: str, arch: int) -> None:
+def test_compiles_to_ptx(nvrtc, name: str, arch: int) -> None:
     # CuPy appends -ftz=true to whatever it is given; the arithmetic must not listen to it.
     instantiations = _instantiations(name)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -117,23 +71,13 @@ def test_compiles_to_ptx(nvrtc: Nvrtc, name: str, arch: int) -> None:
 
 @pytest.mark.parametrize("dtype", list(kernel.STORAGE))
 @pytest.mark.parametrize("name", [k for k in KERNELS if not k.endswith("tall")])
-def test_accesses_16_bytes(nvrtc: Nvrtc, name: str, dtype: torch.dtype) -> None:
+def test_accesses_16_bytes(nvrtc, name: str, dtype: torch.dtype) -> None:
     ptx = nvrtc.ptx((*kernel.module_options(name, dtype, dtype, 1.0, False), "-arch=compute_90"))
     assert "ld.global.nc.v4" in ptx or "ld.global.v4" in ptx
     assert "st.global.v4" in ptx
 
 
 # ---- The source on the CPU ----
-
-
-@pytest.fixture
-def host(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The CuPy backend with its kernels running on the CPU."""
-    if host_kernel.COMPILER is None:
-        pytest.skip("no C++ compiler")
-    monkeypatch.setattr(kernel, "launch", host_kernel.launch)
-    monkeypatch.setattr(kernel, "DEVICE_TYPES", ("cpu",))
-    monkeypatch.setattr(si_lif, "check_cupy", lambda: None)
 
 
 def _every_value(dtype: torch.dtype) -> torch.Tensor:

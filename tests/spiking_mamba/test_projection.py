@@ -7,10 +7,10 @@ import torch
 from tiny import INTEGER, LEAKY, tiny_model, tokens
 
 import neurons
+from neurons.compensation import compensate
 from spiking_mamba import SpikingProjection
 from spiking_mamba.configuration import SGC_FUNCTIONS, SGC_MODES
 from spiking_mamba.distillation import sgc_lambda
-from spiking_mamba.projection import compensate
 
 D = 4
 # Away from ties and from the edges of the window: u, the integer nearest to it, the surrogate's slope.

@@ -1,0 +1,65 @@
+"""What stands in for a GPU: NVIDIA's compiler, and the CUDA source compiled for the CPU."""
+
+import ctypes
+import ctypes.util
+import importlib.util
+from pathlib import Path
+
+import host_kernel
+import pytest
+
+from neurons import si_lif
+from neurons.cupy import kernel
+
+
+def _find_nvrtc() -> str | None:
+    spec = importlib.util.find_spec("nvidia")
+    for folder in spec.submodule_search_locations or [] if spec else []:
+        for pattern in ("cu13/lib/libnvrtc.so.1?", "cuda_nvrtc/lib/libnvrtc.so.1?"):
+            for path in sorted(Path(folder).glob(pattern)):
+                return str(path)
+    return ctypes.util.find_library("nvrtc")
+
+
+class Nvrtc:
+    def __init__(self, path: str) -> None:
+        # The builtins library lies beside it, where the loader does not look.
+        for builtins in Path(path).parent.glob("libnvrtc-builtins.so*"):
+            ctypes.CDLL(str(builtins), mode=ctypes.RTLD_GLOBAL)
+        self.lib = ctypes.CDLL(path)
+
+    def _string(self, kind: str, program: ctypes.c_void_p) -> str:
+        size = ctypes.c_size_t()
+        getattr(self.lib, f"nvrtcGet{kind}Size")(program, ctypes.byref(size))
+        buffer = ctypes.create_string_buffer(size.value)
+        getattr(self.lib, f"nvrtcGet{kind}")(program, buffer)
+        return buffer.value.decode()
+
+    def ptx(self, options: tuple[str, ...]) -> str:
+        program = ctypes.c_void_p()
+        source = kernel.SOURCE.read_bytes()
+        assert self.lib.nvrtcCreateProgram(ctypes.byref(program), source, b"si_lif.cu", 0, None, None) == 0
+        array = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
+        status = self.lib.nvrtcCompileProgram(program, len(options), array)
+        assert status == 0, self._string("ProgramLog", program)
+        ptx = self._string("PTX", program)
+        self.lib.nvrtcDestroyProgram(ctypes.byref(program))
+        return ptx
+
+
+@pytest.fixture(scope="module")
+def nvrtc() -> Nvrtc:
+    path = _find_nvrtc()
+    if path is None:
+        pytest.skip("NVRTC is not installed: pip install nvidia-cuda-nvrtc")
+    return Nvrtc(path)
+
+
+@pytest.fixture
+def host(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The CuPy backend with its kernels running on the CPU."""
+    if host_kernel.COMPILER is None:
+        pytest.skip("no C++ compiler")
+    monkeypatch.setattr(kernel, "launch", host_kernel.launch)
+    monkeypatch.setattr(kernel, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(si_lif, "check_cupy", lambda: None)
