@@ -157,7 +157,7 @@ def _kernel(device_index: int, options: tuple[str, ...], name: str) -> Any:
 
     with _compile_lock:
         module = cupy.RawModule(code=SOURCE.read_text(), options=options, backend="nvrtc")
-        return module.get_function(name)
+        return module.get_function(name).kernel  # what takes a stream as an argument
 
 
 @functools.lru_cache(maxsize=64)
@@ -176,5 +176,9 @@ def launch(
     from ..backend import check_cupy
 
     check_cupy()
-    with torch.cuda.device(device), _cupy_stream(torch.cuda.current_stream(device)):
-        _kernel(device.index, options, name)((grid,), (block,), args)
+    stream = torch.cuda.current_stream(device)
+    if device.index == torch.cuda.current_device():
+        _kernel(device.index, options, name)((grid,), (block,), args, stream=_cupy_stream(stream))
+    else:
+        with torch.cuda.device(device):
+            _kernel(device.index, options, name)((grid,), (block,), args, stream=_cupy_stream(stream))

@@ -7,16 +7,60 @@ this module needs neither CuPy nor a GPU; running an operator does.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from .. import functional
 from ..surrogate import SignedSpikeCount
 from . import kernel
 
 __all__ = ["compensated_spike_count", "si_lif_multi_step", "signed_spike_count"]
+
+
+def _operator(name: str, schema: str) -> Callable[[Callable[..., Any]], Any]:
+    """``torch.library.custom_op`` that also keeps the plain function, for :func:`_call`."""
+
+    def wrap(function: Callable[..., Any]) -> Any:
+        operator = torch.library.custom_op(f"neurons::{name}", function, mutates_args=(), schema=schema)
+        operator.function = function  # type: ignore[attr-defined]
+        return operator
+
+    return wrap
+
+
+def _dispatches() -> bool:
+    """Whether anything but the kernel itself has to see the call: a tracer, a dispatch mode, functorch."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
+
+
+def _call(operator: Any, *arguments: Any) -> Any:
+    # A custom operator costs the processor 30 us a call, which a model of 100 neurons and more feels.
+    return operator(*arguments) if _dispatches() else operator.function(*arguments)
+
+
+def _differentiable(operator: Any, setup_context: Callable[..., None], backward: Callable[..., Any]) -> Any:
+    """Register the operator's autograd formula; return what applies the same one to the plain function."""
+    operator.register_autograd(backward, setup_context=setup_context)
+
+    def forward(ctx: Any, *inputs: Any) -> Any:  # a setup_context of its own would cost 20 us more
+        output = operator.function(*inputs)
+        setup_context(ctx, inputs, output)
+        return output
+
+    members = {"forward": staticmethod(forward), "backward": staticmethod(once_differentiable(backward))}
+    return type(operator._name, (torch.autograd.Function,), members)
+
+
+def _apply(operator: Any, function: Any, *arguments: Any) -> Any:
+    return operator(*arguments) if _dispatches() else function.apply(*arguments)
 
 
 # ---- Operators. Tensors [T, N, *]; the mask is one bit an element in a layout of the kernels' own. ----
@@ -34,10 +78,9 @@ def _empty_forward(
     )
 
 
-@torch.library.custom_op(
-    "neurons::si_lif_multi_step",
-    mutates_args=(),
-    schema="(Tensor x_seq, Tensor? v, float beta, float v_threshold, int max_spike_count, float alpha, "
+@_operator(
+    "si_lif_multi_step",
+    "(Tensor x_seq, Tensor? v, float beta, float v_threshold, int max_spike_count, float alpha, "
     "float grad_window, bool detach_reset, ScalarType spike_dtype, bool store_mask, bool store_v_seq) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
 )
@@ -83,10 +126,9 @@ def _(
     return _empty_forward(x_seq, spike_dtype, store_mask, store_v_seq)
 
 
-@torch.library.custom_op(
-    "neurons::si_lif_multi_step_backward",
-    mutates_args=(),
-    schema="(Tensor? grad_spike_seq, Tensor? grad_v, Tensor? grad_v_seq, Tensor mask, SymInt[] shape, "
+@_operator(
+    "si_lif_multi_step_backward",
+    "(Tensor? grad_spike_seq, Tensor? grad_v, Tensor? grad_v_seq, Tensor mask, SymInt[] shape, "
     "float beta, float v_threshold, float alpha, bool detach_reset, ScalarType x_dtype, "
     "ScalarType spike_dtype, bool need_grad_v) -> (Tensor, Tensor)",
 )
@@ -162,7 +204,8 @@ def _multi_step_autograd(ctx: Any, grad_spike_seq, grad_v, _grad_mask, grad_v_se
     if grad_spike_seq is None and grad_v is None and grad_v_seq is None:
         return (None,) * 11
     need_grad_v = ctx.needs_input_grad[1]
-    grad_x_seq, grad_v0 = _multi_step_backward(
+    grad_x_seq, grad_v0 = _call(
+        _multi_step_backward,
         grad_spike_seq,
         grad_v,
         grad_v_seq,
@@ -179,7 +222,7 @@ def _multi_step_autograd(ctx: Any, grad_spike_seq, grad_v, _grad_mask, grad_v_se
     return (grad_x_seq, grad_v0 if need_grad_v else None, *(None,) * 9)
 
 
-_multi_step.register_autograd(_multi_step_autograd, setup_context=_multi_step_setup)
+_MultiStep = _differentiable(_multi_step, _multi_step_setup, _multi_step_autograd)
 
 
 def _empty_count(x: Tensor, spike_dtype: torch.dtype, store_mask: bool) -> tuple[Tensor, Tensor]:
@@ -187,10 +230,9 @@ def _empty_count(x: Tensor, spike_dtype: torch.dtype, store_mask: bool) -> tuple
     return x.new_empty(x.shape, dtype=spike_dtype), x.new_empty(mask_bytes, dtype=torch.uint8)
 
 
-@torch.library.custom_op(
-    "neurons::signed_spike_count",
-    mutates_args=(),
-    schema="(Tensor x, float v_threshold, int max_spike_count, float alpha, float grad_window, "
+@_operator(
+    "signed_spike_count",
+    "(Tensor x, float v_threshold, int max_spike_count, float alpha, float grad_window, "
     "ScalarType spike_dtype, bool store_mask) -> (Tensor, Tensor)",
 )
 def _count(
@@ -227,10 +269,9 @@ def _(x, v_threshold, max_spike_count, alpha, grad_window, spike_dtype, store_ma
     return _empty_count(x, spike_dtype, store_mask)
 
 
-@torch.library.custom_op(
-    "neurons::signed_spike_count_backward",
-    mutates_args=(),
-    schema="(Tensor grad_spike, Tensor mask, float v_threshold, float alpha, ScalarType x_dtype) -> Tensor",
+@_operator(
+    "signed_spike_count_backward",
+    "(Tensor grad_spike, Tensor mask, float v_threshold, float alpha, ScalarType x_dtype) -> Tensor",
 )
 def _count_backward(
     grad_spike: Tensor, mask: Tensor, v_threshold: float, alpha: float, x_dtype: torch.dtype
@@ -273,16 +314,15 @@ def _count_autograd(ctx: Any, grad_spike, _grad_mask):
         raise RuntimeError("neurons::signed_spike_count was called with store_mask=False: no backward pass.")
     if grad_spike is None:
         return (None,) * 7
-    return (_count_backward(grad_spike, mask, ctx.v_threshold, ctx.alpha, ctx.x_dtype), *(None,) * 6)
+    return (_call(_count_backward, grad_spike, mask, ctx.v_threshold, ctx.alpha, ctx.x_dtype), *(None,) * 6)
 
 
-_count.register_autograd(_count_autograd, setup_context=_count_setup)
+_Count = _differentiable(_count, _count_setup, _count_autograd)
 
 
-@torch.library.custom_op(
-    "neurons::compensated_spike_count",
-    mutates_args=(),
-    schema="(Tensor u, int max_spike_count, float alpha, float grad_window, str mode, str function, "
+@_operator(
+    "compensated_spike_count",
+    "(Tensor u, int max_spike_count, float alpha, float grad_window, str mode, str function, "
     "float lam, ScalarType spike_dtype) -> (Tensor, Tensor)",
 )
 def _compensated(
@@ -316,10 +356,9 @@ def _(u, max_spike_count, alpha, grad_window, mode, function, lam, spike_dtype):
     return u.new_empty(u.shape, dtype=spike_dtype), u.new_empty(u.shape, dtype=spike_dtype)
 
 
-@torch.library.custom_op(
-    "neurons::compensated_spike_count_backward",
-    mutates_args=(),
-    schema="(Tensor u, Tensor? grad_spike, Tensor grad_mixed, int max_spike_count, float alpha, "
+@_operator(
+    "compensated_spike_count_backward",
+    "(Tensor u, Tensor? grad_spike, Tensor grad_mixed, int max_spike_count, float alpha, "
     "float grad_window, str mode, str function, float lam) -> Tensor",
 )
 def _compensated_backward(
@@ -380,10 +419,10 @@ def _compensated_autograd(ctx: Any, grad_spike, grad_mixed):
         return (None,) * 8
     if grad_mixed is None:  # somebody wants the spikes alone
         grad_mixed = torch.zeros_like(grad_spike)
-    return (_compensated_backward(u, grad_spike, grad_mixed, *ctx.constants), *(None,) * 7)
+    return (_call(_compensated_backward, u, grad_spike, grad_mixed, *ctx.constants), *(None,) * 7)
 
 
-_compensated.register_autograd(_compensated_autograd, setup_context=_compensated_setup)
+_Compensated = _differentiable(_compensated, _compensated_setup, _compensated_autograd)
 
 
 # ---- What nodes call ----
@@ -442,7 +481,9 @@ def si_lif_multi_step(
         v0 = torch.full(x_seq.shape[1:], float(v), dtype=torch.float32, device=x_seq.device)
     else:
         v0 = None
-    spike_seq, v_out, _, v_seq = _multi_step(
+    spike_seq, v_out, _, v_seq = _apply(
+        _multi_step,
+        _MultiStep,
         x_seq,
         v0,
         1.0 - 1.0 / tau,  # tau = inf: exactly 1
@@ -465,7 +506,9 @@ def signed_spike_count(x: Tensor, v_threshold: float, surrogate_function: Any) -
     Raises as :func:`si_lif_multi_step` does.
     """
     surrogate = _check(x, surrogate_function)
-    spike, _ = _count(
+    spike, _ = _apply(
+        _count,
+        _Count,
         x,
         v_threshold,
         surrogate.max_spike_count,
@@ -483,7 +526,9 @@ def compensated_spike_count(
     """:func:`neurons.compensation.compensated_spike_count` by one kernel each way; same arguments, same
     spikes to the bit, the same mixture up to one rounding. Raises as :func:`si_lif_multi_step` does."""
     surrogate = _check(u, surrogate_function)
-    return _compensated(
+    return _apply(
+        _compensated,
+        _Compensated,
         u,
         surrogate.max_spike_count,
         surrogate.alpha,
