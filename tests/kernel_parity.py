@@ -159,7 +159,9 @@ def check_compensated(
     x = u.detach().requires_grad_()
     spike, mixed = ops.compensated_spike_count(x, surrogate, mode, function, lam)
     generator = torch.Generator().manual_seed(1)
-    grads = [torch.randn(u.shape, generator=generator).to(spike) for _ in range(2 if wants_spike else 1)]
+    grads = [
+        torch.randn(u.shape, generator=generator).to(spike.detach()) for _ in range(2 if wants_spike else 1)
+    ]
     (grad,) = torch.autograd.grad((mixed, spike)[: len(grads)], x, grads)
     wide = u.detach().float().requires_grad_()
     with torch.autocast(u.device.type, enabled=False):

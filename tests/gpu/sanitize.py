@@ -11,7 +11,7 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-from kernel_parity import Case, check_count, check_multi_step  # noqa: E402
+from kernel_parity import Case, check_compensated, check_count, check_multi_step  # noqa: E402
 
 from neurons import SignedSpikeCount  # noqa: E402
 
@@ -27,7 +27,10 @@ def main() -> None:
                 cases += 1
         check_multi_step(Case(3, (1024,), dtype, offset=1), "cuda", "cpu")
         check_count(torch.randn(2051, device="cuda").to(dtype), 1.0, SignedSpikeCount())
-        cases += 2
+        check_compensated(
+            torch.randn(2051, device="cuda").to(dtype), SignedSpikeCount(), "blend", "tanh", 0.5
+        )
+        cases += 3
     torch.cuda.synchronize()
     print(f"sanitize: {cases} cases passed")
 

@@ -8,10 +8,17 @@ import random
 import numpy as np
 import pytest
 import torch
-from kernel_parity import Case, assert_bit_equal, assert_gradients_agree, check_count, check_multi_step
+from kernel_parity import (
+    Case,
+    assert_bit_equal,
+    assert_gradients_agree,
+    check_compensated,
+    check_count,
+    check_multi_step,
+)
 from spikingjelly.activation_based import functional as sj_functional
 
-from neurons import SignedSpikeCount, SILIFNode, TILIFNode, functional, set_backend
+from neurons import SignedSpikeCount, SILIFNode, TILIFNode, compensation, functional, set_backend
 from neurons.cupy import kernel, ops
 
 DEVICE = "cuda"
@@ -110,6 +117,18 @@ def test_autocast(x_dtype: torch.dtype, spike_dtype: torch.dtype) -> None:
     assert spike.dtype == spike_dtype
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("function", list(compensation.SMOOTH_FUNCTIONS))
+@pytest.mark.parametrize("mode", compensation.MODES)
+def test_compensated(mode: str, function: str, dtype: torch.dtype) -> None:
+    for shape, wants_spike in [((3, 2053), True), ((300_000,), False), ((4, 1024, 256), True), ((0,), True)]:
+        u = torch.randn(shape, generator=torch.Generator().manual_seed(0)).mul(3).to(DEVICE, dtype)
+        check_compensated(u, SignedSpikeCount(4, 0.7, 2.5), mode, function, 0.4, wants_spike)
+    if dtype == torch.float32:
+        with torch.autocast(DEVICE, torch.bfloat16):
+            check_compensated(u, SignedSpikeCount(), mode, function, 0.4)
+
+
 @pytest.mark.parametrize(("T", "N"), [(1, 2**31 + 2**20 + 3), (3, 2**30 + 8), (64, 2**25 + 1)])
 def test_more_than_2_to_the_31_elements(T: int, N: int) -> None:
     if torch.cuda.mem_get_info()[0] < 50 * 2**30:
@@ -195,6 +214,7 @@ def test_opcheck() -> None:
         torch.library.opcheck(ops._multi_step, args)
     x = torch.randn(3, 50, device=DEVICE, requires_grad=True)
     torch.library.opcheck(ops._count, (x, 0.7, 4, 1.0, 4.0, torch.float32, True))
+    torch.library.opcheck(ops._compensated, (x, 4, 1.0, 4.0, "blend", "clip", 0.5, torch.bfloat16))
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

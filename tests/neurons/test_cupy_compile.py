@@ -1,5 +1,6 @@
 """The CuPy backend without a GPU: its source compiles for GPUs, and run on the CPU it equals the oracle."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import itertools
@@ -14,6 +15,7 @@ import pytest
 import torch
 from kernel_parity import Case, check_count, check_multi_step
 from spikingjelly.activation_based import functional as sj_functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurons import SignedSpikeCount, SILIFNode, TILIFNode, backend, set_backend, si_lif
 from neurons.cupy import kernel, ops
@@ -231,6 +233,34 @@ def test_torch_compile_without_graph_breaks(dynamic: bool) -> None:
         (expected,) = torch.autograd.grad(function(x), x)
         (actual,) = torch.autograd.grad(compiled(x), x)
         assert torch.equal(actual, expected)
+
+
+class _Log(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(function.name())
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.usefixtures("host")
+def test_whoever_watches_operators_sees_ours() -> None:
+    """Called plainly, the kernels skip the operators; the results are the same."""
+    x, v = torch.randn(3, 40, requires_grad=True), torch.randn(40, requires_grad=True)
+    surrogate, results = SignedSpikeCount(), []
+    for mode in (contextlib.nullcontext(), _Log()):
+        with mode:
+            spike, last, _ = ops.si_lif_multi_step(x, v, 3.0, 0.7, surrogate)
+            count = ops.signed_spike_count(x, 0.7, surrogate)
+            _, mixed = ops.compensated_spike_count(x, surrogate, "blend", "tanh", 0.5)
+            loss = (spike * 2).sum() + (last * 3).sum() + (count * 5).sum() + mixed.sum()
+            results.append((spike, last, count, mixed, *torch.autograd.grad(loss, (x, v))))
+    for plain, watched in zip(*results, strict=True):
+        assert torch.equal(plain, watched)
+    operators = ("si_lif_multi_step", "signed_spike_count", "compensated_spike_count")
+    assert {f"neurons::{o}{end}" for o in operators for end in ("", "_backward")} <= set(mode.names)
 
 
 @pytest.mark.usefixtures("host")
