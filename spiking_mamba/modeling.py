@@ -6,8 +6,11 @@ sequences. A dense Mamba2 is the same model with ``config.neuron = None``.
 """
 
 import copy
+import functools
+import itertools
 import math
 import re
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -76,16 +79,15 @@ class SpikingMambaMixer(Mamba2Mixer):
         gate, xBC, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
 
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        xBC = xBC.transpose(1, 2)  # [B, conv_dim, L]
         if conv_state is not None and length == 1:
             xBC = ssd.causal_conv1d_update(xBC, conv_state, weight, bias, self.activation)
         else:
             if cache_params is not None:  # what comes back starts with the tokens before these
                 xBC = cache_params.update_conv_state(
-                    xBC, self.layer_idx, conv_kernel_size=self.conv_kernel_size
-                )
-            xBC = ssd.causal_conv1d(xBC, weight, bias, self.activation)[..., -length:]
-        xBC = apply_mask_to_padding_states(xBC.transpose(1, 2), attention_mask)
+                    xBC.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size
+                ).transpose(1, 2)
+            xBC = ssd.causal_conv1d(xBC, weight, bias, self.activation)[:, -length:]
+        xBC = apply_mask_to_padding_states(xBC, attention_mask)
         groups_width = self.n_groups * self.ssm_state_size
         x, B, C = xBC.split([self.intermediate_size, groups_width, groups_width], dim=-1)
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
@@ -152,6 +154,31 @@ class SpikingMambaBlock(Mamba2Block):
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer = SpikingMambaMixer(config, layer_idx)
+        self.compiles = False
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache_params: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """``[B, L, hidden_size] -> [B, L, hidden_size]``."""
+        forward = super().forward
+        if self.compiles and cache_params is None and not self._is_watched():
+            forward = functools.partial(_compiled_block(), self)
+        return forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+
+    def _is_watched(self) -> bool:
+        """Whether somebody looks into the block, at its spikes, say: a compiled one is opaque."""
+        modules = itertools.islice(self.modules(), 1, None)
+        return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+@functools.cache
+def _compiled_block() -> Callable[..., torch.Tensor]:
+    # one function for all blocks of all models: they share what was compiled, being alike
+    return torch.compile(Mamba2Block.forward)
 
 
 class Stream(MemoryModule):
@@ -354,6 +381,17 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
             for name, module in self.named_modules()
             if isinstance(module, SpikingProjection) and module.neuron is not None
         }
+
+    def compile_blocks(self, compiles: bool = True) -> None:
+        """Run the blocks through ``torch.compile`` wherever no cache is used.
+
+        The first step takes a minute longer; what is compiled serves all blocks. Norms, convolution, gates
+        and neurons with ``backend='torch'`` then fuse into few kernels; rounding to a 16-bit dtype before a
+        neuron may be left out, so that a spike at a tie comes out one quantum apart. Blocks that somebody
+        watches by forward hooks, as ``count_spikes`` does, run uncompiled meanwhile.
+        """
+        for block in self.backbone.layers:
+            block.compiles = compiles
 
     @property
     def sgc_lambda(self) -> float:

@@ -1,8 +1,10 @@
 """The state-space-dual scan and the causal convolution, chosen per device when they are called.
 
 On CUDA they are mamba-ssm's Triton kernels (and causal-conv1d's, when installed), elsewhere, or when
-those packages are missing, transformers' torch functions. Triton's kernels multiply float32 in TF32: on an
-H100 their float32 results differ from torch's by up to 1e-3 of the largest value.
+those packages are missing, transformers' torch functions. Under ``torch.compile`` Triton's scan is an
+operator, and the convolution a sum of shifted products that the compiler fuses with its neighbours.
+Triton's kernels multiply float32 in TF32: on an H100 their float32 results differ from torch's by up to
+1e-3 of the largest value.
 """
 
 import functools
@@ -17,6 +19,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from transformers.activations import ACT2FN
 from transformers.models.mamba2 import modeling_mamba2 as reference
 
 __all__ = ["causal_conv1d", "causal_conv1d_update", "chunk_scan", "state_update"]
@@ -46,9 +49,14 @@ def _triton_kernels() -> types.SimpleNamespace | None:
         # mamba_ssm 2.3 imports this Mamba-1 extension unconditionally; a build without CUDA lacks it, and
         # Mamba-2 does not use it.
         sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
-    scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
+    ssd_combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
     update = importlib.import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update
-    return types.SimpleNamespace(chunk_scan=scan, state_update=update)
+    return types.SimpleNamespace(
+        chunk_scan=ssd_combined.mamba_chunk_scan_combined,
+        forward=ssd_combined._mamba_chunk_scan_combined_fwd,
+        backward=ssd_combined._mamba_chunk_scan_combined_bwd,
+        state_update=update,
+    )
 
 
 @functools.cache
@@ -56,18 +64,92 @@ def _conv_kernels() -> Any | None:
     return importlib.import_module("causal_conv1d") if importlib.util.find_spec("causal_conv1d") else None
 
 
-def causal_conv1d(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str):
-    """Depthwise causal convolution and activation, ``[B, C, L] -> [B, C, L]``; weight ``[C, K]``."""
+def causal_conv1d(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+) -> torch.Tensor:
+    """Depthwise causal convolution and activation, ``[B, L, C] -> [B, L, C]``; weight ``[C, K]``."""
+    if torch.compiler.is_compiling():
+        length, taps = x.shape[1], weight.shape[1]
+        padded = F.pad(x, (0, 0, taps - 1, 0))
+        y = sum(padded[:, k : k + length] * weight[:, k] for k in range(taps))
+        return ACT2FN[activation](y if bias is None else y + bias).to(x.dtype)
+    function = _conv_torch
     if x.is_cuda and (kernels := _conv_kernels()) is not None:
-        return kernels.causal_conv1d_fn(x, weight, bias, activation=activation)
-    return _conv_torch(x, weight, bias, activation=activation)
+        function = kernels.causal_conv1d_fn
+    return function(x.transpose(1, 2), weight, bias, activation=activation).transpose(1, 2)
 
 
 def causal_conv1d_update(
     x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
-):
-    """One token of :func:`causal_conv1d`: ``x`` is ``[B, C, 1]``; ``state`` ``[B, C, K]`` moves on."""
-    return _conv_update_torch(x, state, weight, bias, activation)
+) -> torch.Tensor:
+    """One token of :func:`causal_conv1d`: ``x`` is ``[B, 1, C]``; ``state`` ``[B, C, K]`` moves on."""
+    return _conv_update_torch(x.transpose(1, 2), state, weight, bias, activation).transpose(1, 2)
+
+
+@torch.library.custom_op("spiking_mamba::chunk_scan", mutates_args=())
+def _scan_operator(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    chunk_size: int,
+    dt_min: float,
+    dt_max: float,
+) -> torch.Tensor:
+    """mamba-ssm's scan from a fresh state, as ``torch.compile`` takes it; arguments: :func:`chunk_scan`."""
+    kernels = _triton_kernels()
+    assert kernels is not None
+    options = {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "dt_limit": (dt_min, dt_max)}
+    return kernels.forward(x, dt, A, B, C, chunk_size, **options)[0]
+
+
+@_scan_operator.register_fake
+def _(x, dt, A, B, C, D, dt_bias, chunk_size, dt_min, dt_max):
+    return x.new_empty(x.shape)
+
+
+@torch.library.custom_op("spiking_mamba::chunk_scan_backward", mutates_args=())
+def _scan_backward_operator(
+    grad: torch.Tensor,
+    y: torch.Tensor,
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    chunk_size: int,
+    dt_min: float,
+    dt_max: float,
+) -> list[torch.Tensor]:
+    kernels = _triton_kernels()
+    assert kernels is not None
+    options = {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "dt_limit": (dt_min, dt_max)}
+    dx, ddt, dA, dB, dC, dD, _, ddt_bias, _ = kernels.backward(grad, x, dt, A, B, C, y, chunk_size, **options)
+    found = zip((dx, ddt, dA, dB, dC, dD, ddt_bias), (x, dt, A, B, C, D, dt_bias), strict=True)
+    return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in found]
+
+
+@_scan_backward_operator.register_fake
+def _(grad, y, x, dt, A, B, C, D, dt_bias, chunk_size, dt_min, dt_max):
+    return [tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C, D, dt_bias)]
+
+
+def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    *tensors, chunk_size, dt_min, dt_max = inputs
+    ctx.save_for_backward(output, *tensors)
+    ctx.constants = chunk_size, dt_min, dt_max
+
+
+def _scan_autograd(ctx: Any, grad: torch.Tensor):
+    return (*_scan_backward_operator(grad, *ctx.saved_tensors, *ctx.constants), None, None, None)
+
+
+_scan_operator.register_autograd(_scan_autograd, setup_context=_scan_setup)
 
 
 def chunk_scan(
@@ -96,6 +178,8 @@ def chunk_scan(
     """
     function = _scan_torch
     if x.is_cuda and (kernels := _triton_kernels()) is not None:
+        if torch.compiler.is_compiling() and initial_states is None and not return_final_states:
+            return _scan_operator(x, dt, A, B, C, D, dt_bias, chunk_size, *map(float, dt_limit))
         function = kernels.chunk_scan
     return function(
         x,
