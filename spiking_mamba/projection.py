@@ -65,6 +65,17 @@ class SpikingProjection(nn.Linear):
         return self.initial_threshold
 
     @property
+    def sgc_lambda(self) -> float:
+        """SGC's lambda now; 0 switches the path off."""
+        return self._sgc_lambda
+
+    @sgc_lambda.setter
+    def sgc_lambda(self, lam: float) -> None:
+        self._sgc_lambda = float(lam)
+        self._compensates = self.sgc is not None and lam > 0.0
+        self._lam = torch.tensor(float(lam))  # a compiled block takes it in; a number would be compiled in
+
+    @property
     def max_spike_count(self) -> int:
         """``D`` of the neuron; 1 for one that does not say."""
         surrogate = getattr(self.neuron, "surrogate_function", None)
@@ -114,6 +125,8 @@ class SpikingProjection(nn.Linear):
         assert self.sgc is not None
         mode, function = self.sgc["mode"], self.sgc["function"]
         node = self.neuron
+        if torch.compiler.is_compiling() and node.backend == "torch":
+            return compensate(u, self.spikes(u, states), mode, function, self._lam, self.max_spike_count)
         if not self._stateless:
             spike = self.spikes(u, states)
             return compensate(u, spike, mode, function, self.sgc_lambda, self.max_spike_count)
@@ -132,9 +145,7 @@ class SpikingProjection(nn.Linear):
         threshold = self.threshold
         unit = not isinstance(threshold, torch.Tensor) and threshold == 1.0
         u = x if unit else x.float() / threshold
-        compensates = (
-            self.training and self.sgc is not None and self.sgc_lambda > 0.0 and not self.spike_driven
-        )
+        compensates = self._compensates and self.training and not self.spike_driven
         spike = self._compensated(u, states) if compensates else self.spikes(u, states)
         if not torch.is_autocast_enabled(x.device.type):
             spike = spike.to(self.weight.dtype)

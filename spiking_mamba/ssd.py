@@ -45,10 +45,10 @@ def _triton_kernels() -> types.SimpleNamespace | None:
             stacklevel=4,
         )
         return None
-    if importlib.util.find_spec("selective_scan_cuda") is None:
+    if "selective_scan_cuda" not in sys.modules and not importlib.util.find_spec("selective_scan_cuda"):
         # mamba_ssm 2.3 imports this Mamba-1 extension unconditionally; a build without CUDA lacks it, and
         # Mamba-2 does not use it.
-        sys.modules.setdefault("selective_scan_cuda", types.ModuleType("selective_scan_cuda"))
+        sys.modules["selective_scan_cuda"] = types.ModuleType("selective_scan_cuda")
     ssd_combined = importlib.import_module("mamba_ssm.ops.triton.ssd_combined")
     update = importlib.import_module("mamba_ssm.ops.triton.selective_state_update").selective_state_update
     return types.SimpleNamespace(
@@ -57,6 +57,15 @@ def _triton_kernels() -> types.SimpleNamespace | None:
         backward=ssd_combined._mamba_chunk_scan_combined_bwd,
         state_update=update,
     )
+
+
+@torch.compiler.assume_constant_result
+def _has_triton_kernels() -> bool:
+    return _triton_kernels() is not None
+
+
+def _on_triton(x: torch.Tensor) -> bool:
+    return x.is_cuda and _has_triton_kernels()
 
 
 @functools.cache
@@ -103,7 +112,7 @@ def _scan_operator(
     kernels = _triton_kernels()
     assert kernels is not None
     options = {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "dt_limit": (dt_min, dt_max)}
-    return kernels.forward(x, dt, A, B, C, chunk_size, **options)[0]
+    return kernels.forward(x, dt, A, B, C, chunk_size, **options)[0].contiguous()
 
 
 @_scan_operator.register_fake
@@ -177,10 +186,10 @@ def chunk_scan(
         ``y`` of the shape of ``x``, and the last states ``[B, H, P, N]`` if asked for.
     """
     function = _scan_torch
-    if x.is_cuda and (kernels := _triton_kernels()) is not None:
+    if _on_triton(x):
         if torch.compiler.is_compiling() and initial_states is None and not return_final_states:
             return _scan_operator(x, dt, A, B, C, D, dt_bias, chunk_size, *map(float, dt_limit))
-        function = kernels.chunk_scan
+        function = _triton_kernels().chunk_scan
     return function(
         x,
         dt,
@@ -218,9 +227,7 @@ def state_update(
         ``y`` ``[B, H, P]``.
     """
     heads, head_dim, state_size = state.shape[1:]
-    function = _state_update_torch
-    if x.is_cuda and (kernels := _triton_kernels()) is not None:
-        function = kernels.state_update
+    function = _triton_kernels().state_update if _on_triton(x) else _state_update_torch
     softplus = tuple(dt_limit) == (0.0, math.inf)
     if not softplus:  # these functions know no limit
         dt, dt_bias = F.softplus(dt + dt_bias.to(dt.dtype)).clamp(*dt_limit), torch.zeros_like(dt_bias)
