@@ -125,7 +125,7 @@ class SpikingProjection(nn.Linear):
         assert self.sgc is not None
         mode, function = self.sgc["mode"], self.sgc["function"]
         node = self.neuron
-        if torch.compiler.is_compiling() and node.backend == "torch":
+        if torch.compiler.is_compiling():
             return compensate(u, self.spikes(u, states), mode, function, self._lam, self.max_spike_count)
         if not self._stateless:
             spike = self.spikes(u, states)
