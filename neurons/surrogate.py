@@ -16,9 +16,9 @@ __all__ = ["SignedSpikeCount", "SurrogateFunctionBase"]
 class _SignedSpikeCount(torch.autograd.Function):
     @staticmethod
     def forward(u: torch.Tensor, max_spike_count: int, alpha: float, grad_window: float) -> torch.Tensor:
-        # sign(u) * min(D, ceil(|u| - 1/2)) on one temporary; copysign gives the sign in a single pass
-        # and keeps NaN.
-        return u.abs().sub_(0.5).ceil_().clamp_(max=max_spike_count).copysign_(u)
+        # sign(u) * min(D, ceil(|u| - 1/2)) on one temporary; copysign gives the sign in a single pass and
+        # keeps NaN. It is not in place: torch 2.11 compiles a function whose last step is to no gradient.
+        return u.abs().sub_(0.5).ceil_().clamp_(max=max_spike_count).copysign(u)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:

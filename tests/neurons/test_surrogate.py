@@ -148,3 +148,18 @@ def test_alpha_out_of_range(alpha):
 def test_window_out_of_range(window):
     with pytest.raises(ValueError, match="grad_window must be positive"):
         SignedSpikeCount(grad_window=window)
+
+
+def test_compiled_gradients_flow():
+    """torch 2.11 compiled a function whose last step is in place to no gradient at all."""
+    torch.compiler.reset()
+    surrogate = SignedSpikeCount(4)
+    u = torch.linspace(-6, 6, 50, requires_grad=True)
+
+    def function(u):
+        return surrogate(u * 1.5) * torch.arange(50)
+
+    (expected,) = torch.autograd.grad(function(u).sum(), u)
+    (actual,) = torch.autograd.grad(torch.compile(function, backend="aot_eager")(u).sum(), u)
+    assert torch.equal(actual, expected)
+    assert expected.abs().sum() > 0
