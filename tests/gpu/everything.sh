@@ -10,7 +10,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 status=0
 
 echo "== tests"
-timeout 200 python3 -m pytest tests/gpu -m gpu -p no:cacheprovider --durations=6 >"$out/tests.log" 2>&1 || status=1
+timeout 400 python3 -m pytest tests/gpu -m gpu -p no:cacheprovider --durations=6 >"$out/tests.log" 2>&1 || status=1
 tail -n 40 "$out/tests.log" | cut -c1-300
 
 echo "== memcheck, racecheck"
