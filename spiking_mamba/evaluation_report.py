@@ -94,7 +94,7 @@ def _with_error(value: float | None, error: float | None, factor: float = 1.0) -
 
 
 def _range(row: Mapping[str, Any], digits: int = 2, factor: float = 1.0) -> str:
-    return f"[{_number(row['low'], digits, factor)}, {_number(row['high'], digits, factor)}]"
+    return f"({_number(row['low'], digits, factor)} to {_number(row['high'], digits, factor)})"
 
 
 def _plural(number: int, noun: str) -> str:
@@ -159,7 +159,7 @@ def _tasks(models: Sequence[Model]) -> list[Block]:
     rows = []
     if any(model["average"] is not None for model in models):
         values = [_number(model["average"], 2, 100) for model in models]
-        rows.append(["average of the source's six tasks", "*", "", "", *values])
+        rows.append(["average of the source's six tasks", "", "", "", *values])
     for task in tasks:
         asked = [model["tasks"].get(task) for model in models]
         known = [result for result in asked if result is not None]
@@ -175,12 +175,12 @@ def _tasks(models: Sequence[Model]) -> list[Block]:
                     "–" if metric is None else _with_error(metric["value"], metric["stderr"], factor)
                 )
             items = "/".join(dict.fromkeys(f"{result['n']:,}" for result in known))
-            main = "*" if name == known[0]["main"] else ""
+            main = "yes" if name == known[0]["main"] else ""
             chance = _number(known[0]["chance"], 2, 100) if share else ""
             rows.append([f"{task}, {name}" + (" %" if share else ""), main, items, chance, *cells])
     note = (
-        "± is the standard error over items, as lm-eval gives it; * marks the metric that the source "
-        "averages, chance is what guessing scores."
+        "± is the standard error over items, as lm-eval gives it. The main metric of a task is the one that "
+        "enters the source's average, gaps and intervals; chance is what guessing scores."
     )
     header = ["task, metric", "main", "items", "chance %", *(model["name"] for model in models)]
     return [Heading("Zero-shot accuracy"), Table(header, rows), Paragraph(note)]
@@ -227,6 +227,7 @@ def _seeds(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Block]
     if not several:
         return []
     names = list(dict.fromkeys(name for quantities in several.values() for name in quantities))
+    names.sort(key=lambda name: name != "average")
     rows = []
     for name in names:
         accuracy = name not in ("mean_abs", "gain_fp32") and not name.startswith("perplexity:")
@@ -237,10 +238,10 @@ def _seeds(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Block]
             if row is None:
                 cells.append("–")
             elif row["sd"] is None:
-                cells.append(f"{_number(row['mean'], 2, factor)} ({_plural(row['runs'], 'run')})")
+                cells.append(f"{_number(row['mean'], 2, factor)}, {_plural(row['runs'], 'run')}")
             else:
                 middle = _with_error(row["mean"], row["sd"], factor)
-                cells.append(f"{middle} {_range(row, 2, factor)} ({_plural(row['runs'], 'run')})")
+                cells.append(f"{middle} {_range(row, 2, factor)}, {_plural(row['runs'], 'run')}")
         rows.append([_QUANTITIES.get(name, name + (" %" if accuracy else "")), *cells])
     note = (
         "Mean ± standard deviation (n - 1) over the runs of a group, and the 95 % interval of the mean by "

@@ -6,6 +6,7 @@ Each function writes one PNG, whole or not at all. Names are drawn as they are, 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ __all__ = [
 # Okabe and Ito's palette without black, which marks the reference, and without yellow, too pale on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+REFERENCE = {"color": "black", "marker": "*", "markersize": 13}
 _UNITS = ((1e12, "J"), (1e9, "mJ"), (1e6, "µJ"), (1e3, "nJ"), (1.0, "pJ"))
 
 
@@ -119,12 +121,12 @@ def draw_accuracy_energy(path: Path, models: Sequence[Mapping[str, Any]]) -> Non
         for panel, scope, title in zip(
             axes, ("projections", "model"), ("Projections only", "Whole model"), strict=True
         ):
-            for index, name in enumerate(names):
+            looks = _looks()
+            for name in names:
                 rows = [point for point in points if point["group"] == name]
-                look = _look(index, any(row["reference"] for row in rows))
+                look = REFERENCE if any(row["reference"] for row in rows) else next(looks)
                 _draw_group(panel, rows, scope, look, short(name))
             panel.axvline(1.0, color="grey", linewidth=0.8, linestyle="--")
-            panel.margins(0.12)
             panel.grid(color="#e5e5e5")
             panel.set(
                 title=title, xlabel="energy gain over the dense model, times\n(fp32 table, compute only)"
@@ -135,10 +137,10 @@ def draw_accuracy_energy(path: Path, models: Sequence[Mapping[str, Any]]) -> Non
         figure.legend(handles, labels, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
 
 
-def _look(index: int, reference: bool) -> dict[str, Any]:
-    if reference:
-        return {"color": "black", "marker": "*", "markersize": 13}
-    return {"color": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)], "markersize": 7}
+def _looks() -> Iterator[dict[str, Any]]:
+    """Pairs of colour and marker; as they are 6 and 7, the first 42 differ."""
+    for color, marker in zip(itertools.cycle(COLOURS), itertools.cycle(MARKERS), strict=False):
+        yield {"color": color, "marker": marker, "markersize": 6}
 
 
 def _draw_group(
@@ -157,10 +159,9 @@ def _draw_group(
 
 def _limit(panel: Axes, x: Sequence[float], y: Sequence[float]) -> None:
     """Keep the points apart: the interval of two runs can be many times as wide as their distance."""
-    for set_limits, values in ((panel.set_xlim, [1.0, *x]), (panel.set_ylim, y)):
-        low, high = min(values), max(values)
-        space = 0.35 * (high - low) or 1.0
-        set_limits(low - space, high + space)
+    space = 0.25 * (max(y) - min(y)) or 1.0
+    panel.set_ylim(min(y) - space, max(y) + space)
+    panel.set_xlim(0.0, 1.2 * max(1.0, *x))
 
 
 def draw_gaps(path: Path, gaps: Sequence[Mapping[str, Any]]) -> None:
@@ -178,12 +179,11 @@ def draw_gaps(path: Path, gaps: Sequence[Mapping[str, Any]]) -> None:
     }
     with picture(path, 7.5, 0.6 + 0.24 * sum(heights), **grid) as (_, axes):
         for panel, task, row in zip(axes[:, 0], tasks, rows, strict=True):
-            for place, gap in enumerate(row):
+            for place, (gap, look) in enumerate(zip(row, _looks(), strict=False)):
                 middle, low, high = (100 * gap[key] for key in ("gap", "low", "high"))
                 # a percentile interval need not hold the gap itself
                 bars = [[max(0.0, middle - low)], [max(0.0, high - middle)]]
-                look = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
-                panel.errorbar(middle, place, xerr=bars, capsize=3, markersize=5, **look)
+                panel.errorbar(middle, place, xerr=bars, capsize=3, **look)
             names = [short(gap["model"] + (f" to {gap['reference']}" if several else ""), 40) for gap in row]
             panel.set_yticks(range(len(row)), names, fontsize=9)
             panel.set_ylim(len(row) - 0.4, -0.6)
@@ -229,6 +229,7 @@ def draw_layer_energy(path: Path, energy: Mapping[str, Any]) -> None:
             panel.bar(x + 0.2, spiking, 0.4, color=COLOURS[1], label="spiking: accumulations")
             panel.set(title=side, ylabel=f"{name} per token")
             panel.grid(axis="y", color="#e5e5e5")
+            panel.set_xlim(-0.8, layers - 0.2)
             _layer_axis(panel.xaxis)
         axes[-1, 0].set_xlabel("layer")
         handles, labels = axes[0, 0].get_legend_handles_labels()
@@ -286,9 +287,9 @@ def _line(row: Mapping[str, Any], key: str) -> np.ndarray:
 
 
 def _norm(present: np.ndarray, high: float, logarithmic: bool) -> Any:
-    from matplotlib.colors import LogNorm, Normalize
+    from matplotlib.colors import LogNorm, PowerNorm
 
     if not logarithmic:
-        return Normalize(0.0, high)
+        return PowerNorm(0.5, 0.0, high)  # a few channels spike many times as much as the others
     low = float(present.min()) if len(present) else 0.1
     return LogNorm(min(low, high / 10), high)

@@ -92,7 +92,7 @@ def _quantities(model: Mapping[str, Any]) -> dict[str, float]:
     if model.get("spikes"):
         found["mean_abs"] = model["spikes"]["mean_abs"]
     if model.get("energy"):
-        found["gain_fp32"] = model["energy"]["projections"]["fp32"]["gain"]
+        found["gain_fp32"] = model["energy"]["projections"].get("fp32", {}).get("gain")
     return {name: value for name, value in found.items() if value is not None}
 
 
