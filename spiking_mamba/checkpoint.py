@@ -78,8 +78,8 @@ def load_dense(name: str | Path) -> SpikingMambaForCausalLM:
 
 def load_model(name: str | Path) -> SpikingMambaForCausalLM:
     """A model of this package, spiking or dense, from any form of checkpoint: see ``load_dense``."""
-    folder, settings = locate(name)
-    if settings.get("neuron") is None:
+    folder = _folder(name)
+    if _read_config(folder).get("neuron") is None:
         return load_dense(folder)
     try:
         return SpikingMambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -95,7 +95,8 @@ body { max-width: 64rem; margin: 0 auto; padding: 1rem; background: var(--page);
 h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
-th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line);
+  text-align: right; white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page);
   max-width: 40vw; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
 tbody tr:hover td { background: var(--band); }

@@ -1,4 +1,7 @@
-"""What a model loses with its largest activations: python recipes/ablate/outliers.py recipes/ablate/outliers.yaml"""
+"""What a model loses with its largest activations.
+
+python recipes/ablate/outliers.py recipes/ablate/outliers.yaml
+"""
 
 import itertools
 import json
@@ -134,7 +137,7 @@ def measure(
 
 
 def run(settings: OutlierSettings) -> dict[str, Any]:
-    """Measure every condition that the output folder does not hold yet; return what ``results.json`` holds."""
+    """Measure every condition that ``results.json`` does not hold yet; return what it then holds."""
     model = load_model(settings.model).to("cuda" if torch.cuda.is_available() else "cpu")
     tokenizer = load_tokenizer(settings)
     texts = load_rows(settings, tokenizer)
