@@ -185,7 +185,8 @@ def evaluation_results(models, resamples=1000):
 def seeds(number, **fields):
     """A dense teacher and as many students that differ by the seed."""
     students = [
-        evaluation_model(f"student-seed{seed}", "student", seed, skill=0.1, **fields)
+        evaluation_model(f"student-seed{seed}", "student", seed, **{"skill": 0.1} | fields)
         for seed in range(number)
     ]
-    return [evaluation_model("teacher", reference=True, spiking=False, skill=0.3), *students]
+    teacher = {"reference": True, "spiking": False, "skill": 0.3, "joules": False}
+    return [evaluation_model("teacher", **fields | teacher), *students]
