@@ -98,11 +98,13 @@ def test_the_table(checkpoints, text, tmp_path):
     assert (output / "perplexity.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_a_killed_run_goes_on_where_it_was(checkpoints, text, tmp_path):
+def test_a_killed_run_goes_on_where_it_was(checkpoints, text, tmp_path, recipe, monkeypatch, capsys):
     """A finished row is not measured again: what a marked one says stays."""
     output = tmp_path / "run"
-    command = [sys.executable, *arguments(checkpoints / "spiking", text, output, "fractions=[0.05, 0.2]")]
-    started = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    given = arguments(checkpoints / "spiking", text, output, "fractions=[0.05, 0.2]")
+    started = subprocess.Popen(
+        [sys.executable, *given], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     path = output / "results.json"
     deadline = time.monotonic() + 120
     while not path.is_file() and started.poll() is None and time.monotonic() < deadline:
@@ -116,15 +118,15 @@ def test_a_killed_run_goes_on_where_it_was(checkpoints, text, tmp_path):
     path.write_text(json.dumps(results | {"rows": kept}))
     before = json.dumps(kept)
 
-    refused = run(checkpoints / "spiking", text, output, "fractions=[0.05, 0.2]")
-    assert refused.returncode != 0
-    assert "resume=true" in refused.stderr
-    done = run(checkpoints / "spiking", text, output, "fractions=[0.05, 0.2]", "resume=true")
-    assert done.returncode == 0, done.stderr
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit, match="resume=true"):
+        recipe.main()
+    monkeypatch.setattr(sys, "argv", [*given, "resume=true"])
+    recipe.main()
     rows = json.loads(path.read_text())["rows"]
     assert len(rows) == 9
     assert json.dumps(rows[: len(kept)]) == before
-    assert done.stdout.count("/9  ") == 9 - len(kept)
+    assert capsys.readouterr().out.count("/9  ") == 9 - len(kept)
     assert "123.25" in (output / "report.md").read_text()
     assert all(row["perplexity"][str(text)]["perplexity"] != 123.25 for row in rows[len(kept) :])
 
