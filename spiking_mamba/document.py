@@ -97,10 +97,13 @@ h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 table { border-collapse: collapse; font-size: 0.875rem; font-variant-numeric: tabular-nums; }
 th, td { padding: 0.3rem 0.7rem; border-bottom: 1px solid var(--line);
   text-align: right; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--page);
-  max-width: 40vw; white-space: normal; overflow-wrap: anywhere; min-width: 6rem; }
+th { white-space: normal; vertical-align: bottom; }
+th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: break-word;
+  min-width: min(15rem, 30vw); max-width: min(24rem, 45vw);
+  position: sticky; left: 0; background: var(--page); }
 tbody tr:hover td { background: var(--band); }
-img { display: block; max-width: 100%; height: auto; margin: 1rem 0; background: #fff; border-radius: 4px; }
+img { display: block; max-width: 100%; min-width: 36rem; height: auto; margin: 1rem 0;
+  background: #fff; border-radius: 4px; }
 pre { overflow-x: auto; padding: 0.75rem; background: var(--band); font-size: 0.8125rem; }
 """
 # nothing but what is in the file itself may be shown, and nothing at all may run
@@ -133,7 +136,8 @@ def to_html(blocks: Sequence[Block]) -> str:
                 parts.append(_html_table(header, rows))
             case Picture(path, text):
                 data = base64.b64encode(path.read_bytes()).decode()
-                parts.append(f'<img src="data:image/png;base64,{data}" alt="{html.escape(_plain(text))}">')
+                image = f'<img src="data:image/png;base64,{data}" alt="{html.escape(_plain(text))}">'
+                parts.append(f'<div class="wide" tabindex="0">{image}</div>')
     assert isinstance(blocks[0], Heading)
     head = (
         '<meta charset="utf-8">\n<meta name="viewport" content="width=device-width, initial-scale=1">\n'

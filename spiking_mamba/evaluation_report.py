@@ -38,10 +38,11 @@ _SPENDERS = {
     "quantised_pj_per_token": "quantised",
     "quantised_sparse_pj_per_token": "quantised, skipping zeros",
 }
-_SCOPES = {
-    "projections": "the projections",
-    "model": "the whole model",
-    "prefill": "the whole model, prefill",
+_SCOPES = {"projections": "the projections", "model": "the whole model"}
+_MEMORY_SCOPES = {
+    "projections": "the projections, prefill",
+    "model": "the whole model, prefill",
+    "decode_projections": "the projections, decoding token by token",
     "decode": "the whole model, decoding token by token",
 }
 
@@ -348,14 +349,12 @@ def _energy(models: Sequence[Model]) -> list[Block]:
             "accuracy was not measured in its precision. A ratio below 1 says that spikes cost more."
         ),
     ]
-    for scope in ("projections", "model"):
-        blocks += _energy_table(
-            f"Compute only, {_SCOPES[scope]}", [(m, m["energy"].get(scope)) for m in counted]
-        )
+    for scope, name in _SCOPES.items():
+        blocks += _energy_table(f"Compute only, {name}", [(m, m["energy"].get(scope)) for m in counted])
     scopes = list(dict.fromkeys(s for m in counted for s in m["energy"].get("with_memory") or {}))
     for scope in scopes:
         blocks += _energy_table(
-            f"With memory traffic, {_SCOPES.get(scope, scope)}",
+            f"With memory traffic, {_MEMORY_SCOPES.get(scope, scope)}",
             [(m, (m["energy"].get("with_memory") or {}).get(scope)) for m in counted],
         )
     parts = list(dict.fromkeys(p for m in counted for p in m["energy"].get("operations_per_token") or {}))

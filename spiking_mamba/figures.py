@@ -116,6 +116,9 @@ def draw_accuracy_energy(path: Path, models: Sequence[Mapping[str, Any]]) -> Non
     intervals over them."""
     points, label = accuracy_and_energy(models)
     names = list(dict.fromkeys(point["group"] for point in points))
+    table = "fp32 table, compute only"
+    if any("fp32" in ((model.get("energy") or {}).get("hypothetical") or ()) for model in models):
+        table += ", hypothetical"
     lines = math.ceil(len(names) / 2)
     with picture(path, 9, 4.2 + 0.24 * lines, ncols=2, sharey=True) as (figure, axes):
         for panel, scope, title in zip(
@@ -128,9 +131,7 @@ def draw_accuracy_energy(path: Path, models: Sequence[Mapping[str, Any]]) -> Non
                 _draw_group(panel, rows, scope, look, short(name))
             panel.axvline(1.0, color="grey", linewidth=0.8, linestyle="--")
             panel.grid(color="#e5e5e5")
-            panel.set(
-                title=title, xlabel="energy gain over the dense model, times\n(fp32 table, compute only)"
-            )
+            panel.set(title=title, xlabel=f"energy gain over the dense model, times\n({table})")
             _limit(panel, [point[scope] for point in points], [point["accuracy"] for point in points])
         axes[0].set_ylabel(label)
         handles, labels = axes[0].get_legend_handles_labels()

@@ -208,11 +208,19 @@ def table(results: dict[str, Any]) -> str:
 
 def draw(path: Path, results: dict[str, Any]) -> None:
     """Perplexity over the control's, by fraction and value: a row a text, a column a site."""
+    from matplotlib.ticker import LogLocator
+
     control, *rows = results["rows"]
     texts = list(control["perplexity"])
     sites, values, fractions = (
         list(dict.fromkeys(r[k] for r in rows)) for k in ("site", "value", "fraction")
     )
+    worst = max(
+        row["perplexity"][t]["perplexity"] / control["perplexity"][t]["perplexity"]
+        for row in rows
+        for t in texts
+    )
+    logarithmic = worst > 5
     grid = {"nrows": len(texts), "ncols": len(sites), "sharey": "row", "sharex": True, "squeeze": False}
     with picture(path, 1.5 + 4 * len(sites), 0.8 + 2.6 * len(texts), **grid) as (figure, axes):
         for (line, text), (column, site) in itertools.product(enumerate(texts), enumerate(sites)):
@@ -228,9 +236,11 @@ def draw(path: Path, results: dict[str, Any]) -> None:
                     x, [r - 1 for r in ratios], width, bottom=1, color=color, label=f"set to {value:g}"
                 )
                 panel.bar_label(bars, [f"{ratio:.3g}x" for ratio in ratios], padding=2, fontsize=8)
-            panel.set_yscale("log")
+            if logarithmic:
+                panel.set_yscale("log")
+                panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.yaxis.set_minor_formatter("")
             panel.yaxis.set_major_formatter("{x:g}x")
-            panel.yaxis.set_minor_formatter("")
             panel.axhline(1.0, color="black", linewidth=0.8)
             panel.margins(y=0.15)
             panel.set_xticks(range(len(fractions)), [f"{100 * fraction:g} %" for fraction in fractions])
