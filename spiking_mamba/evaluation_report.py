@@ -357,6 +357,10 @@ def _energy(models: Sequence[Model]) -> list[Block]:
             f"With memory traffic, {_MEMORY_SCOPES.get(scope, scope)}",
             [(m, (m["energy"].get("with_memory") or {}).get(scope)) for m in counted],
         )
+    passes = {(p["batch"], p["length"]) for m in counted if (p := m["energy"].get("pass"))}
+    if passes:
+        shapes = " or ".join(f"{batch} x {length:,}" for batch, length in sorted(passes))
+        blocks.append(Paragraph(f"Prefill is a pass of {shapes} tokens (batch x length)."))
     parts = list(dict.fromkeys(p for m in counted for p in m["energy"].get("operations_per_token") or {}))
     if parts:
         rows = [

@@ -5,6 +5,7 @@ python recipes/ablate/outliers.py recipes/ablate/outliers.yaml
 
 import itertools
 import json
+import math
 import time
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -210,25 +211,24 @@ def draw(path: Path, results: dict[str, Any]) -> None:
     """Perplexity over the control's, by fraction and value: a row a text, a column a site."""
     from matplotlib.ticker import LogLocator
 
-    control, *rows = results["rows"]
+    control, *rows = map(dict, results["rows"])
     texts = list(control["perplexity"])
     sites, values, fractions = (
         list(dict.fromkeys(r[k] for r in rows)) for k in ("site", "value", "fraction")
     )
-    worst = max(
-        row["perplexity"][t]["perplexity"] / control["perplexity"][t]["perplexity"]
-        for row in rows
-        for t in texts
-    )
-    logarithmic = worst > 5
+    bases = {text: control["perplexity"][text]["perplexity"] for text in texts}
+    for row in rows:  # a perplexity that overflowed has no bar; the table says inf
+        row["ratio"] = {t: row["perplexity"][t]["perplexity"] / bases[t] for t in texts}
+    known = [ratio for row in rows for ratio in row["ratio"].values() if math.isfinite(ratio)]
+    logarithmic = max(known, default=1.0) > 5
     grid = {"nrows": len(texts), "ncols": len(sites), "sharey": "row", "sharex": True, "squeeze": False}
     with picture(path, 1.5 + 4 * len(sites), 0.8 + 2.6 * len(texts), **grid) as (figure, axes):
         for (line, text), (column, site) in itertools.product(enumerate(texts), enumerate(sites)):
             panel = axes[line, column]
-            base = control["perplexity"][text]["perplexity"]
             for index, value in enumerate(values):
                 chosen = [row for row in rows if row["site"] == site and row["value"] == value]
-                ratios = [row["perplexity"][text]["perplexity"] / base for row in chosen]
+                chosen = [row for row in chosen if math.isfinite(row["ratio"][text])]
+                ratios = [row["ratio"][text] for row in chosen]
                 width = 0.8 / len(values)
                 x = [fractions.index(row["fraction"]) - 0.4 + (index + 0.5) * width for row in chosen]
                 color = COLOURS[index % len(COLOURS)]

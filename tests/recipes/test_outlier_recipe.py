@@ -1,11 +1,14 @@
 """The outlier study's command line, on checkpoints of two tiny layers."""
 
+import copy
 import importlib.util
 import json
+import math
 import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 
 import pytest
@@ -152,6 +155,21 @@ def test_only_a_control(checkpoints, text, tmp_path, recipe):
     )  # fmt: skip
     assert [row["fraction"] for row in recipe.run(settings)["rows"]] == [0.0]
     assert "control" in (tmp_path / "run/report.md").read_text()
+
+
+@pytest.mark.parametrize("found", [[20, 30, math.inf, 19], [20, 30, 9e6, 19], [math.inf] * 4])
+def test_the_picture_of_any_perplexities(found, tmp_path, recipe):
+    conditions = [(None, None, 0.0), ("in_proj", 0.0, 0.1), ("in_proj", 0.0, 0.2), ("in_proj", 1.0, 0.1)]
+    rows = [
+        {"site": s, "value": v, "fraction": f, "perplexity": {"text": {"perplexity": p}}, "zero_shot": {}}
+        for (s, v, f), p in zip(conditions, found, strict=True)
+    ]
+    before = copy.deepcopy(rows)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        recipe.draw(tmp_path / "picture.png", {"rows": rows})
+    assert rows == before
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,7 @@ def _energy(rows):
         "model": _costs(dense, accumulations, 0.5 * dense),
         "with_memory": memory,
         "layers": layers,
+        "pass": {"batch": 1, "length": 2048},
         "operations_per_token": operations | {"lm_head": 3.8e7},
     }
 

@@ -129,6 +129,7 @@ def test_a_whole_report(tmp_path):
     assert energies[0][1] == f"{first['dense_pj_per_token'] / 1e6:.4g} µJ"
     assert "student-seed0, int8 (hypothetical)" in page.text
     assert "fp32 (hypothetical)" not in page.text
+    assert "Prefill is a pass of 1 x 2,048 tokens" in page.text
     assert page.row("joules")[1] == "812.5"
     assert page.text.index("Energy measured") > page.text.index("Operations per token")
     for known in ("0123456789abcdef", "python recipes/evaluate/evaluate.py", "2.13.0", models[0]["path"]):
