@@ -314,7 +314,7 @@ def test_both_forms_of_a_document(tmp_path):
     ]
     assert to_markdown(blocks) == (
         "# Title\n\n## Part\n\n1 \\< 2 \\& 3\n\n```text\na\n  b\n```\n\n"
-        '| x |  y |\n| - | -: |\n| 1 |  2 |\n\n![a "picture"](one.png)\n'
+        '| x  |  y |\n| -- | -: |\n| 1  |  2 |\n\n![a "picture"](one.png)\n'
     )
     page = to_html(blocks)
     assert "<title>Title</title>" in page
