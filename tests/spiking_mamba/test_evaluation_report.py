@@ -193,7 +193,7 @@ def test_names_are_shown_and_never_interpreted(tmp_path):
     models = seeds(2, **SMALL)
     for index, model in enumerate(models[1:]):
         model["name"] = HOSTILE + "é" * index
-        model["group"] = f"_<b>{model['group']}</b>"
+        model["group"] = f"_<b>$\\bad$ {model['group']}</b>"
         model["path"] = '"><img src=x onerror=alert(1)>'
         model["tasks"]["sciq"]["data"]["source"] = "</td><td>"
     results = evaluation_results(models, resamples=50)
