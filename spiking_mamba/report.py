@@ -14,7 +14,7 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     """A Markdown table, padded so that it reads well in a terminal too; all but the first column are
     aligned to the right."""
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]  # "-:" takes two
 
     def line(row: Sequence[str]) -> str:
         first, *rest = row
