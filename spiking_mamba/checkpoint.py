@@ -14,7 +14,7 @@ from transformers import Mamba2Config, PreTrainedTokenizerBase
 from .configuration import PROJECTIONS, SpikingMambaConfig
 from .modeling import SpikingMambaForCausalLM
 
-__all__ = ["CheckpointError", "export", "fold_thresholds", "load_dense"]
+__all__ = ["CheckpointError", "export", "fold_thresholds", "load_dense", "load_model", "locate"]
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
@@ -73,6 +73,27 @@ def load_dense(name: str | Path) -> SpikingMambaForCausalLM:
     except CheckpointError:
         raise
     except Exception as error:  # readers of broken files raise what they please, down to struct.error
+        raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def locate(name: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The local folder of a checkpoint, fetched if it is on the hub, and its config.json.
+
+    Raises:
+        CheckpointError: there is none, or it lacks its config.json or its weights.
+    """
+    folder = _folder(name)
+    return folder, _read_config(folder)
+
+
+def load_model(name: str | Path) -> SpikingMambaForCausalLM:
+    """A model of this package, spiking or dense, from any form of checkpoint: see ``load_dense``."""
+    folder, settings = locate(name)
+    if settings.get("neuron") is None:
+        return load_dense(folder)
+    try:
+        return SpikingMambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except Exception as error:
         raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
