@@ -218,14 +218,18 @@ class _Measured:
         return self._kept(name, key, measure) | {"data": data}
 
     def _kept(self, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> dict[str, Any]:
-        label = f"{self.checkpoint.name}: {name}"
-        print(label, flush=True)
+        label, key = f"{self.checkpoint.name}: {name}", self.identity | key
+
+        def report_and_measure() -> Any:
+            print(label, flush=True)
+            return measure()
+
         try:
-            found, kept = self.cache.get(name, self.identity | key, measure)
+            found, kept = self.cache.get(name, key, report_and_measure)
         except FloatingPointError as error:
             raise RunError(f"{label}: {error} No result was written for it.") from error
         if kept:
-            print(f"{label} was measured before: {self.cache.path(name, self.identity | key)}")
+            print(f"{label}: measured before, see {self.cache.path(name, key)}", flush=True)
         return found
 
 

@@ -72,9 +72,9 @@ class EvaluationSettings:
         patterns = self.models if isinstance(self.models, Mapping) else _named(_listed(self.models))
         if not patterns:
             raise ValueError("models must name at least one checkpoint.")
+        patterns = {str(group): str(pattern) for group, pattern in patterns.items()}
         found = []
         for group, pattern in patterns.items():
-            group, pattern = str(group), str(pattern)
             if "{seed}" not in pattern:
                 found.append(Checkpoint(group, group, None, pattern))
                 continue
