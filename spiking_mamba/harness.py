@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from .benchmarks import quiet_harness
+from .benchmarks import undisturbed
 from .checkpoint import CheckpointError, load_model
 from .settings import reject_unknown_keys
 
@@ -106,7 +106,7 @@ class SpikingMambaLM(HFLM):
                 f"The tokenizer knows the token id {largest}, outside the vocabulary of "
                 f"{model.config.vocab_size}: it does not belong to the model."
             )
-        with quiet_harness():  # it warns of every model in memory
+        with undisturbed():  # it warns of every model in memory
             super().__init__(
                 pretrained=model,
                 tokenizer=copy.deepcopy(tokenizer),  # lm-eval may set its pad token

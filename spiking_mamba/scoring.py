@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .benchmarks import BENCHMARK_SETS, quiet_harness
+from .benchmarks import BENCHMARK_SETS, undisturbed
 from .packages import DataError
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def score(lm: LM, task: Task, limit: int | None = None) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate
 
     name = task.config.task
-    with quiet_harness():
+    with undisturbed():
         found = evaluate(
             lm, {"tasks": {name: task}, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=0
         )
@@ -94,7 +94,7 @@ def zero_shot(
     from .harness import SpikingMambaLM
 
     scores: dict[str, dict[str, float | None]] = {}
-    with _evaluating(model), quiet_harness():
+    with _evaluating(model):
         lm = SpikingMambaLM(model, tokenizer, batch_size=batch_size)
         for name, task in tasks.items():
             found = score(lm, task, limit)
