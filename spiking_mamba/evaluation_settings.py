@@ -129,7 +129,7 @@ def _named(paths: list[Any]) -> dict[str, str]:
     parts = [Path(path).parts for path in paths]
     parts = [p[:-1] if len(p) > 1 and p[-1] == "model" else p for p in parts]
     shared = 0
-    while all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+    while parts and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
     names = ["/".join(p[shared:]) for p in parts]
     if len(set(names)) < len(names):
