@@ -219,6 +219,10 @@ def test_a_folder_grows_but_does_not_shrink_or_change(checkpoints, tmp_path, cal
     assert done.stdout.count(": measured before") == 1
     assert [model["name"] for model in results_of(output)["models"]] == ["teacher"]
     assert len(list((output / "cache").iterdir())) == 4
+    for change in ("limit=1", "batch_size=3", "dtype=bfloat16"):
+        done = call(f"models={two}", "tasks=[copa]", *small, "overwrite=true", change)
+        assert done.returncode == 0, done.stderr
+        assert ": measured before" not in done.stdout
 
 
 def test_nan_is_named_and_spoils_nothing(checkpoints, tmp_path, call):

@@ -4,6 +4,7 @@ import logging
 import math
 import random
 import socket
+import statistics
 from types import SimpleNamespace
 
 import datasets
@@ -122,6 +123,34 @@ def test_log_likelihoods(model, tokenizer, batch_size):
     found = SpikingMambaLM(model, tokenizer, batch_size=batch_size).loglikelihood(requests, disable_tqdm=True)
     expected = [log_likelihood(model, tokenizer, *pair) for pair in pairs]
     torch.testing.assert_close([score for score, _ in found], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_score_by_hand(model, tokenizer):
+    """LAMBADA's numbers, worked out from log-likelihoods of plain torch."""
+    [task] = zero_shot_tasks("lambada_openai").values()
+    texts = [doc["text"] for doc in task.eval_docs.select(range(6))]
+    pairs = [(text[: text.rindex(" ")], text[text.rindex(" ") :]) for text in texts]
+    by_hand = [log_likelihood(model, tokenizer, *pair) for pair in pairs]
+    found = score(SpikingMambaLM(model, tokenizer, batch_size=4), task, limit=6)
+    assert found["n"] == 6
+    assert found["items"]["loglikelihood"] == pytest.approx(by_hand, abs=1e-3)
+    assert found["items"]["acc"] == [0] * 6
+    mean, spread = statistics.fmean(by_hand), statistics.stdev(by_hand)
+    perplexity = found["metrics"]["perplexity"]
+    assert perplexity["value"] == pytest.approx(math.exp(-mean), rel=1e-3)
+    assert perplexity["stderr"] == pytest.approx(math.exp(-mean) * spread / math.sqrt(6), rel=1e-3)
+
+
+def test_standard_errors(model, tokenizer):
+    [task] = zero_shot_tasks("copa").values()
+    lm = SpikingMambaLM(model, tokenizer)
+    found = score(lm, task, limit=20)
+    right = sum(found["items"]["acc"])
+    assert 0 < right < 20
+    share = right / 20
+    assert found["metrics"]["acc"]["value"] == share
+    assert found["metrics"]["acc"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 19))
+    assert score(lm, task, limit=1)["metrics"]["acc"]["stderr"] is None
 
 
 def test_padding_is_masked(model, tokenizer):
