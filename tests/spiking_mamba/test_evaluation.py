@@ -18,6 +18,7 @@ from spiking_mamba.data import count_bytes, load_text, tokenize, train_tokenizer
 from spiking_mamba.evaluation import CHANCE, perplexity, zero_shot, zero_shot_tasks
 from spiking_mamba.harness import SpikingMambaLM
 from spiking_mamba.packages import DataError
+from spiking_mamba.scoring import score
 
 
 @pytest.fixture(scope="module")
