@@ -23,7 +23,7 @@ from .benchmarks import CHANCE, SOURCE_TASKS, describe, digest, zero_shot_tasks
 from .checkpoint import locate
 from .data import count_bytes, load_text, tokenize
 from .energy import projection_energy
-from .evaluation_settings import Checkpoint, EvaluationSettings, claim
+from .evaluation_settings import RESULTS, Checkpoint, EvaluationSettings, claim
 from .provenance import package_versions, provenance
 from .results_cache import ResultsCache
 from .scoring import perplexity, score, zero_shot
@@ -48,7 +48,6 @@ __all__ = [
 ]
 
 SCHEMA = "spiking_mamba/evaluation/1"
-_RESULTS = "results.json"
 
 
 def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
@@ -85,7 +84,7 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
         "gaps": _gaps(models),
     }
     results = _finite(results)
-    write_whole(output / _RESULTS, json.dumps(results, indent=1, allow_nan=False))
+    write_whole(output / RESULTS, json.dumps(results, indent=1, allow_nan=False))
     _report(output, results)
     return results
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,9 +14,10 @@ import yaml
 from .benchmarks import BENCHMARK_SETS
 from .training import RunError, write_whole
 
-__all__ = ["Checkpoint", "EvaluationSettings", "claim"]
+__all__ = ["RESULTS", "Checkpoint", "EvaluationSettings", "claim"]
 
-_SETTINGS = "settings.yaml"
+RESULTS = "results.json"
+SETTINGS = "settings.yaml"
 _GROWING = ("models", "seeds", "tasks", "corpora")  # more of them may be named in a folder
 _FREE = ("output", "reference", "overwrite")  # nothing measured depends on them
 
@@ -146,13 +148,13 @@ def claim(settings: EvaluationSettings) -> Path:
         RunError: it holds something else, or an evaluation whose results these settings would lose.
     """
     folder = Path(settings.output)
-    kept = folder / _SETTINGS
+    kept, results = folder / SETTINGS, folder / RESULTS
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         try:
-            before = EvaluationSettings(**yaml.safe_load(kept.read_text()))
+            EvaluationSettings(**yaml.safe_load(kept.read_text()))
         except (OSError, TypeError, ValueError, yaml.YAMLError):
             raise RunError(f"{folder} is not empty and holds no evaluation: it is left as it is.") from None
-        if not settings.overwrite and (reason := _what_would_be_lost(before, settings)):
+        if results.exists() and not settings.overwrite and (reason := _what_would_be_lost(results, settings)):
             raise RunError(
                 f"{folder} holds an evaluation {reason}: choose another output or say overwrite=true, which "
                 "replaces its results and keeps its cache."
@@ -164,11 +166,16 @@ def claim(settings: EvaluationSettings) -> Path:
     return folder
 
 
-def _what_would_be_lost(before: EvaluationSettings, now: EvaluationSettings) -> str | None:
+def _what_would_be_lost(results: Path, now: EvaluationSettings) -> str | None:
+    """How results differ from what these settings will give, but for more of it; None if they do not."""
+    try:
+        before = EvaluationSettings(**json.loads(results.read_text())["provenance"]["settings"])
+        paths = [[c.path for c in settings.checkpoints()] for settings in (before, now)]
+    except (OSError, KeyError, TypeError, ValueError):
+        return f"whose {results.name} cannot be read"
     names = [f.name for f in dataclasses.fields(now) if f.name not in (*_GROWING, *_FREE)]
     if changed := [name for name in names if getattr(before, name) != getattr(now, name)]:
         return f"with another {', '.join(changed)}"
-    paths = [[c.path for c in settings.checkpoints()] for settings in (before, now)]
     for old, new in (paths, (before.tasks, now.tasks), (before.corpora, now.corpora)):
         if missing := [str(name) for name in old if name not in new]:
             return f"of {', '.join(missing)} too"

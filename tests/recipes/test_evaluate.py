@@ -214,6 +214,10 @@ def test_a_folder_grows_but_does_not_shrink_or_change(checkpoints, tmp_path, cal
         assert reason in done.stderr
         assert "overwrite=true" in done.stderr
         assert (output / "results.json").read_bytes() == before
+    (output / "results.json").write_bytes(before[:-9])
+    done = call(f"models=[{one}, {two}]", "tasks=[copa, winogrande]", *small)
+    assert done.returncode != 0
+    assert "results.json cannot be read" in done.stderr
     done = call(f"models={two}", "tasks=[copa]", *small, "overwrite=true")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count(": measured before") == 1
@@ -245,6 +249,9 @@ def test_nan_is_named_and_spoils_nothing(checkpoints, tmp_path, call):
         assert "Traceback" not in done.stderr
         assert {path: path.read_bytes() for path in output.rglob("*.json") if path in before} == before
         assert not any("broken" in path.read_text() for path in output.rglob("*.json"))
+    done = call(f"models={good}", "tasks=[copa]", *arguments)  # the broken one may be dropped again
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": measured before") == 2
 
 
 def test_an_error_of_the_command_is_one_line(checkpoints, tmp_path):

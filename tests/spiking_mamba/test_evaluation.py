@@ -78,12 +78,12 @@ def test_all_tasks_build_and_score(model, tokenizer, no_network, tmp_path, monke
         scores = zero_shot(model, tokenizer, zero_shot_tasks(list(CHANCE)), limit=8)
 
     assert list(scores) == list(CHANCE)
-    for task, score in scores.items():
-        assert set(score) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "chance", "n"}
-        assert score["n"] == 8
-        assert score["chance"] == CHANCE[task]
-        assert 0 <= score["acc"] <= 1
-        assert (score["acc_norm"] is None) == (task in ("boolq", "winogrande", "lambada_openai", "copa"))
+    for task, found in scores.items():
+        assert set(found) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "chance", "n"}
+        assert found["n"] == 8
+        assert found["chance"] == CHANCE[task]
+        assert 0 <= found["acc"] <= 1
+        assert (found["acc_norm"] is None) == (task in ("boolq", "winogrande", "lambada_openai", "copa"))
 
     # COPA once more, by hand.
     connectors, right = {"cause": "because", "effect": "therefore"}, 0
