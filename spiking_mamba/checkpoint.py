@@ -14,7 +14,7 @@ from transformers import Mamba2Config, PreTrainedTokenizerBase
 from .configuration import PROJECTIONS, SpikingMambaConfig
 from .modeling import SpikingMambaForCausalLM
 
-__all__ = ["CheckpointError", "export", "fold_thresholds", "load_dense", "load_model"]
+__all__ = ["CheckpointError", "export", "fold_thresholds", "load_dense", "load_model", "locate"]
 
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
@@ -76,10 +76,20 @@ def load_dense(name: str | Path) -> SpikingMambaForCausalLM:
         raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
 
 
+def locate(name: str | Path) -> tuple[Path, dict[str, Any]]:
+    """The local folder of a checkpoint, fetched if it is on the hub, and its config.json.
+
+    Raises:
+        CheckpointError: there is none, or it lacks its config.json or its weights.
+    """
+    folder = _folder(name)
+    return folder, _read_config(folder)
+
+
 def load_model(name: str | Path) -> SpikingMambaForCausalLM:
     """A model of this package, spiking or dense, from any form of checkpoint: see ``load_dense``."""
-    folder = _folder(name)
-    if _read_config(folder).get("neuron") is None:
+    folder, settings = locate(name)
+    if settings.get("neuron") is None:
         return load_dense(folder)
     try:
         return SpikingMambaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

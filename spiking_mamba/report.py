@@ -36,7 +36,8 @@ def summary(results: dict[str, Any]) -> str:
     rows = [["perplexity, held-out text", *(f"{results[m]['perplexity']:.2f}" for m in models), ""]]
     for task, score in results["after"]["zero_shot"].items():
         cells = [_score(results[m]["zero_shot"][task]) for m in models]
-        rows.append([f"{task}, {score['n']} items", *cells, f"{score['chance']:.3f}"])
+        chance = "" if score["chance"] is None else f"{score['chance']:.3f}"
+        rows.append([f"{task}, {score['n']} items", *cells, chance])
     quality = markdown_table(["", "teacher", "student before", "student after", "chance"], rows)
     energy, spikes = results["energy"], results["spikes"]
     rows = [

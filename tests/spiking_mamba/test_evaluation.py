@@ -4,6 +4,7 @@ import logging
 import math
 import random
 import socket
+import statistics
 from types import SimpleNamespace
 
 import datasets
@@ -12,22 +13,12 @@ import pytest
 import torch
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
-from spiking_mamba import evaluation
+from spiking_mamba import benchmarks
 from spiking_mamba.data import count_bytes, load_text, tokenize, train_tokenizer
 from spiking_mamba.evaluation import CHANCE, perplexity, zero_shot, zero_shot_tasks
+from spiking_mamba.harness import SpikingMambaLM
 from spiking_mamba.packages import DataError
-
-ITEMS = {
-    "hellaswag": 10042,
-    "piqa": 1838,
-    "arc_easy": 2376,
-    "arc_challenge": 1172,
-    "boolq": 3270,
-    "winogrande": 1267,
-    "sciq": 1000,
-    "openbookqa": 500,
-    "copa": 100,
-}
+from spiking_mamba.scoring import score
 
 
 @pytest.fixture(scope="module")
@@ -77,20 +68,6 @@ def log_likelihood(model, tokenizer, context, continuation):
     return sum(scores[i - 1, ids[i]].item() for i in range(len(prefix), len(ids)))
 
 
-@pytest.mark.parametrize("name", CHANCE)
-def test_items_are_the_stock_ones(name):
-    split, _, _ = evaluation._SOURCES[name]
-    items = evaluation._load(name)[split]
-    assert len(items) == ITEMS[name]
-    if name.startswith("arc") or name == "openbookqa":
-        choices = [item["text"] for item in items["choices"]]
-        assert sum(1 / len(c) for c in choices) / len(choices) == pytest.approx(CHANCE[name], abs=1e-4)
-        assert all(item["answerKey"] in item["choices"]["label"] for item in items)
-    if name == "boolq":
-        assert all(" -- " in passage for passage in items["passage"])
-        assert sum(items["label"]) == 2033
-
-
 def test_all_tasks_build_and_score(model, tokenizer, no_network, tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     model.train()
@@ -101,16 +78,16 @@ def test_all_tasks_build_and_score(model, tokenizer, no_network, tmp_path, monke
         scores = zero_shot(model, tokenizer, zero_shot_tasks(list(CHANCE)), limit=8)
 
     assert list(scores) == list(CHANCE)
-    for task, score in scores.items():
-        assert set(score) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "chance", "n"}
-        assert score["n"] == 8
-        assert score["chance"] == CHANCE[task]
-        assert 0 <= score["acc"] <= 1
-        assert (score["acc_norm"] is None) == (task in ("boolq", "winogrande", "copa"))
+    for task, found in scores.items():
+        assert set(found) == {"acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "chance", "n"}
+        assert found["n"] == 8
+        assert found["chance"] == CHANCE[task]
+        assert 0 <= found["acc"] <= 1
+        assert (found["acc_norm"] is None) == (task in ("boolq", "winogrande", "lambada_openai", "copa"))
 
     # COPA once more, by hand.
     connectors, right = {"cause": "because", "effect": "therefore"}, 0
-    for item in evaluation._load("copa")["validation"].select(range(8)):
+    for item in benchmarks._load("copa")["validation"].select(range(8)):
         context = item["premise"].strip()[:-1] + " " + connectors[item["question"]]
         # Two spaces: the stock task puts one before each choice, lm-eval another between context and choice.
         choices = ["  " + c[0].lower() + c[1:] for c in (item["choice1"], item["choice2"])]
@@ -131,23 +108,6 @@ def test_all_tasks_build_and_score(model, tokenizer, no_network, tmp_path, monke
     assert not [r for r in caplog.records if r.name.startswith("lm_eval")]
 
 
-def test_prompts():
-    """As lm-eval publishes them."""
-    tasks = zero_shot_tasks(["arc_easy", "openbookqa", "boolq", "winogrande"])
-    built = evaluation._stock_tasks(tasks).load(tasks)["tasks"]
-    prompts = {name: task.doc_to_text(task.eval_docs[0]) for name, task in built.items()}
-    assert prompts["arc_easy"] == (
-        "Question: Which statement best explains why photosynthesis is the foundation of most food webs?"
-        "\nAnswer:"
-    )
-    assert prompts["openbookqa"].startswith("A person wants to start saving money so that they can afford")
-    assert prompts["boolq"].startswith("Ethanol fuel -- All biomass goes through")
-    assert prompts["boolq"].endswith("\nQuestion: does ethanol take more energy make that produces?\nAnswer:")
-    assert (
-        built["winogrande"].doc_to_choice(built["winogrande"].eval_docs[0])[1].endswith("than Maria so Maria")
-    )
-
-
 @pytest.mark.parametrize("batch_size", [1, 5])
 def test_log_likelihoods(model, tokenizer, batch_size):
     """Whatever the padding, lm-eval's number is the one worked out by hand."""
@@ -161,9 +121,37 @@ def test_log_likelihoods(model, tokenizer, batch_size):
         ("word " * 50, "end"),
     ]
     requests = [Instance("loglikelihood", {}, pair, i) for i, pair in enumerate(pairs)]
-    found = evaluation._harness(model, tokenizer, batch_size).loglikelihood(requests, disable_tqdm=True)
+    found = SpikingMambaLM(model, tokenizer, batch_size=batch_size).loglikelihood(requests, disable_tqdm=True)
     expected = [log_likelihood(model, tokenizer, *pair) for pair in pairs]
     torch.testing.assert_close([score for score, _ in found], expected, rtol=1e-5, atol=1e-4)
+
+
+def test_a_score_by_hand(model, tokenizer):
+    """LAMBADA's numbers, worked out from log-likelihoods of plain torch."""
+    [task] = zero_shot_tasks("lambada_openai").values()
+    texts = [doc["text"] for doc in task.eval_docs.select(range(6))]
+    pairs = [(text[: text.rindex(" ")], text[text.rindex(" ") :]) for text in texts]
+    by_hand = [log_likelihood(model, tokenizer, *pair) for pair in pairs]
+    found = score(SpikingMambaLM(model, tokenizer, batch_size=4), task, limit=6)
+    assert found["n"] == 6
+    assert found["items"]["loglikelihood"] == pytest.approx(by_hand, abs=1e-3)
+    assert found["items"]["acc"] == [0] * 6
+    mean, spread = statistics.fmean(by_hand), statistics.stdev(by_hand)
+    perplexity = found["metrics"]["perplexity"]
+    assert perplexity["value"] == pytest.approx(math.exp(-mean), rel=1e-3)
+    assert perplexity["stderr"] == pytest.approx(math.exp(-mean) * spread / math.sqrt(6), rel=1e-3)
+
+
+def test_standard_errors(model, tokenizer):
+    [task] = zero_shot_tasks("copa").values()
+    lm = SpikingMambaLM(model, tokenizer)
+    found = score(lm, task, limit=20)
+    right = sum(found["items"]["acc"])
+    assert 0 < right < 20
+    share = right / 20
+    assert found["metrics"]["acc"]["value"] == share
+    assert found["metrics"]["acc"]["stderr"] == pytest.approx(math.sqrt(share * (1 - share) / 19))
+    assert score(lm, task, limit=1)["metrics"]["acc"]["stderr"] is None
 
 
 def test_padding_is_masked(model, tokenizer):
@@ -171,20 +159,10 @@ def test_padding_is_masked(model, tokenizer):
     hook = model.register_forward_pre_hook(
         lambda _, args, kwargs: masks.append(kwargs["attention_mask"]), with_kwargs=True
     )
-    harness = evaluation._harness(model, tokenizer, 2)
+    harness = SpikingMambaLM(model, tokenizer, batch_size=2)
     harness._model_call(torch.tensor([[0, 5, 0, 7], [9, 8, 0, 0], [0, 0, 0, 0]]))
     hook.remove()
     assert masks[0].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
-
-
-def test_names():
-    assert zero_shot_tasks(["piqa", "copa", "piqa"], data="hub") == ["piqa", "copa"]
-    with pytest.raises(DataError, match="Did you mean hellaswag"):
-        zero_shot_tasks(["helaswag"])
-    with pytest.raises(DataError, match="'packages' or 'hub'"):
-        zero_shot_tasks(["piqa"], data="web")
-    with pytest.raises(DataError, match="No task was named"):
-        zero_shot_tasks([])
 
 
 class Constant(torch.nn.Module):

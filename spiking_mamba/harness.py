@@ -1,0 +1,145 @@
+"""The model that lm-eval runs, registered there as ``spiking_mamba``.
+
+import lm_eval, spiking_mamba.harness
+lm_eval.simple_evaluate(model="spiking_mamba", model_args="pretrained=runs/quickstart/student/model", ...)
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from .benchmarks import undisturbed
+from .checkpoint import CheckpointError, load_model
+from .settings import reject_unknown_keys
+
+try:
+    from lm_eval.api.registry import register_model
+    from lm_eval.models.huggingface import HFLM
+except ImportError as error:
+    raise ImportError('Zero-shot tasks need lm-eval: pip install "spiking-mamba[recipes]"') from error
+
+if TYPE_CHECKING:
+    from lm_eval.api.instance import Instance
+
+__all__ = ["SpikingMambaLM", "has_tokenizer", "load_tokenizer"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+_PASSED_ON = (
+    *("max_length", "logits_cache", "softmax_dtype", "max_batch_size", "add_bos_token", "prefix_token_id"),
+    *("think_end_token", "enable_thinking", "chat_template_args"),
+)
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint's folder holds a tokenizer."""
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, or the one named by ``tokenizer``: a folder or a hub name.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    name = str(tokenizer or checkpoint)
+    # without its files transformers would make up an empty one for the type of the model
+    if Path(name).is_dir() and not has_tokenizer(Path(name)):
+        raise CheckpointError(
+            f"{name} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}): name the folder or the hub "
+            "name of the one that the model was trained with, tokenizer=..."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # a broken file or no network; readers of both raise what they please
+        raise CheckpointError(f"No tokenizer can be loaded from {name}: {error}") from error
+
+
+@register_model("spiking_mamba")
+class SpikingMambaLM(HFLM):
+    """lm-eval's ``HFLM`` for any Mamba2 checkpoint, spiking or dense, in any form that ``load_model`` reads.
+
+    Padding is to the right, and where the tokenizer reserves id 0 the model is told of it by
+    ``attention_mask``, so that whoever counts spikes can leave it out. Log-probabilities are float32.
+
+    Args:
+        pretrained: a folder, a hub name, or a model, which stays on the device that it is on.
+        tokenizer: a folder, a hub name or a tokenizer; by default that of the checkpoint.
+        dtype: 'float32', or 'bfloat16' for autocast; the weights stay as they are.
+        device: of a model named by ``pretrained``; by default CUDA where there is one.
+        batch_size: requests a forward pass.
+        options: others of ``HFLM``: ``max_length``, ``logits_cache``, ``add_bos_token`` ...
+
+    Raises:
+        CheckpointError: no model or no tokenizer can be loaded, or they do not belong together.
+        ValueError: an unknown option or dtype.
+    """
+
+    def __init__(
+        self,
+        pretrained: str | Path | torch.nn.Module,
+        tokenizer: str | Path | PreTrainedTokenizerBase | None = None,
+        dtype: str = "float32",
+        device: str | None = None,
+        batch_size: int = 16,
+        **options: Any,
+    ) -> None:
+        reject_unknown_keys(options, _PASSED_ON, "model_args")
+        dtype = {"auto": "float32"}.get(dtype, dtype)
+        if dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {dtype!r}.")
+        model: Any = pretrained
+        if not isinstance(tokenizer, PreTrainedTokenizerBase):
+            if not isinstance(pretrained, str | Path):
+                raise ValueError("A model in memory needs a tokenizer.")
+            tokenizer = load_tokenizer(pretrained, tokenizer)
+        if isinstance(pretrained, str | Path):
+            model = load_model(pretrained).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        # the embedding's rows may be padded beyond the tokenizer's entries, not the other way round
+        if (largest := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
+            raise CheckpointError(
+                f"The tokenizer knows the token id {largest}, outside the vocabulary of "
+                f"{model.config.vocab_size}: it does not belong to the model."
+            )
+        with undisturbed():  # it warns of every model in memory
+            super().__init__(
+                pretrained=model,
+                tokenizer=copy.deepcopy(tokenizer),  # lm-eval may set its pad token
+                backend="causal",
+                batch_size=batch_size,
+                mixed_precision_dtype=None if dtype == "float32" else dtype,
+                **{"softmax_dtype": "float32"} | options,
+            )
+
+    def _model_call(
+        self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Logits ``[batch, length, vocabulary]`` of token ids ``[batch, length]``."""
+        # lm-eval pads on the right with id 0 and passes no mask: find the padding again, where id 0 is
+        # nothing else. The first token is none: with an empty context it is end-of-text.
+        mask = None
+        if 0 in self.tokenizer.all_special_ids:
+            mask = inps.flip(1).cumsum(1).flip(1).ne(0).long()  # [batch, length], 1 up to the last token
+            mask[:, 0] = 1
+        kind, precision = self.device.type, self.mixed_precision_dtype
+        with torch.no_grad(), torch.autocast(kind, dtype=precision, enabled=precision is not None):
+            return self.model(input_ids=inps, attention_mask=mask, use_cache=False).logits
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """Of each request the log-likelihood in nats, and whether greedy decoding gives it.
+
+        Raises:
+            FloatingPointError: the first request whose logits are NaN, by task and item.
+        """
+        answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        for request, (score, _) in zip(requests, answers, strict=True):
+            if math.isnan(score):
+                raise FloatingPointError(
+                    f"The model's logits are NaN in {request.task_name}, item {request.doc_id}."
+                )
+        return answers

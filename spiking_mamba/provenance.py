@@ -1,0 +1,62 @@
+"""Where results come from: command, commit, machine and versions."""
+
+import dataclasses
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .training import device_name
+
+__all__ = ["package_versions", "provenance"]
+
+_PACKAGES = ("torch", "transformers", "spikingjelly", "lm-eval")
+
+
+def package_versions() -> dict[str, str]:
+    """Versions of the packages that results depend on."""
+    return {name: version(name) for name in _PACKAGES}
+
+
+def provenance(settings: Any) -> dict[str, Any]:
+    """What a reader needs to repeat a run; ``settings`` is a dataclass."""
+    return {
+        "command": shlex.join(["python", *sys.argv]),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {
+            "device": device_name(),
+            "cpu": _cpu(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": package_versions() | {"python": platform.python_version()},
+        "settings": dataclasses.asdict(settings),
+    }
+
+
+def _commit() -> str | None:
+    """The git commit of this package, ``-dirty`` if its files are changed; None if it is no checkout."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():  # git would look above it, into whatever it is installed in
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
