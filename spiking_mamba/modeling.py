@@ -69,64 +69,77 @@ class SpikingMambaMixer(Mamba2Mixer):
     ) -> torch.Tensor:
         """``[B, L, hidden_size] -> [B, L, hidden_size]``; states are read from and written to the cache."""
         batch, length, _ = hidden_states.shape
-        conv_state = scan_state = None
+        scan_state = None
         if cache_params is not None:
-            conv_state = cache_params.get_conv_state(self.layer_idx)
             scan_state = cache_params.get_recurrent_state(self.layer_idx)
+            if length == 1 and (conv_state := cache_params.get_conv_state(self.layer_idx)) is not None:
+                hidden_states = apply_mask_to_padding_states(hidden_states, attention_mask)
+                return self.step(hidden_states, conv_state, scan_state, cache_params)
 
         hidden_states = apply_mask_to_padding_states(hidden_states, attention_mask)
-        projected = self._project("in_proj", hidden_states, cache_params)
-        gate, xBC, dt = projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
-
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        if conv_state is not None and length == 1:
-            xBC = ssd.causal_conv1d_update(xBC, conv_state, weight, bias, self.activation)
-        else:
-            if cache_params is not None:  # what comes back starts with the tokens before these
-                xBC = cache_params.update_conv_state(
-                    xBC.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size
-                ).transpose(1, 2)
-            xBC = ssd.causal_conv1d(xBC, weight, bias, self.activation)[:, -length:]
-        xBC = apply_mask_to_padding_states(xBC, attention_mask)
-        groups_width = self.n_groups * self.ssm_state_size
-        x, B, C = xBC.split([self.intermediate_size, groups_width, groups_width], dim=-1)
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))
-        B = B.unflatten(-1, (self.n_groups, self.ssm_state_size))
-        C = C.unflatten(-1, (self.n_groups, self.ssm_state_size))
-
-        A = -torch.exp(self.A_log.float())
-        if scan_state is not None and length == 1:
-            y = ssd.state_update(
-                scan_state,
-                x[:, 0],
-                dt[:, 0],
-                A,
-                B[:, 0],
-                C[:, 0],
-                self.D,
-                self.dt_bias,
-                self.time_step_limit,
-            ).unsqueeze(1)
-        else:
-            y = ssd.chunk_scan(
-                x,
-                dt,
-                A,
-                B,
-                C,
-                chunk_size=self.chunk_size,
-                D=self.D,
-                dt_bias=self.dt_bias,
-                dt_limit=self.time_step_limit,
-                initial_states=scan_state,
-                return_final_states=cache_params is not None,
-            )
-            if cache_params is not None:
-                y, scan_state = y
-                cache_params.update_recurrent_state(scan_state, self.layer_idx)
-
+        gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache_params))
+        if cache_params is not None:  # what comes back starts with the tokens before these
+            xBC = cache_params.update_conv_state(
+                xBC.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size
+            ).transpose(1, 2)
+        xBC = ssd.causal_conv1d(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
+        xBC = apply_mask_to_padding_states(xBC[:, -length:], attention_mask)
+        x, B, C = self._split_heads(xBC)
+        y = ssd.chunk_scan(
+            x,
+            dt,
+            self._A(),
+            B,
+            C,
+            chunk_size=self.chunk_size,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_limit=self.time_step_limit,
+            initial_states=scan_state,
+            return_final_states=cache_params is not None,
+        )
+        if cache_params is not None:
+            y, scan_state = y
+            cache_params.update_recurrent_state(scan_state, self.layer_idx)
         y = self.norm(y.reshape(batch, length, -1), gate)
         return self._project("out_proj", y.to(hidden_states.dtype), cache_params)
+
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        conv_state: torch.Tensor,
+        scan_state: torch.Tensor,
+        cache_params: Cache | None = None,
+    ) -> torch.Tensor:
+        """One token, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``.
+
+        ``conv_state`` ``[B, conv_dim, K]`` and ``scan_state`` ``[B, H, P, N]`` move on in place; the
+        neurons' states, where they have any, are in the cache.
+        """
+        gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache_params))
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        xBC = ssd.causal_conv1d_update(xBC, conv_state, weight, bias, self.activation)
+        x, B, C = (tensor[:, 0] for tensor in self._split_heads(xBC))
+        y = ssd.state_update(
+            scan_state, x, dt[:, 0], self._A(), B, C, self.D, self.dt_bias, self.time_step_limit
+        )
+        y = self.norm(y.flatten(1).unsqueeze(1), gate)
+        return self._project("out_proj", y.to(hidden_states.dtype), cache_params)
+
+    def _A(self) -> torch.Tensor:
+        return -torch.exp(self.A_log.float())
+
+    def _split(self, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The input projection's ``gate``, ``xBC`` and ``dt``."""
+        return projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+
+    def _split_heads(self, xBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``x`` ``[B, L, H, P]``, ``B`` and ``C`` ``[B, L, G, N]``."""
+        groups_width = self.n_groups * self.ssm_state_size
+        x, B, C = xBC.split([self.intermediate_size, groups_width, groups_width], dim=-1)
+        groups = (self.n_groups, self.ssm_state_size)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return x, B.unflatten(-1, groups), C.unflatten(-1, groups)
 
     def _project(self, name: str, x: torch.Tensor, cache_params: Cache | None) -> torch.Tensor:
         """Run a projection; its neuron's states live in slots of the cache behind convolution and scan."""
