@@ -22,7 +22,7 @@ from .distillation_loss import DistillationLoss
 from .modeling import SpikingMambaForCausalLM
 from .settings import reject_unknown_keys
 from .spikes import count_spikes
-from .training import check_rows, collate, finish_run, run, start_run, training_arguments
+from .training import autocast, check_rows, collate, finish_run, run, start_run, training_arguments
 
 __all__ = ["DistillationSettings", "DistillationTrainer", "distill", "sgc_lambda"]
 
@@ -97,11 +97,6 @@ class DistillationTrainer(Trainer):
     def _log_due(self) -> bool:
         return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
 
-    def _autocast(self) -> torch.autocast:
-        # accelerate wraps the student alone
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        return torch.autocast(self.args.device.type, dtype, enabled=dtype is not None)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {
             k: inputs[k] for k in ("input_ids", "attention_mask", "labels") if inputs.get(k) is not None
@@ -115,7 +110,7 @@ class DistillationTrainer(Trainer):
             self._note(mean_abs_spike=spikes.mean_abs, sgc_lambda=self.student.sgc_lambda)
         else:
             output = model(**arguments)
-        with self._autocast():
+        with autocast(self):
             with torch.no_grad():
                 teacher_output = self.teacher(**arguments)
             loss, parts = self.loss(self.student, self.teacher, output, teacher_output, **inputs)

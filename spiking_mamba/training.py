@@ -26,7 +26,7 @@ from .modeling import SpikingMambaForCausalLM
 from .packages import DataError
 from .settings import reject_unknown_keys
 
-__all__ = ["RunError", "collate", "finish_run", "quiet", "run", "start_run", "training_arguments"]
+__all__ = ["RunError", "autocast", "collate", "finish_run", "quiet", "run", "start_run", "training_arguments"]
 
 _SETTINGS = "settings.yaml"
 _HISTORY = "log.json"
@@ -163,6 +163,12 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
     if arguments["bf16"] == "auto":
         arguments["bf16"] = bf16_pays()
     return TrainingArguments(output_dir=str(folder), seed=seed, data_seed=seed, **arguments)
+
+
+def autocast(trainer: Trainer) -> torch.autocast:
+    """The trainer's mixed precision, for what runs outside its model: accelerate wraps that alone."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
+    return torch.autocast(trainer.args.device.type, dtype, enabled=dtype is not None)
 
 
 def run(trainer: Trainer, resume: bool) -> list[dict[str, float]]:
