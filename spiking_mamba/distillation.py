@@ -22,7 +22,16 @@ from .distillation_loss import DistillationLoss
 from .modeling import SpikingMambaForCausalLM
 from .settings import reject_unknown_keys
 from .spikes import count_spikes
-from .training import autocast, check_rows, collate, finish_run, run, start_run, training_arguments
+from .training import (
+    autocast,
+    check_rows,
+    collate,
+    finish_run,
+    run,
+    start_run,
+    training_arguments,
+    whole_model,
+)
 
 __all__ = ["DistillationSettings", "DistillationTrainer", "distill", "sgc_lambda"]
 
@@ -124,7 +133,9 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= {name: float(torch.stack(values).mean()) for name, values in self._parts.items()}
+            for name, values in self._parts.items():
+                mean = torch.stack([value.float().to(self.args.device) for value in values]).mean()
+                logs[name] = float(self.accelerator.reduce(mean, "mean"))
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
@@ -230,4 +241,4 @@ def distill(
         data_collator=collate,
     )
     history = run(trainer, settings.resume)
-    return finish_run(student, tokenizer, folder), history
+    return finish_run(whole_model(trainer), tokenizer, folder), history

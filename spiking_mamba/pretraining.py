@@ -11,7 +11,16 @@ from .configuration import SpikingMambaConfig
 from .head_loss import head_loss
 from .modeling import SpikingMambaForCausalLM
 from .settings import reject_unknown_keys
-from .training import autocast, check_rows, collate, finish_run, run, start_run, training_arguments
+from .training import (
+    autocast,
+    check_rows,
+    collate,
+    finish_run,
+    run,
+    start_run,
+    training_arguments,
+    whole_model,
+)
 
 __all__ = ["PretrainingSettings", "PretrainingTrainer", "pretrain"]
 
@@ -105,4 +114,4 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
     model = SpikingMambaForCausalLM(config)
     trainer = PretrainingTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
     history = run(trainer, settings.resume)
-    return finish_run(model, tokenizer, folder), history
+    return finish_run(whole_model(trainer), tokenizer, folder), history

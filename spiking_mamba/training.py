@@ -1,6 +1,7 @@
 """What every training recipe shares: its run folder, its data and transformers' arguments."""
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import json
@@ -18,6 +19,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
@@ -26,7 +28,17 @@ from .modeling import SpikingMambaForCausalLM
 from .packages import DataError
 from .settings import reject_unknown_keys
 
-__all__ = ["RunError", "autocast", "collate", "finish_run", "quiet", "run", "start_run", "training_arguments"]
+__all__ = [
+    "RunError",
+    "autocast",
+    "collate",
+    "finish_run",
+    "quiet",
+    "run",
+    "start_run",
+    "training_arguments",
+    "whole_model",
+]
 
 _SETTINGS = "settings.yaml"
 _HISTORY = "log.json"
@@ -154,6 +166,7 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
         "bf16": "auto",
         "remove_unused_columns": False,
         "dataloader_drop_last": True,
+        "ddp_find_unused_parameters": False,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
@@ -174,6 +187,9 @@ def autocast(trainer: Trainer) -> torch.autocast:
 def run(trainer: Trainer, resume: bool) -> list[dict[str, float]]:
     """Train, from the last checkpoint if there is one to resume, and return the log's rows."""
     keep_freed_memory()
+    if trainer.is_fsdp_enabled:
+        # accelerate would cast every weight to bf16, A_log and dt_bias too; autocast casts the products alone
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     folder = trainer.args.output_dir
     last = get_last_checkpoint(folder) if resume else None
     trainer.train(resume_from_checkpoint=last)
@@ -182,10 +198,35 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, float]]:
     return history
 
 
+def whole_model(trainer: Trainer) -> SpikingMambaForCausalLM | None:
+    """The trained model, gathered from its shards where it is sharded: then on the first process only.
+
+    Every process has to call it.
+    """
+    if not trainer.is_fsdp_enabled:
+        return trainer.model
+    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if not trainer.is_world_process_zero():
+        return None
+    with torch.device("meta"):
+        model = SpikingMambaForCausalLM(copy.deepcopy(trainer.model.config))
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    model.generation_config = trainer.model.generation_config
+    return model
+
+
 def finish_run(
-    model: SpikingMambaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str = "model"
+    model: SpikingMambaForCausalLM | None,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    name: str = "model",
 ) -> Path:
-    """Export model and tokenizer to ``folder / name``, whole or not at all; return that folder."""
+    """Export model and tokenizer to ``folder / name``, whole or not at all; return that folder.
+
+    Args:
+        model: what :func:`whole_model` gives: processes other than the first need none.
+    """
     target, draft = folder / name, folder / f"{name}.part"
 
     def save() -> None:
