@@ -19,6 +19,7 @@ import torch
 import transformers
 import yaml
 from huggingface_hub.errors import StrictDataclassError
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
@@ -205,7 +206,8 @@ def whole_model(trainer: Trainer) -> SpikingMambaForCausalLM | None:
     """
     if not trainer.is_fsdp_enabled:
         return trainer.model
-    weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(trainer.model_wrapped, options=whole)
     if not trainer.is_world_process_zero():
         return None
     with torch.device("meta"):
