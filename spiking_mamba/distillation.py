@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -149,7 +150,7 @@ class DistillationSettings:
         output: folder of the run: settings, checkpoints, log, and the student in ``model/``.
         data: text, see ``spiking_mamba.data.load_text``: a corpus that a package carries, a file, a hub
             name, or a list of them.
-        length: tokens per row.
+        length: tokens per row; rows are packed, see ``spiking_mamba.data.tokenize``.
         neuron: ``{"class": ..., "args": {...}}``, see ``neurons.build``.
         sgc: Smoothed Gradient Compensation, see ``SpikingMambaConfig``; null for none.
         membrane: token or sequence.
@@ -161,6 +162,8 @@ class DistillationSettings:
         seed: of data order and every random generator.
         resume: go on with the run in ``output``.
         overwrite: throw away the run in ``output``.
+        dry_run: true rehearses with a small random teacher and random tokens, 'full' with one of the
+            teacher's size; see ``spiking_mamba.rehearsal``.
     """
 
     teacher: str
@@ -180,6 +183,7 @@ class DistillationSettings:
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
+    dry_run: Any = False
 
     def make_loss(self) -> DistillationLoss:
         reject_unknown_keys(self.loss, DistillationLoss.__dataclass_fields__, "loss")
@@ -203,11 +207,13 @@ def distill(
     settings: DistillationSettings,
     teacher: SpikingMambaForCausalLM | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    rows: Dataset | None = None,
 ) -> tuple[Path, list[dict[str, float]]]:
     """Distil a student as the settings say.
 
     Args:
         teacher, tokenizer: what ``settings.teacher`` names, where they are in memory already.
+        rows: ``input_ids`` of equal length instead of ``settings.data``; no tokenizer is needed then.
 
     Returns:
         The student's folder, and the log's rows.
@@ -218,7 +224,8 @@ def distill(
     set_seed(settings.seed)
     loss = settings.make_loss()
     teacher = load_dense(settings.teacher) if teacher is None else teacher
-    tokenizer = AutoTokenizer.from_pretrained(settings.teacher) if tokenizer is None else tokenizer
+    if tokenizer is None and rows is None:
+        tokenizer = AutoTokenizer.from_pretrained(settings.teacher)
     student = SpikingMambaForCausalLM.from_dense(
         teacher,
         neuron=settings.neuron,
@@ -228,7 +235,8 @@ def distill(
         learn_threshold=settings.learn_threshold,
     )
     arguments = settings.make_arguments()
-    rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)
+    if rows is None:
+        rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)
     check_rows(rows, arguments, teacher.config.vocab_size)
     folder = start_run(settings, settings.resume, settings.overwrite)
     trainer = DistillationTrainer(

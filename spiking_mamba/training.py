@@ -21,8 +21,8 @@ import yaml
 from huggingface_hub.errors import StrictDataclassError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .checkpoint import CheckpointError, export
 from .modeling import SpikingMambaForCausalLM
@@ -43,6 +43,7 @@ __all__ = [
 
 _SETTINGS = "settings.yaml"
 _HISTORY = "log.json"
+_COMPLETE = "complete"  # in a checkpoint
 
 
 class RunError(ValueError):
@@ -56,8 +57,10 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def _on_first_process(action: Callable[..., Any], *arguments: Any) -> None:
-    """Call ``action`` once in a distributed run, the other processes waiting for it."""
+    """Call ``action`` once in a distributed run: when every process is here, the others waiting for it."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed:
+        torch.distributed.barrier()
     if not distributed or torch.distributed.get_rank() == 0:
         action(*arguments)
     if distributed:
@@ -82,7 +85,7 @@ def start_run(settings: Any, resume: bool, overwrite: bool) -> Path:
 
 def _claim(folder: Path, settings: Any, resume: bool, overwrite: bool) -> None:
     plain = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    plain = {key: value for key, value in plain.items() if key not in ("resume", "overwrite")}
+    plain = {key: value for key, value in plain.items() if key not in ("resume", "overwrite", "dry_run")}
     kept = folder / _SETTINGS
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if resume and overwrite:
@@ -185,6 +188,29 @@ def autocast(trainer: Trainer) -> torch.autocast:
     return torch.autocast(trainer.args.device.type, dtype, enabled=dtype is not None)
 
 
+class _MarkComplete(TrainerCallback):
+    """Mark a checkpoint when every process has written its part: a run may be killed while it writes."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        _on_first_process((_checkpoint(args.output_dir, state.global_step) / _COMPLETE).touch)
+
+
+def _checkpoint(folder: str | Path, step: int) -> Path:
+    return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last complete checkpoint of a run."""
+    while (last := get_last_checkpoint(str(folder))) and not Path(last, _COMPLETE).is_file():
+        _on_first_process(_discard, Path(last))
+    return last
+
+
+def _discard(checkpoint: Path) -> None:
+    print(f"{checkpoint} is incomplete: the run was stopped while it wrote. Going back.", file=sys.stderr)
+    shutil.rmtree(checkpoint)
+
+
 def run(trainer: Trainer, resume: bool) -> list[dict[str, float]]:
     """Train, from the last checkpoint if there is one to resume, and return the log's rows."""
     keep_freed_memory()
@@ -192,7 +218,8 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, float]]:
         # accelerate would cast every weight to bf16, A_log and dt_bias too; autocast casts the products alone
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     folder = trainer.args.output_dir
-    last = get_last_checkpoint(folder) if resume else None
+    trainer.add_callback(_MarkComplete())
+    last = _last_checkpoint(Path(folder)) if resume else None
     trainer.train(resume_from_checkpoint=last)
     history = trainer.state.log_history
     _on_first_process(write_whole, Path(folder) / _HISTORY, json.dumps(history, indent=1))
@@ -220,7 +247,7 @@ def whole_model(trainer: Trainer) -> SpikingMambaForCausalLM | None:
 
 def finish_run(
     model: SpikingMambaForCausalLM | None,
-    tokenizer: PreTrainedTokenizerBase,
+    tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     name: str = "model",
 ) -> Path:
