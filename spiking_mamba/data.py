@@ -221,6 +221,8 @@ def tokenize(
 ) -> datasets.Dataset:
     """Packed rows: the documents of column `text`, joined with the end-of-text id, cut every `length` tokens.
 
+    A model carries its state on from one document to the next within a row; only rows start afresh.
+
     Returns an in-memory dataset with `input_ids`, lists of exactly `length` int32. The incomplete last row
     is dropped, or with `drop_last=False` padded with the end-of-text id; a column `labels` is then -100 at
     the padding and `input_ids` elsewhere. Raises DataError when not one row can be filled (with

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from datasets import Dataset
 from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
@@ -22,7 +23,16 @@ from .distillation_loss import DistillationLoss
 from .modeling import SpikingMambaForCausalLM
 from .settings import reject_unknown_keys
 from .spikes import count_spikes
-from .training import check_rows, collate, finish_run, run, start_run, training_arguments
+from .training import (
+    autocast,
+    check_rows,
+    collate,
+    finish_run,
+    run,
+    start_run,
+    training_arguments,
+    whole_model,
+)
 
 __all__ = ["DistillationSettings", "DistillationTrainer", "distill", "sgc_lambda"]
 
@@ -97,11 +107,6 @@ class DistillationTrainer(Trainer):
     def _log_due(self) -> bool:
         return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
 
-    def _autocast(self) -> torch.autocast:
-        # accelerate wraps the student alone
-        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(self.accelerator.mixed_precision)
-        return torch.autocast(self.args.device.type, dtype, enabled=dtype is not None)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {
             k: inputs[k] for k in ("input_ids", "attention_mask", "labels") if inputs.get(k) is not None
@@ -115,7 +120,7 @@ class DistillationTrainer(Trainer):
             self._note(mean_abs_spike=spikes.mean_abs, sgc_lambda=self.student.sgc_lambda)
         else:
             output = model(**arguments)
-        with self._autocast():
+        with autocast(self):
             with torch.no_grad():
                 teacher_output = self.teacher(**arguments)
             loss, parts = self.loss(self.student, self.teacher, output, teacher_output, **inputs)
@@ -129,7 +134,9 @@ class DistillationTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= {name: float(torch.stack(values).mean()) for name, values in self._parts.items()}
+            for name, values in self._parts.items():
+                mean = torch.stack([value.float().to(self.args.device) for value in values]).mean()
+                logs[name] = float(self.accelerator.reduce(mean, "mean"))
             self._parts.clear()
         super().log(logs, *args, **kwargs)
 
@@ -143,7 +150,7 @@ class DistillationSettings:
         output: folder of the run: settings, checkpoints, log, and the student in ``model/``.
         data: text, see ``spiking_mamba.data.load_text``: a corpus that a package carries, a file, a hub
             name, or a list of them.
-        length: tokens per row.
+        length: tokens per row; rows are packed, see ``spiking_mamba.data.tokenize``.
         neuron: ``{"class": ..., "args": {...}}``, see ``neurons.build``.
         sgc: Smoothed Gradient Compensation, see ``SpikingMambaConfig``; null for none.
         membrane: token or sequence.
@@ -155,6 +162,8 @@ class DistillationSettings:
         seed: of data order and every random generator.
         resume: go on with the run in ``output``.
         overwrite: throw away the run in ``output``.
+        dry_run: true rehearses with a small random teacher and random tokens, 'full' with one of the
+            teacher's size; see ``spiking_mamba.rehearsal``.
     """
 
     teacher: str
@@ -174,6 +183,7 @@ class DistillationSettings:
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
+    dry_run: Any = False
 
     def make_loss(self) -> DistillationLoss:
         reject_unknown_keys(self.loss, DistillationLoss.__dataclass_fields__, "loss")
@@ -197,11 +207,13 @@ def distill(
     settings: DistillationSettings,
     teacher: SpikingMambaForCausalLM | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    rows: Dataset | None = None,
 ) -> tuple[Path, list[dict[str, float]]]:
     """Distil a student as the settings say.
 
     Args:
         teacher, tokenizer: what ``settings.teacher`` names, where they are in memory already.
+        rows: ``input_ids`` of equal length instead of ``settings.data``; no tokenizer is needed then.
 
     Returns:
         The student's folder, and the log's rows.
@@ -212,7 +224,8 @@ def distill(
     set_seed(settings.seed)
     loss = settings.make_loss()
     teacher = load_dense(settings.teacher) if teacher is None else teacher
-    tokenizer = AutoTokenizer.from_pretrained(settings.teacher) if tokenizer is None else tokenizer
+    if tokenizer is None and rows is None:
+        tokenizer = AutoTokenizer.from_pretrained(settings.teacher)
     student = SpikingMambaForCausalLM.from_dense(
         teacher,
         neuron=settings.neuron,
@@ -222,7 +235,8 @@ def distill(
         learn_threshold=settings.learn_threshold,
     )
     arguments = settings.make_arguments()
-    rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)
+    if rows is None:
+        rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)
     check_rows(rows, arguments, teacher.config.vocab_size)
     folder = start_run(settings, settings.resume, settings.overwrite)
     trainer = DistillationTrainer(
@@ -235,4 +249,4 @@ def distill(
         data_collator=collate,
     )
     history = run(trainer, settings.resume)
-    return finish_run(student, tokenizer, folder), history
+    return finish_run(whole_model(trainer), tokenizer, folder), history

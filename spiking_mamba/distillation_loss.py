@@ -5,18 +5,15 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers.models.mamba2.modeling_mamba2 import Mamba2CausalLMOutput
 
+from .head_loss import head_loss
 from .modeling import SpikingMambaForCausalLM
 
-__all__ = ["DistillationLoss", "hidden_loss", "kl_divergence", "token_mask"]
+__all__ = ["DistillationLoss", "hidden_loss", "token_mask"]
 
 HIDDEN_KINDS = ("softmax_mse", "mse", "cosine")
 HIDDEN_STATES = ("block", "mixer")
-
-# More logits than this at a time are made, used and thrown away in pieces: 256 MB in float32.
-_LOGITS_AT_A_TIME = 2**26
 
 
 def token_mask(
@@ -27,20 +24,6 @@ def token_mask(
     if labels is not None:
         mask = mask & F.pad(labels[:, 1:] != -100, (0, 1), value=False)
     return mask
-
-
-def kl_divergence(
-    student_logits: torch.Tensor, teacher_logits: torch.Tensor, temperature: float = 1.0
-) -> torch.Tensor:
-    """``KL(teacher || student)`` summed over positions and multiplied by the temperature squared, so that
-    gradients keep their size (Hinton et al., arXiv 1503.02531). Softmax in float32.
-
-    Args:
-        student_logits, teacher_logits: ``[N, vocab_size]``.
-    """
-    student = F.log_softmax(student_logits.float() / temperature, dim=-1)
-    teacher = F.log_softmax(teacher_logits.float() / temperature, dim=-1)
-    return F.kl_div(student, teacher, reduction="sum", log_target=True) * temperature**2
 
 
 def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "softmax_mse") -> torch.Tensor:
@@ -123,8 +106,15 @@ class DistillationLoss:
             if labels is None:
                 raise ValueError("loss.cross_entropy needs labels.")
             targets = F.pad(labels[:, 1:], (0, 1), value=-100)[mask]
-        parts = self._logit_terms(student.lm_head, teacher.lm_head, own, theirs, targets)
-        loss = self.kl * parts["kl"] + self.cross_entropy * parts.get("ce", 0.0)
+        loss, parts = head_loss(
+            own,
+            student.lm_head.weight,
+            teacher=(theirs, teacher.lm_head.weight),
+            targets=targets,
+            kl=self.kl,
+            cross_entropy=self.cross_entropy,
+            temperature=self.temperature,
+        )
         if self.hidden:
             ours = self._compared(student, student_output, input_ids)
             others = self._compared(teacher, teacher_output, input_ids)
@@ -144,26 +134,3 @@ class DistillationLoss:
             return stream
         before = [model.get_input_embeddings()(input_ids), *stream[:-1]]
         return [after.float() - b.float() for after, b in zip(stream, before, strict=True)]
-
-    def _logit_terms(self, student_head, teacher_head, own, theirs, targets) -> dict[str, torch.Tensor]:
-        def terms(own, theirs, targets):
-            logits = student_head(own)
-            with torch.no_grad():
-                teacher_logits = teacher_head(theirs)
-            kl = kl_divergence(logits, teacher_logits, self.temperature)
-            ce = None if targets is None else F.cross_entropy(logits.float(), targets, reduction="sum")
-            return kl, ce
-
-        size = max(1, _LOGITS_AT_A_TIME // student_head.out_features)
-        kl, ce = own.new_zeros((), dtype=torch.float32), own.new_zeros((), dtype=torch.float32)
-        for start in range(0, max(1, len(own)), size):
-            piece = slice(start, start + size)
-            arguments = own[piece], theirs[piece], None if targets is None else targets[piece]
-            if len(own) > size and torch.is_grad_enabled():
-                kl_piece, ce_piece = checkpoint(terms, *arguments, use_reentrant=False)
-            else:
-                kl_piece, ce_piece = terms(*arguments)
-            kl = kl + kl_piece
-            ce = ce if ce_piece is None else ce + ce_piece
-        tokens = max(1, len(own))
-        return {"kl": kl / tokens} | ({} if targets is None else {"ce": ce / tokens})

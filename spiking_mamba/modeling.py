@@ -33,6 +33,7 @@ from transformers.models.mamba2.modeling_mamba2 import (
 import neurons
 
 from . import ssd
+from .checkpoint import load_dense
 from .configuration import PROJECTIONS, SpikingMambaConfig
 from .projection import SpikingProjection
 
@@ -437,8 +438,6 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
         Returns:
             A new model in training mode, on the device and in the dtype of ``dense``.
         """
-        from .checkpoint import load_dense
-
         if isinstance(neuron, nn.Module):
             neuron = neurons.spec_of(neuron)
         if not isinstance(dense, nn.Module):

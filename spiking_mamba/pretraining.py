@@ -8,11 +8,40 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from . import data
 from .configuration import SpikingMambaConfig
+from .head_loss import head_loss
 from .modeling import SpikingMambaForCausalLM
 from .settings import reject_unknown_keys
-from .training import check_rows, collate, finish_run, run, start_run, training_arguments
+from .training import (
+    autocast,
+    check_rows,
+    collate,
+    finish_run,
+    run,
+    start_run,
+    training_arguments,
+    whole_model,
+)
 
-__all__ = ["PretrainingSettings", "pretrain"]
+__all__ = ["PretrainingSettings", "PretrainingTrainer", "pretrain"]
+
+
+class PretrainingTrainer(Trainer):
+    """transformers' ``Trainer``, whose next-token loss never holds the logits of a whole batch.
+
+    Inputs need ``input_ids`` and ``labels`` ``[B, L]``; -100 is ignored.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # One position's logits only: the loss makes the others itself, a piece at a time.
+        output = model(inputs["input_ids"], output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        targets = inputs["labels"][:, 1:]
+        counted = targets != -100
+        hidden = output.hidden_states[-1][:, :-1][counted]
+        with autocast(self):
+            loss, _ = head_loss(hidden, self.model.lm_head.weight, targets=targets[counted])
+        return (loss, output) if return_outputs else loss
 
 
 @dataclass
@@ -83,6 +112,6 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
     check_rows(rows, arguments, config.vocab_size)
     folder = start_run(settings, settings.resume, settings.overwrite)
     model = SpikingMambaForCausalLM(config)
-    trainer = Trainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    trainer = PretrainingTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
     history = run(trainer, settings.resume)
-    return finish_run(model, tokenizer, folder), history
+    return finish_run(whole_model(trainer), tokenizer, folder), history

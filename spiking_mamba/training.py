@@ -1,6 +1,7 @@
 """What every training recipe shares: its run folder, its data and transformers' arguments."""
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import json
@@ -18,18 +19,31 @@ import torch
 import transformers
 import yaml
 from huggingface_hub.errors import StrictDataclassError
-from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .checkpoint import CheckpointError, export
 from .modeling import SpikingMambaForCausalLM
 from .packages import DataError
 from .settings import reject_unknown_keys
 
-__all__ = ["RunError", "collate", "finish_run", "quiet", "run", "start_run", "training_arguments"]
+__all__ = [
+    "RunError",
+    "autocast",
+    "collate",
+    "finish_run",
+    "quiet",
+    "run",
+    "start_run",
+    "training_arguments",
+    "whole_model",
+]
 
 _SETTINGS = "settings.yaml"
 _HISTORY = "log.json"
+_COMPLETE = "complete"  # in a checkpoint
 
 
 class RunError(ValueError):
@@ -43,8 +57,10 @@ def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
 
 
 def _on_first_process(action: Callable[..., Any], *arguments: Any) -> None:
-    """Call ``action`` once in a distributed run, the other processes waiting for it."""
+    """Call ``action`` once in a distributed run: when every process is here, the others waiting for it."""
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if distributed:
+        torch.distributed.barrier()
     if not distributed or torch.distributed.get_rank() == 0:
         action(*arguments)
     if distributed:
@@ -69,7 +85,7 @@ def start_run(settings: Any, resume: bool, overwrite: bool) -> Path:
 
 def _claim(folder: Path, settings: Any, resume: bool, overwrite: bool) -> None:
     plain = json.loads(json.dumps(dataclasses.asdict(settings), default=str))
-    plain = {key: value for key, value in plain.items() if key not in ("resume", "overwrite")}
+    plain = {key: value for key, value in plain.items() if key not in ("resume", "overwrite", "dry_run")}
     kept = folder / _SETTINGS
     occupied = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if resume and overwrite:
@@ -154,6 +170,7 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
         "bf16": "auto",
         "remove_unused_columns": False,
         "dataloader_drop_last": True,
+        "ddp_find_unused_parameters": False,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
@@ -165,21 +182,80 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
     return TrainingArguments(output_dir=str(folder), seed=seed, data_seed=seed, **arguments)
 
 
+def autocast(trainer: Trainer) -> torch.autocast:
+    """The trainer's mixed precision, for what runs outside its model: accelerate wraps that alone."""
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(trainer.accelerator.mixed_precision)
+    return torch.autocast(trainer.args.device.type, dtype, enabled=dtype is not None)
+
+
+class _MarkComplete(TrainerCallback):
+    """Mark a checkpoint when every process has written its part: a run may be killed while it writes."""
+
+    def on_save(self, args, state, control, **kwargs) -> None:
+        _on_first_process((_checkpoint(args.output_dir, state.global_step) / _COMPLETE).touch)
+
+
+def _checkpoint(folder: str | Path, step: int) -> Path:
+    return Path(folder) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The last complete checkpoint of a run."""
+    while (last := get_last_checkpoint(str(folder))) and not Path(last, _COMPLETE).is_file():
+        _on_first_process(_discard, Path(last))
+    return last
+
+
+def _discard(checkpoint: Path) -> None:
+    print(f"{checkpoint} is incomplete: the run was stopped while it wrote. Going back.", file=sys.stderr)
+    shutil.rmtree(checkpoint)
+
+
 def run(trainer: Trainer, resume: bool) -> list[dict[str, float]]:
     """Train, from the last checkpoint if there is one to resume, and return the log's rows."""
     keep_freed_memory()
+    if trainer.is_fsdp_enabled:
+        # accelerate would cast every weight to bf16, A_log and dt_bias too; autocast casts the products alone
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     folder = trainer.args.output_dir
-    last = get_last_checkpoint(folder) if resume else None
+    trainer.add_callback(_MarkComplete())
+    last = _last_checkpoint(Path(folder)) if resume else None
     trainer.train(resume_from_checkpoint=last)
     history = trainer.state.log_history
     _on_first_process(write_whole, Path(folder) / _HISTORY, json.dumps(history, indent=1))
     return history
 
 
+def whole_model(trainer: Trainer) -> SpikingMambaForCausalLM | None:
+    """The trained model, gathered from its shards where it is sharded: then on the first process only.
+
+    Every process has to call it.
+    """
+    if not trainer.is_fsdp_enabled:
+        return trainer.model
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(trainer.model_wrapped, options=whole)
+    if not trainer.is_world_process_zero():
+        return None
+    with torch.device("meta"):
+        model = SpikingMambaForCausalLM(copy.deepcopy(trainer.model.config))
+    model.load_state_dict(weights, assign=True)
+    model.tie_weights()
+    model.generation_config = trainer.model.generation_config
+    return model
+
+
 def finish_run(
-    model: SpikingMambaForCausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, name: str = "model"
+    model: SpikingMambaForCausalLM | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+    folder: Path,
+    name: str = "model",
 ) -> Path:
-    """Export model and tokenizer to ``folder / name``, whole or not at all; return that folder."""
+    """Export model and tokenizer to ``folder / name``, whole or not at all; return that folder.
+
+    Args:
+        model: what :func:`whole_model` gives: processes other than the first need none.
+    """
     target, draft = folder / name, folder / f"{name}.part"
 
     def save() -> None:

@@ -1,6 +1,7 @@
 """Distil a dense Mamba2 into a spiking one: python recipes/distill/distill.py recipes/distill/tiny.yaml"""
 
 from spiking_mamba.distillation import DistillationSettings, distill
+from spiking_mamba.rehearsal import rehearse
 from spiking_mamba.settings import parse_settings
 from spiking_mamba.training import fail_clearly, quiet
 
@@ -9,7 +10,7 @@ def main() -> None:
     settings = parse_settings(DistillationSettings, description=__doc__)
     quiet()
     with fail_clearly():
-        folder, _ = distill(settings)
+        folder, _ = (rehearse if settings.dry_run else distill)(settings)
     print(f"The student is in {folder}.")
 
 

@@ -1,0 +1,96 @@
+"""A distillation rehearsed on random weights and tokens, on any machine and without a network."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import datasets
+import torch
+
+from .configuration import SpikingMambaConfig
+from .distillation import DistillationSettings, distill
+from .modeling import SpikingMambaForCausalLM
+
+__all__ = ["PUBLISHED", "estimate", "rehearse"]
+
+# Layers and width of the dense models of state-spaces; the rest they have in common.
+PUBLISHED = {
+    "state-spaces/mamba2-130m": (24, 768),
+    "state-spaces/mamba2-370m": (48, 1024),
+    "state-spaces/mamba2-780m": (48, 1536),
+    "state-spaces/mamba2-1.3b": (48, 2048),
+    "state-spaces/mamba2-2.7b": (64, 2560),
+}
+_STEPS = 3
+_SMALL = {"num_hidden_layers": 2, "hidden_size": 128, "num_heads": 4, "vocab_size": 512}
+_SMALL_LENGTH = 64
+
+
+def _config(teacher: str) -> SpikingMambaConfig:
+    """The configuration that a published name, or the config.json of a transformers folder, stands for."""
+    if teacher in PUBLISHED:
+        layers, width = PUBLISHED[teacher]
+        return SpikingMambaConfig(
+            vocab_size=50288,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_heads=2 * width // 64,
+            n_groups=1,
+            tie_word_embeddings=True,
+            bos_token_id=0,
+            eos_token_id=0,
+            pad_token_id=0,
+        )
+    if Path(teacher, "config.json").is_file():
+        return SpikingMambaConfig.from_pretrained(teacher)
+    raise ValueError(f"A dry run knows no {teacher}: give a local folder or one of {', '.join(PUBLISHED)}.")
+
+
+def estimate(config: SpikingMambaConfig, frozen_embeddings: bool = True) -> dict[str, float]:
+    """What a distillation holds at least, without activations: parameters of a student like ``config``, and
+    bytes of student, gradients, AdamW's two moments and teacher, in float32."""
+    with torch.device("meta"):
+        model = SpikingMambaForCausalLM(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = parameters - (model.get_input_embeddings().weight.numel() if frozen_embeddings else 0)
+    return {"parameters": parameters, "trained": trained, "bytes": 4 * (2 * parameters + 3 * trained)}
+
+
+def rehearse(settings: DistillationSettings) -> tuple[Path, list[dict[str, float]]]:
+    """Run three steps of ``settings`` from end to end: training, checkpoint, export. Nothing is fetched.
+
+    With ``dry_run: true`` the model has 2 layers of width 128 and rows have at most 64 tokens; with
+    ``dry_run: full`` both are as the settings say. The run's folder is ``output`` with ``-dry-run`` behind
+    it, and is overwritten.
+
+    Raises:
+        ValueError: the settings are wrong, or the teacher's size is not known here.
+    """
+    if settings.dry_run not in (True, "full"):
+        raise ValueError(f"dry_run must be true, false or full, got {settings.dry_run!r}.")
+    config = _config(settings.teacher)
+    needs = estimate(config, settings.freeze_embeddings)
+    print(
+        f"{settings.teacher}: {needs['parameters']:,} parameters, {needs['trained']:,} of them trained; "
+        f"student, gradients, AdamW and teacher take {needs['bytes'] / 2**30:.1f} GiB without activations."
+    )
+    training = settings.training | {"max_steps": _STEPS, "save_steps": _STEPS, "logging_steps": 1}
+    length = settings.length
+    if settings.dry_run is True:
+        config = SpikingMambaConfig.from_dict(config.to_dict() | _SMALL | {"head_dim": 64, "expand": 2})
+        training |= {"per_device_train_batch_size": 2}
+        length = min(length, _SMALL_LENGTH)
+    settings = replace(
+        settings,
+        output=f"{settings.output}-dry-run",
+        training=training,
+        length=length,
+        overwrite=True,
+        resume=False,
+    )
+    arguments = settings.make_arguments()
+    count = _STEPS * arguments.train_batch_size * arguments.gradient_accumulation_steps * arguments.world_size
+    generator = torch.Generator().manual_seed(settings.seed)
+    ids = torch.randint(config.vocab_size, (count, length), generator=generator)
+    rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()})
+    torch.manual_seed(settings.seed)
+    return distill(settings, SpikingMambaForCausalLM(config).eval(), rows=rows)
