@@ -183,3 +183,26 @@ def test_pretraining_has_the_models_own_loss(bf16, tmp_path):
         *(torch.autograd.grad(x, model.parameters()) for x in (found, wanted)), strict=True
     ):
         assert (own - other).norm() <= (0.02 if bf16 else 1e-5) * other.norm()
+
+
+def test_compiled_pieces_are_no_different(monkeypatch):
+    torch.compiler.reset()
+    monkeypatch.setattr(module, "_COMPILED_LOGITS_AT_A_TIME", 16 * VOCABULARY)  # 16, 16 and 5 tokens
+    for terms in (TERMS["both"], TERMS["cross-entropy"]):
+        kl, cross_entropy, temperature = terms
+        hidden, weight, teacher, targets = problem()
+        results = []
+        for compiles in (False, True):
+            loss, parts = head_loss(
+                hidden,
+                weight,
+                teacher=teacher if kl else None,
+                targets=targets,
+                kl=kl,
+                cross_entropy=cross_entropy,
+                temperature=temperature,
+                compiles=compiles,
+            )
+            results.append((loss.detach(), *parts.values(), *gradients(loss, hidden, weight)))
+        for plain_one, compiled in zip(*results, strict=True):
+            torch.testing.assert_close(compiled, plain_one, rtol=1e-5, atol=1e-6)
