@@ -27,6 +27,7 @@ from .training import (
     autocast,
     check_rows,
     collate,
+    compile_blocks,
     finish_run,
     run,
     start_run,
@@ -160,6 +161,7 @@ class DistillationSettings:
         freeze_embeddings: keep the teacher's embeddings.
         training: fields of transformers' ``TrainingArguments``; ``bf16: auto`` where it pays.
         seed: of data order and every random generator.
+        compile: run the blocks through ``torch.compile``: true, false, or auto, which means on a GPU.
         resume: go on with the run in ``output``.
         overwrite: throw away the run in ``output``.
         dry_run: true rehearses with a small random teacher and random tokens, 'full' with one of the
@@ -180,6 +182,7 @@ class DistillationSettings:
     loss: dict = field(default_factory=dict)
     freeze_embeddings: bool = True
     training: dict = field(default_factory=dict)
+    compile: Any = "auto"
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
@@ -238,6 +241,7 @@ def distill(
     if rows is None:
         rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)
     check_rows(rows, arguments, teacher.config.vocab_size)
+    compile_blocks(settings.compile, student, teacher)
     folder = start_run(settings, settings.resume, settings.overwrite)
     trainer = DistillationTrainer(
         student,

@@ -114,6 +114,7 @@ class DistillationLoss:
             kl=self.kl,
             cross_entropy=self.cross_entropy,
             temperature=self.temperature,
+            compiles=student.compiles,
         )
         if self.hidden:
             ours = self._compared(student, student_output, input_ids)

@@ -396,6 +396,11 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
             if isinstance(module, SpikingProjection) and module.neuron is not None
         }
 
+    @property
+    def compiles(self) -> bool:
+        """Whether the blocks go through ``torch.compile``."""
+        return self.backbone.layers[0].compiles
+
     def compile_blocks(self, compiles: bool = True) -> None:
         """Run the blocks through ``torch.compile`` wherever no cache is used.
 

@@ -15,6 +15,7 @@ from .training import (
     autocast,
     check_rows,
     collate,
+    compile_blocks,
     finish_run,
     run,
     start_run,
@@ -40,7 +41,9 @@ class PretrainingTrainer(Trainer):
         counted = targets != -100
         hidden = output.hidden_states[-1][:, :-1][counted]
         with autocast(self):
-            loss, _ = head_loss(hidden, self.model.lm_head.weight, targets=targets[counted])
+            loss, _ = head_loss(
+                hidden, self.model.lm_head.weight, targets=targets[counted], compiles=self.model.compiles
+            )
         return (loss, output) if return_outputs else loss
 
 
@@ -57,6 +60,7 @@ class PretrainingSettings:
         model: fields of ``SpikingMambaConfig``.
         training: fields of transformers' ``TrainingArguments``; ``bf16: auto`` where it pays.
         seed: of the weights, the data order and every random generator.
+        compile: run the blocks through ``torch.compile``: true, false, or auto, which means on a GPU.
         resume: go on with the run in ``output``.
         overwrite: throw away the run in ``output``.
     """
@@ -68,6 +72,7 @@ class PretrainingSettings:
     tokenizer: Any = None
     model: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
+    compile: Any = "auto"
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
@@ -110,8 +115,9 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
     arguments = settings.make_arguments()
     rows = data.tokenize(text, tokenizer, settings.length)
     check_rows(rows, arguments, config.vocab_size)
-    folder = start_run(settings, settings.resume, settings.overwrite)
     model = SpikingMambaForCausalLM(config)
+    compile_blocks(settings.compile, model)
+    folder = start_run(settings, settings.resume, settings.overwrite)
     trainer = PretrainingTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
     history = run(trainer, settings.resume)
     return finish_run(whole_model(trainer), tokenizer, folder), history

@@ -46,7 +46,8 @@ class SpikingProjection(nn.Linear):
         self.membrane = membrane
         self.initial_threshold = threshold
         if learn_threshold:
-            self.log_threshold = nn.Parameter(torch.tensor(math.log(threshold)))
+            # of shape [1]: FSDP shards no scalars
+            self.log_threshold = nn.Parameter(torch.full((1,), math.log(threshold)))
         self.sgc = sgc
         self.sgc_lambda = 0.0 if sgc is None else float(sgc["lam"])
         self.spike_driven = spike_driven
@@ -59,7 +60,7 @@ class SpikingProjection(nn.Linear):
 
     @property
     def threshold(self) -> float | torch.Tensor:
-        """V_th: a number, or a 0-dimensional float32 tensor where it is learned."""
+        """V_th: a number, or a float32 tensor ``[1]`` where it is learned."""
         if hasattr(self, "log_threshold"):
             return self.log_threshold.float().exp()
         return self.initial_threshold

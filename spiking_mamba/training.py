@@ -4,6 +4,7 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
+import importlib.util
 import json
 import os
 import shutil
@@ -180,6 +181,20 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
     if arguments["bf16"] == "auto":
         arguments["bf16"] = bf16_pays()
     return TrainingArguments(output_dir=str(folder), seed=seed, data_seed=seed, **arguments)
+
+
+def compile_blocks(setting: Any, *models: SpikingMambaForCausalLM) -> None:
+    """Compile the models' blocks if a recipe's ``compile`` says so; 'auto' means on a GPU that has Triton.
+
+    Raises:
+        ValueError: it is none of true, false and 'auto'.
+    """
+    if setting not in (True, False, "auto"):
+        raise ValueError(f"compile must be true, false or auto, got {setting!r}.")
+    if setting == "auto":
+        setting = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    for model in models:
+        model.compile_blocks(setting)
 
 
 def autocast(trainer: Trainer) -> torch.autocast:

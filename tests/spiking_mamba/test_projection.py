@@ -121,7 +121,7 @@ def test_gradient_of_a_learned_threshold_by_hand():
     for u, spike, slope in TABLE:
         projection = scalar(threshold=0.5, learn_threshold=True)
         torch.nn.init.constant_(projection.weight, 1.7)
-        projection.log_threshold.data = torch.tensor(math.log(0.5))
+        projection.log_threshold.data = torch.tensor([math.log(0.5)])
         x = 0.5 * u
         projection(torch.tensor([[[x]]], dtype=torch.float64)).sum().backward()
         assert projection.log_threshold.grad.item() == pytest.approx(
@@ -138,7 +138,7 @@ def test_gradient_of_a_learned_threshold_by_finite_differences():
     ).double()
 
     def loss(log_threshold):
-        projection.log_threshold.data = torch.tensor(log_threshold)
+        projection.log_threshold.data = torch.tensor([log_threshold])
         return (projection(x) * weight).sum()
 
     at, step = math.log(0.6), 1e-2
