@@ -35,6 +35,7 @@ import neurons
 from . import ssd
 from .checkpoint import load_dense
 from .configuration import PROJECTIONS, SpikingMambaConfig
+from .decoding import DecodingGraph
 from .projection import SpikingProjection
 
 __all__ = ["SpikingMambaForCausalLM", "SpikingMambaModel", "spike_driven"]
@@ -183,6 +184,26 @@ class SpikingMambaBlock(Mamba2Block):
             forward = functools.partial(_compiled_block(), self)
         return forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
 
+    def step(self, hidden_states: torch.Tensor, cache_params: Cache) -> torch.Tensor:
+        """One token with a cache that has states, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``; compiled
+        unless its neurons have states."""
+        conv_state = cache_params.get_conv_state(self.layer_idx)
+        scan_state = cache_params.get_recurrent_state(self.layer_idx)
+        if self.mixer.states_per_neuron:
+            return self._step(hidden_states, conv_state, scan_state, cache_params)
+        return _compiled_step()(self, hidden_states, conv_state, scan_state)
+
+    def _step(
+        self,
+        hidden_states: torch.Tensor,
+        conv_state: torch.Tensor,
+        scan_state: torch.Tensor,
+        cache_params: Cache | None = None,
+    ) -> torch.Tensor:
+        normalised = self.norm(hidden_states.to(self.norm.weight.dtype))
+        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
+        return residual + self.mixer.step(normalised, conv_state, scan_state, cache_params)
+
     def _is_watched(self) -> bool:
         """Whether somebody looks into the block, at its spikes, say: a compiled one is opaque."""
         modules = itertools.islice(self.modules(), 1, None)
@@ -195,6 +216,11 @@ def _compiled_block() -> Callable[..., torch.Tensor]:
     return torch.compile(Mamba2Block.forward)
 
 
+@functools.cache
+def _compiled_step() -> Callable[..., torch.Tensor]:
+    return torch.compile(SpikingMambaBlock._step)
+
+
 class Stream(MemoryModule):
     """The state of a sequence fed token by token in step mode 's': the model's cache as a memory, which
     ``functional.reset_net`` forgets."""
@@ -203,6 +229,9 @@ class Stream(MemoryModule):
         super().__init__()
         self.step_mode = "m"
         self.register_memory("cache", None)
+        # by batch size, of the neurons that they were captured with; None: decoding is not captured
+        self.graphs: dict[tuple, DecodingGraph] = {}
+        self.captures = False
 
     def detach(self) -> None:
         """Cut the cached states, in place, from the graph of the tokens before."""
@@ -213,6 +242,7 @@ class Stream(MemoryModule):
 
     def _apply(self, fn):
         self.reset()  # a sequence does not survive a move to another device or dtype
+        self.graphs.clear()
         return super()._apply(fn)
 
 
@@ -316,13 +346,21 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel, Mamba2Model):
                     f"input_ids reach from {int(input_ids.min())} to {int(input_ids.max())}, "
                     f"outside the vocabulary of {vocabulary}."
                 )
-        streaming = self.stream.step_mode == "s" and not self.training and cache_params is None
-        streaming = streaming and use_cache is not False
+        streaming = (
+            self.stream.step_mode == "s"
+            and not self.training
+            and cache_params is None
+            and use_cache is not False
+        )
         if streaming:
             cache_params = self._stream_cache(
                 (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
             )
             use_cache = True
+        if self._decodes_by_graph(input_ids, cache_params, output_hidden_states):
+            hidden_states = self._decoding_graph(cache_params)(input_ids, cache_params)
+            output = Mamba2Output(last_hidden_state=hidden_states, cache_params=cache_params)
+            return output if return_dict is not False else output.to_tuple()
         output = super().forward(
             input_ids=input_ids,
             inputs_embeds=inputs_embeds,
@@ -336,6 +374,37 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel, Mamba2Model):
         if streaming:
             self.stream.cache = cache_params
         return output
+
+    def _decodes_by_graph(
+        self, input_ids: torch.Tensor | None, cache: Cache | None, output_hidden_states: bool | None
+    ) -> bool:
+        return (
+            self.stream.captures
+            and cache is not None
+            and input_ids is not None
+            and input_ids.shape[1] == 1
+            and cache.get_conv_state(0) is not None
+            and not self.training
+            and not torch.is_grad_enabled()
+            and not output_hidden_states
+            and not any(block._is_watched() for block in self.layers)
+        )
+
+    def _decoding_graph(self, cache: Cache) -> DecodingGraph:
+        # what is captured must be what would run: same batch, same neurons, same precision
+        device = self.embeddings.weight.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        neurons = tuple(id(getattr(b.mixer, name).neuron) for b in self.layers for name in PROJECTIONS)
+        key = (cache.get_conv_state(0).shape[0], autocast, neurons)
+        if key not in self.stream.graphs:
+            self.stream.graphs[key] = DecodingGraph(self._one_token, cache)
+        return self.stream.graphs[key]
+
+    def _one_token(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+        hidden_states = self.embeddings(input_ids)
+        for block in self.layers:
+            hidden_states = block.step(hidden_states, cache)
+        return self.norm_f(hidden_states)
 
     def _stream_cache(self, batch: int) -> Cache:
         cache = self.stream.cache
@@ -411,6 +480,17 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
         """
         for block in self.backbone.layers:
             block.compiles = compiles
+
+    def capture_decoding(self, captures: bool = True) -> None:
+        """Decode by compiled blocks and, on CUDA, as one CUDA graph a batch size.
+
+        For ``generate()`` and for streaming in step mode 's', under ``torch.no_grad()``: whenever one token
+        follows others. The first such step compiles and captures for half a minute. What the graphs hold is
+        made anew after neurons are swapped or the model moves to another device or dtype. Modules that
+        somebody watches by hooks run uncaptured meanwhile.
+        """
+        self.backbone.stream.captures = captures
+        self.backbone.stream.graphs.clear()
 
     @property
     def sgc_lambda(self) -> float:

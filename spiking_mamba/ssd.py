@@ -92,6 +92,11 @@ def causal_conv1d_update(
     x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
     """One token of :func:`causal_conv1d`: ``x`` is ``[B, 1, C]``; ``state`` ``[B, C, K]`` moves on."""
+    if torch.compiler.is_compiling():
+        window = torch.cat([state[..., 1:], x.transpose(1, 2).to(state.dtype)], dim=-1)
+        state.copy_(window)
+        y = (window.float() * weight).sum(-1)
+        return ACT2FN[activation](y if bias is None else y + bias).to(x.dtype)[:, None]
     return _conv_update_torch(x.transpose(1, 2), state, weight, bias, activation).transpose(1, 2)
 
 
@@ -227,6 +232,13 @@ def state_update(
         ``y`` ``[B, H, P]``.
     """
     heads, head_dim, state_size = state.shape[1:]
+    if torch.compiler.is_compiling():
+        x32, dt = x.float(), F.softplus(dt.float() + dt_bias).clamp(*dt_limit)
+        B, C = (t.float().repeat_interleave(heads // t.shape[1], dim=1) for t in (B, C))  # [B, H, N]
+        dBx = (dt[..., None] * x32)[..., None] * B[:, :, None]
+        new = state * torch.exp(dt * A)[..., None, None] + dBx
+        state.copy_(new)
+        return ((new * C[:, :, None]).sum(-1) + x32 * D[:, None]).to(x.dtype)
     function = _triton_kernels().state_update if _on_triton(x) else _state_update_torch
     softplus = tuple(dt_limit) == (0.0, math.inf)
     if not softplus:  # these functions know no limit

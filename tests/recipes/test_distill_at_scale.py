@@ -68,6 +68,7 @@ def arguments(teacher, text):
         f"data={text}",
         "length=16",
         "sgc={mode: blend}",
+        "learn_threshold=true",
         "loss={kl: 1.0, hidden: 1.0, cross_entropy: 0.1}",
         f"training.max_steps={STEPS}",
         "training.logging_steps=1",
