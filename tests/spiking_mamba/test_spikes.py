@@ -146,7 +146,7 @@ def test_contexts_nest_and_leave_no_hooks():
 
 def counts_of(spike, out_features):
     counted = ProjectionSpikes(spike.shape[1], out_features, 4)
-    counted.add(spike)
+    counted.add(spike.unsqueeze(0))
     return counted
 
 
