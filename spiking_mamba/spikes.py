@@ -353,6 +353,11 @@ def count_spikes(model: nn.Module, *, histogram: bool = True) -> Iterator[SpikeC
         mask = inspect.signature(module.forward).bind(*args, **kwargs).arguments.get("attention_mask")
         layouts.clear()
 
+    def forget_mask(module: SpikingMambaModel, args: tuple, output: Any) -> None:
+        nonlocal mask
+        mask = None
+        layouts.clear()
+
     def counter(projection: SpikingProjection, spikes: ProjectionSpikes):
         def count(node: nn.Module, args: tuple, output: torch.Tensor) -> None:
             if torch._C._current_graph_task_id() != -1:  # recomputed by gradient checkpointing
@@ -368,11 +373,11 @@ def count_spikes(model: nn.Module, *, histogram: bool = True) -> Iterator[SpikeC
 
         return count
 
-    hooks = [
-        module.register_forward_pre_hook(note_mask, with_kwargs=True)
-        for module in model.modules()
-        if isinstance(module, SpikingMambaModel)
-    ]
+    hooks = []
+    for module in model.modules():
+        if isinstance(module, SpikingMambaModel):
+            hooks.append(module.register_forward_pre_hook(note_mask, with_kwargs=True))
+            hooks.append(module.register_forward_hook(forget_mask, always_call=True))
     for name, projection in projections.items():
         assert projection.neuron is not None
         hooks.append(projection.neuron.register_forward_hook(counter(projection, counts.projections[name])))
