@@ -80,7 +80,9 @@ def draw_spike_map(counts: SpikeCounts, path: str | Path) -> None:
         bars.set(ylim=heat.get_ylim(), yticks=[], title="layer's mean")
         bars.set_xlim(0, 1.05 * widest)
     axes[-1, 0].set_xlabel("input channel")
-    figure.colorbar(image, ax=axes, label="mean |s| (grey: silent)", location="bottom", aspect=60, shrink=0.6, pad=0.02)
+    figure.colorbar(
+        image, ax=axes, label="mean |s| (grey: silent)", location="bottom", aspect=60, shrink=0.6, pad=0.02
+    )
 
     path = Path(path)
     draft = path.with_name(path.name + ".part")

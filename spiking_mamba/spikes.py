@@ -9,11 +9,15 @@ bfloat16 would stop growing at 256, and one straight to float64 makes torch writ
 spikes first.
 """
 
+import functools
+import importlib
+import importlib.util
 import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,6 +33,14 @@ __all__ = ["Layout", "ProjectionSpikes", "SpikeCounts", "count_spikes"]
 
 EXACT = 1 << 24  # float32 holds every integer up to here
 _SUMS = ("channel_sum", "channel_nonzero", "position_sum", "position_tokens", "_levels")
+
+
+@functools.cache
+def _kernel() -> ModuleType | None:
+    """The GPU's way to count, where Triton is installed, as it is with torch for CUDA on Linux."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    return importlib.import_module(".spike_kernel", __package__)
 
 
 def _finite(value: float) -> float | None:
@@ -72,6 +84,12 @@ class ProjectionSpikes:
         """
         batch, length, _ = spike.shape
         self._make_room(spike.device, length if layout is None else layout.tokens.shape[0])
+        if spike.is_cuda and (kernel := _kernel()) is not None:
+            padding, position = (None, None) if layout is None else (layout.padding, layout.position)
+            sums = tuple(getattr(self, name) for name in _SUMS)
+            with torch.cuda.device(spike.device):
+                kernel.tally(spike, padding, position, sums, self.max_spike_count, self.count_levels)
+            return
         if layout is not None:
             spike = spike.masked_fill(layout.padding.unsqueeze(-1), 0)
         size = spike.abs()
@@ -307,11 +325,11 @@ class Layout(NamedTuple):
     def of(cls, mask: torch.Tensor, length: int) -> "Layout":
         """The last ``length`` tokens of ``mask`` ``[B, >= L]``, which covers a cache's past too."""
         real = mask.bool()
-        position = (real.cumsum(1) - 1).clamp_(min=0)[:, -length:]
+        position = (real.cumsum(1) - 1).clamp_(min=0)[:, -length:].contiguous()
         real = real[:, -length:]
         tokens = torch.zeros(mask.shape[1], dtype=torch.float64, device=mask.device)
         tokens.index_add_(0, position.flatten(), real.double().flatten())
-        return cls(~real, position, tokens)
+        return cls((~real).contiguous(), position, tokens)
 
 
 @contextmanager
