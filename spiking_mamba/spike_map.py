@@ -60,7 +60,7 @@ def draw_spike_map(counts: SpikeCounts, path: str | Path) -> None:
         merged = -(-channels // _COLUMNS)
         busiest = torch.nn.functional.max_pool1d(means, merged, ceil_mode=True)
         image = heat.imshow(
-            busiest.clamp(min=top / _SHADES).masked_fill(busiest == 0, float("nan")),
+            busiest.clamp(min=top / _SHADES).masked_fill(busiest == 0, float("nan")).numpy(),
             aspect="auto",
             interpolation="nearest",  # or rows and columns run into one another
             cmap=colours,
@@ -76,7 +76,7 @@ def draw_spike_map(counts: SpikeCounts, path: str | Path) -> None:
         labels = [_layer(name) for name in kinds[kind]]
         every = 1 + (len(labels) - 1) // 24
         heat.set_yticks(range(0, len(labels), every), labels[::every], fontsize=8)
-        bars.barh(range(len(labels)), means.mean(1), height=0.8, color="#2a7f62")
+        bars.barh(range(len(labels)), means.mean(1).tolist(), height=0.8, color="#2a7f62")
         bars.set(ylim=heat.get_ylim(), yticks=[], title="layer's mean")
         bars.set_xlim(0, 1.05 * widest)
     axes[-1, 0].set_xlabel("input channel")

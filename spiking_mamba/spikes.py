@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -332,6 +333,49 @@ class Layout(NamedTuple):
         return cls((~real).contiguous(), position, tokens)
 
 
+class _Masks:
+    """The attention mask of the forward pass under way, together with that of a cache's past."""
+
+    def __init__(self) -> None:
+        self.mask: torch.Tensor | None = None
+        self.layouts: dict[int, Layout | None] = {}  # the projections of a pass share them
+        self.past: WeakKeyDictionary[Any, torch.Tensor] = WeakKeyDictionary()  # masks by cache
+
+    def before(self, backbone: SpikingMambaModel, args: tuple, kwargs: dict) -> None:
+        given = inspect.signature(backbone.forward).bind(*args, **kwargs).arguments
+        inputs, mask, cache = (given.get(key) for key in ("input_ids", "attention_mask", "cache_params"))
+        inputs = given.get("inputs_embeds") if inputs is None else inputs
+        if inputs is None:
+            return  # the model will say so
+        batch, length = inputs.shape[:2]
+        streams = backbone.stream.step_mode == "s" and not backbone.training
+        if cache is None and streams and given.get("use_cache") is not False:
+            cache = backbone.stream.cache
+        past = None if cache is None else self.past.get(cache)
+        if past is not None and (mask is None or mask.shape[1] < past.shape[1] + length):
+            here = past.new_ones(batch, length) if mask is None else mask[:, -length:].bool()
+            mask = torch.cat([past, here], 1)
+        self.mask = mask
+        self.here = (batch, length, inputs.device)
+
+    def after(self, backbone: SpikingMambaModel, args: tuple, output: Any) -> None:
+        cache = getattr(output, "cache_params", None)
+        if cache is not None:
+            batch, length, device = self.here
+            ones = torch.ones(batch, length, dtype=torch.bool, device=device)
+            self.past[cache] = ones if self.mask is None else self.mask.bool()
+        self.mask = None
+        self.layouts.clear()
+
+    def layout(self, length: int) -> Layout | None:
+        """Where the tokens of a projection's input are; ``None``: everywhere, from position 0."""
+        if self.mask is None or self.mask.shape[1] < length:
+            return None
+        if length not in self.layouts:
+            self.layouts[length] = Layout.of(self.mask, length)
+        return self.layouts[length]
+
+
 @contextmanager
 def count_spikes(model: nn.Module, *, histogram: bool = True) -> Iterator[SpikeCounts]:
     """Count the spikes of every forward pass inside the ``with`` block.
@@ -340,9 +384,9 @@ def count_spikes(model: nn.Module, *, histogram: bool = True) -> Iterator[SpikeC
     backward pass is not counted again. Contexts may nest; for counts by task, give each task a context of
     its own and add them.
 
-    A token's position is the number of tokens before it in its row of the attention mask, so left padding
-    shifts nothing, and decoding with a cache goes on counting where a mask over the past comes along, as in
-    ``generate()``. Without a mask it is the index within the call: 0 for every token of a stream.
+    A token's position is the number of tokens before it in its sequence. Left padding shifts nothing, and
+    decoding with a cache (``generate()``, streams) goes on from the tokens before, those that a cache had
+    taken in before this context excepted unless the attention mask covers them.
 
     A replayed CUDA graph runs no hooks, so nothing of it is counted.
 
@@ -363,18 +407,7 @@ def count_spikes(model: nn.Module, *, histogram: bool = True) -> Iterator[SpikeC
             for name, p in projections.items()
         }
     )
-    mask: torch.Tensor | None = None
-    layouts: dict[int, Layout | None] = {}  # of the forward pass under way; its projections share them
-
-    def note_mask(module: SpikingMambaModel, args: tuple, kwargs: dict) -> None:
-        nonlocal mask
-        mask = inspect.signature(module.forward).bind(*args, **kwargs).arguments.get("attention_mask")
-        layouts.clear()
-
-    def forget_mask(module: SpikingMambaModel, args: tuple, output: Any) -> None:
-        nonlocal mask
-        mask = None
-        layouts.clear()
+    masks = _Masks()
 
     def counter(projection: SpikingProjection, spikes: ProjectionSpikes):
         def count(node: nn.Module, args: tuple, output: torch.Tensor) -> None:
@@ -383,19 +416,15 @@ def count_spikes(model: nn.Module, *, histogram: bool = True) -> Iterator[SpikeC
             # detached at once: what this saved for a backward pass, the recomputation would not
             spike = output.detach()  # [1, B, L, C] or [L, B, C]
             spike = spike[0] if projection.membrane == "token" else spike.transpose(0, 1)
-            length = spike.shape[1]
-            if length not in layouts:
-                covered = mask is not None and mask.shape[1] >= length
-                layouts[length] = Layout.of(mask, length) if covered else None
-            spikes.add(spike, layouts[length])
+            spikes.add(spike, masks.layout(spike.shape[1]))
 
         return count
 
     hooks = []
     for module in model.modules():
         if isinstance(module, SpikingMambaModel):
-            hooks.append(module.register_forward_pre_hook(note_mask, with_kwargs=True))
-            hooks.append(module.register_forward_hook(forget_mask, always_call=True))
+            hooks.append(module.register_forward_pre_hook(masks.before, with_kwargs=True))
+            hooks.append(module.register_forward_hook(masks.after, always_call=True))
     for name, projection in projections.items():
         assert projection.neuron is not None
         hooks.append(projection.neuron.register_forward_hook(counter(projection, counts.projections[name])))
