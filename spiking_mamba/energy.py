@@ -135,7 +135,7 @@ def _traffic(config: SpikingMambaConfig, batch: int, length: int) -> dict[str, f
     weights = layers * (conv * config.conv_kernel + biases + 3 * heads + width + inner) + width
     weights += width * config.vocab_size
     states = layers * (conv * config.conv_kernel + inner * state)
-    potentials = layers * (width + inner) * config.states_per_neuron / len(PROJECTIONS)
+    potentials = layers * (width + inner) * config.states_per_neuron
     activations = layers * (
         width  # norm: in; what comes out is the projection's input, as below
         + 3 * width  # residual: both operands and the sum
