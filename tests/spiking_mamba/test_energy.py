@@ -204,6 +204,20 @@ def test_the_doc_states_the_costs():
     assert "24.96 pJ" in text
 
 
+def test_the_docs_code_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = DOC.read_text()
+    (table,) = re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL)
+    Path("chip.yaml").write_text(table)
+    ids = tokens(2, 9)
+    names = {"model": tiny_model(neuron=INTEGER), "input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    for code in re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL):
+        if "measure_joules" not in code or not torch.cuda.is_available():  # the model is on the CPU
+            exec(compile(code, str(DOC), "exec"), names)
+    assert set(names["report"]["model"]) == {*COSTS_45NM, "my chip, int8"}
+    assert Path("spikes.png").exists()
+
+
 def test_ratios_below_one_are_told():
     busy = everywhere(4.0)
     report = model_energy(busy, SpikingMambaConfig(**SIZES))
