@@ -91,9 +91,9 @@ class ProjectionSpikes:
             with torch.cuda.device(spike.device):
                 kernel.tally(spike, padding, position, sums, self.max_spike_count, self.count_levels)
             return
-        if layout is not None:
-            spike = spike.masked_fill(layout.padding.unsqueeze(-1), 0)
         size = spike.abs()
+        if layout is not None:
+            size.masked_fill_(layout.padding.unsqueeze(-1), 0)
         per_token = size.sum(-1, dtype=torch.float32)  # [B, L]
         if layout is None:
             self.position_sum[:length] += per_token.sum(0, dtype=torch.float64)
@@ -106,6 +106,8 @@ class ProjectionSpikes:
             self.channel_nonzero += piece.clamp_(max=1).sum(0, dtype=torch.float32)
         if self.count_levels:  # torch.bincount would make the host wait
             edge = self.max_spike_count + 0.5
+            if layout is not None:
+                spike = spike.masked_fill(layout.padding.unsqueeze(-1), 0)
             for values in spike.flatten().split(EXACT):
                 self._levels += torch.histc(values.float(), self._levels.shape[0], -edge, edge)
 

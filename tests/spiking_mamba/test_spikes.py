@@ -297,11 +297,12 @@ def test_inference_mode_and_then_not():
     with count_spikes(model) as counts:
         with torch.inference_mode():
             model(ids)
+        model(ids)
         model(tokens(2, 50)).logits.sum().backward()
         with torch.inference_mode():
             model(ids, attention_mask=torch.ones_like(ids))
         model(ids)
-    assert counts.tokens == 10 + 100 + 10 + 10
+    assert counts.tokens == 10 + 10 + 100 + 10 + 10
 
 
 class Operations(TorchDispatchMode):
@@ -332,16 +333,17 @@ def test_nothing_makes_the_host_wait(padded, histogram):
 
 
 def test_large_counts_are_exact():
-    """An odd sum beyond 2^24, which float32 cannot hold, of more tokens than it can sum at once."""
-    tokens = 6_000_000
+    """Sums that float32 cannot hold, of more tokens than it can sum at once."""
+    tokens = 17_000_000
     spike = torch.full((2, tokens // 2, 1), -3.0, dtype=torch.bfloat16)
     spike[0, 0] = 2
-    spike[0, 1] = 0
+    spike[0, 1:4] = 0
     counted = ProjectionSpikes(1, 1, 3)
     counted.add(spike)
-    assert counted.total == 3 * tokens - 1 - 3
-    assert counted.nonzero == tokens - 1
-    assert counted.histogram.tolist() == [tokens - 2, 0, 0, 1, 0, 1, 0]
+    assert counted.total == 3 * tokens - 1 - 9
+    assert counted.total % 4, "float32 could hold it"
+    assert counted.nonzero == tokens - 3
+    assert counted.histogram.tolist() == [tokens - 4, 0, 0, 3, 0, 1, 0]
     assert counted.tokens == tokens
     for _ in range(2):  # float32 totals would stand still by now
         one = torch.ones(1, 1, 1)
