@@ -1,0 +1,96 @@
+"""Time a forward pass with and without counting spikes.
+
+python recipes/benchmark/spikes.py [--hidden_size 256 --layers 10 --batch 8 --length 256 --bf16 --padded]
+
+The three ways run in turn in one process; figures are medians after warm-up, so read the ratios. A machine
+that does other work at the same time spoils them.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+# Beside this file lies neurons.py, called as the package is: "import neurons" must not find it.
+HERE = Path(__file__).resolve().parent
+sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
+
+import torch  # noqa: E402
+
+from neurons import set_backend  # noqa: E402
+from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM  # noqa: E402
+from spiking_mamba.report import markdown_table  # noqa: E402
+from spiking_mamba.spikes import count_spikes  # noqa: E402
+from spiking_mamba.training import keep_freed_memory, quiet  # noqa: E402
+
+NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    sizes = {"hidden_size": 256, "head_dim": 32, "state_size": 64, "layers": 10, "vocab_size": 4096}
+    for name, default in (sizes | {"chunk_size": 64, "batch": 8, "length": 256, "repeats": 30}).items():
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--backend", default="torch", choices=("torch", "cupy"), help="of the neurons")
+    parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--padded", action="store_true", help="pass an attention mask with padding")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    quiet()
+    keep_freed_memory()
+    torch.manual_seed(0)
+    config = SpikingMambaConfig(
+        hidden_size=args.hidden_size,
+        head_dim=args.head_dim,
+        num_heads=2 * args.hidden_size // args.head_dim,
+        state_size=args.state_size,
+        n_groups=1,
+        num_hidden_layers=args.layers,
+        vocab_size=args.vocab_size,
+        chunk_size=args.chunk_size,
+        tie_word_embeddings=True,
+        neuron=NEURON,
+    )
+    model = SpikingMambaForCausalLM(config).to(args.device).eval()
+    set_backend(model, args.backend)
+    input_ids = torch.randint(0, args.vocab_size, (args.batch, args.length), device=args.device)
+    mask = torch.ones_like(input_ids)
+    mask[0, : args.length // 2] = 0
+    inputs = {"input_ids": input_ids} | ({"attention_mask": mask} if args.padded else {})
+    synchronize = torch.cuda.synchronize if input_ids.is_cuda else lambda: None
+
+    def forward() -> float:
+        synchronize()
+        start = time.perf_counter()
+        model(**inputs, use_cache=False)
+        synchronize()
+        return time.perf_counter() - start
+
+    ways = {
+        "not counted": nullcontext,
+        "counted": lambda: count_spikes(model, histogram=False),
+        "counted, with histograms": lambda: count_spikes(model),
+    }
+    times: dict[str, list[float]] = {name: [] for name in ways}
+    with torch.no_grad(), torch.autocast(input_ids.device.type, torch.bfloat16, enabled=args.bf16):
+        for repeat in range(3 + args.repeats):
+            for name, way in ways.items():  # in turn, so that the machine's moods hit all alike
+                with way():
+                    forward()  # the sums come to the device
+                    seconds = forward()
+                if repeat >= 3:
+                    times[name].append(seconds)
+    plain = statistics.median(times["not counted"])
+    rows = [
+        [name, f"{1e3 * statistics.median(values):.2f}", f"{statistics.median(values) / plain - 1:+.1%}"]
+        for name, values in times.items()
+    ]
+    print(markdown_table(["forward pass", "ms", "more"], rows))
+
+
+if __name__ == "__main__":
+    main()
