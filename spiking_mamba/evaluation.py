@@ -9,11 +9,12 @@ perplexity(model, rows)["perplexity"]
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,20 +23,20 @@ import torch
 from .benchmarks import CHANCE, SOURCE_TASKS, describe, digest, zero_shot_tasks
 from .checkpoint import locate
 from .data import count_bytes, load_text, tokenize
-from .energy import projection_energy
+from .energy import COSTS_45NM, Costs, load_costs, model_energy
 from .evaluation_settings import RESULTS, Checkpoint, EvaluationSettings, claim
+from .joules import JouleMeter, NoEnergyCounter
 from .provenance import package_versions, provenance
 from .results_cache import ResultsCache
 from .scoring import perplexity, score, zero_shot
 from .spikes import ProjectionSpikes, SpikeCounts, count_spikes
+from .statistics import gaps, groups
 from .training import RunError, write_whole
 
 if TYPE_CHECKING:
     import datasets
     from lm_eval.api.task import Task
     from transformers import PreTrainedTokenizerBase
-
-    from .harness import SpikingMambaLM
 
 __all__ = [
     "CHANCE",
@@ -71,56 +72,22 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     tokenizers = [load_tokenizer(f, None if has_tokenizer(f) else settings.tokenizer) for f in folders]
     tasks = zero_shot_tasks(settings.tasks, settings.data) if settings.tasks else {}
     texts = {str(corpus): load_text(str(corpus)) for corpus in settings.corpora}
+    costs = COSTS_45NM | (load_costs(settings.costs) if settings.costs else {})
     output = claim(settings)
     models = []
     for checkpoint, folder, tokenizer in zip(checkpoints, folders, tokenizers, strict=True):
-        measured = _Measured(settings, checkpoint, folder, tokenizer, ResultsCache(output / "cache"))
+        measured = _Measured(settings, checkpoint, folder, tokenizer, ResultsCache(output / "cache"), costs)
         models.append(measured.everything(tasks, texts))
     results = {
         "schema": SCHEMA,
         "provenance": provenance(settings),
         "models": models,
-        "groups": _groups(models),
-        "gaps": _gaps(models),
+        "groups": groups(models),
+        "gaps": gaps(models),
     }
     results = _finite(results)
     write_whole(output / RESULTS, json.dumps(results, indent=1, allow_nan=False))
-    _report(output, results)
     return results
-
-
-# What other modules make of the results -----------------------------------------------------------------
-
-
-def _energy(counts: SpikeCounts, lm: SpikingMambaLM, dtype: str) -> dict[str, Any]:
-    gains = projection_energy(counts)
-    tables = {"fp32": "float32", "fp16": "float16", "int8": "int8"}
-    return {
-        "hypothetical": [table for table, precision in tables.items() if precision != dtype],
-        "projections": {table: {"gain": gains[table]} for table in tables},
-    }
-
-
-def _total(counts: list[SpikeCounts]) -> SpikeCounts:
-    first, *others = counts
-    total = _unpack(_pack(first))
-    for other in others:
-        for name, spikes in total.projections.items():
-            for key in ("tokens", "nonzero", "channel_sum", "histogram"):
-                setattr(spikes, key, getattr(spikes, key) + getattr(other.projections[name], key))
-    return total
-
-
-def _groups(models: list[dict[str, Any]]) -> dict[str, Any]:
-    return {}
-
-
-def _gaps(models: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    return []
-
-
-def _report(folder: Path, results: dict[str, Any]) -> None:
-    pass
 
 
 # One model ----------------------------------------------------------------------------------------------
@@ -136,12 +103,14 @@ class _Measured:
         folder: Path,
         tokenizer: PreTrainedTokenizerBase,
         cache: ResultsCache,
+        costs: Mapping[str, Costs],
     ) -> None:
         from .harness import SpikingMambaLM
 
         self.settings, self.checkpoint, self.cache = settings, checkpoint, cache
         self.lm = SpikingMambaLM(folder, tokenizer, dtype=settings.dtype, batch_size=settings.batch_size)
         self.weights = _weights_sha256(folder)
+        self.costs = costs
         # what every number of this model depends on
         self.identity = {
             "weights": self.weights,
@@ -157,16 +126,18 @@ class _Measured:
     def everything(self, tasks: Mapping[str, Task], texts: Mapping[str, datasets.Dataset]) -> dict[str, Any]:
         """An entry of the results' ``models``."""
         model, checkpoint = self.lm.model, self.checkpoint
-        scores, losses, counts = {}, {}, []
+        scores, losses, counts, joules = {}, {}, [], []
         for name, task in tasks.items():
             found = self._task(name, task)
             scores[name] = found["score"] | {"data": found["data"], "spikes": _brief(found["spikes"])}
             counts.append(found["spikes"])
+            joules.append(found["joules"])
         for name, text in texts.items():
             found = self._text(name, text)
             losses[name] = found["loss"] | {"data": found["data"], "spikes": _brief(found["spikes"])}
             counts.append(found["spikes"])
-        total = None if model.config.neuron is None else _total([_unpack(found) for found in counts])
+            joules.append(found["joules"])
+        total = None if model.config.neuron is None else sum(_unpack(found) for found in counts)
         main = [scores[t]["metrics"][scores[t]["main"]]["value"] for t in SOURCE_TASKS if t in scores]
         levels = model.config.max_spike_count
         return {
@@ -183,18 +154,25 @@ class _Measured:
             "tasks": scores,
             "average": math.fsum(main) / len(main) if len(main) == len(SOURCE_TASKS) else None,
             "perplexity": losses,
-            "spikes": total and total.to_dict(),
-            "energy": total and _energy(total, self.lm, self.settings.dtype),
-            "joules": None,
+            "spikes": total and total.to_dict(detail=True),
+            "energy": total
+            and model_energy(
+                total,
+                model.config,
+                measured_in=self.settings.dtype,
+                costs=self.costs,
+                length=self.settings.length,
+            ),
+            "joules": _together(joules),
         }
 
     def _task(self, name: str, task: Task) -> dict[str, Any]:
         data = describe(task, self.settings.data)
 
         def measure() -> dict[str, Any]:
-            with count_spikes(self.lm.model) as counts:
+            with count_spikes(self.lm.model) as counts, self._metered() as joules:
                 found = score(self.lm, task, self.settings.limit)
-            return {"score": found, "spikes": _pack(counts)}
+            return {"score": found, "spikes": _pack(counts), "joules": joules}
 
         return self._kept(name, {"task": name, "data": data["sha256"]}, measure) | {"data": data}
 
@@ -208,13 +186,26 @@ class _Measured:
             bf16 = torch.autocast(
                 self.lm.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"
             )
-            with count_spikes(self.lm.model) as counts, bf16:
-                spelled = count_bytes(rows, tokenizer)
+            spelled = count_bytes(rows, tokenizer)
+            with count_spikes(self.lm.model) as counts, bf16, self._metered() as joules:
                 found = perplexity(self.lm.model, rows, self.settings.batch_size, bytes=spelled)
-            return {"loss": found, "spikes": _pack(counts)}
+            return {"loss": found, "spikes": _pack(counts), "joules": joules}
 
         key = {"corpus": name, "data": data["sha256"], "length": length}
         return self._kept(name, key, measure) | {"data": data}
+
+    @contextlib.contextmanager
+    def _metered(self) -> Iterator[dict[str, Any]]:
+        """The GPU's energy over the block, see :class:`JouleMeter`; nothing where there is no counter."""
+        found: dict[str, Any] = {}
+        try:
+            meter = JouleMeter(self.lm.device, idle_seconds=2.0) if self.lm.device.type == "cuda" else None
+        except NoEnergyCounter:
+            meter = None
+        with contextlib.nullcontext() if meter is None else meter:
+            yield found
+        if meter is not None:
+            found |= meter.result()
 
     def _kept(self, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> dict[str, Any]:
         label, key = f"{self.checkpoint.name}: {name}", self.identity | key
@@ -281,6 +272,14 @@ def _brief(packed: dict[str, Any]) -> dict[str, float] | None:
         "accumulations": counts.accumulations,
         "dense_macs": counts.dense_macs,
     }
+
+
+def _together(measurements: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The joules of several blocks added up; None where they were not measured."""
+    if not measurements or not all(measurements):
+        return None
+    keys = ("joules_total", "joules_idle", "joules_net", "seconds")
+    return {"gpu": measurements[0]["gpu"]} | {key: math.fsum(m[key] for m in measurements) for key in keys}
 
 
 def _finite(value: Any) -> Any:

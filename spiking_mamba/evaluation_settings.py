@@ -19,7 +19,7 @@ __all__ = ["RESULTS", "Checkpoint", "EvaluationSettings", "claim"]
 RESULTS = "results.json"
 SETTINGS = "settings.yaml"
 _GROWING = ("models", "seeds", "tasks", "corpora")  # more of them may be named in a folder
-_FREE = ("output", "reference", "overwrite")  # nothing measured depends on them
+_FREE = ("output", "reference", "costs", "overwrite")  # nothing measured depends on them
 
 
 @dataclass
@@ -40,6 +40,8 @@ class EvaluationSettings:
         tokenizer: folder or hub name, for checkpoints without a tokenizer of their own.
         dtype: 'float32', or 'bfloat16' for autocast.
         batch_size: sequences a forward pass.
+        costs: YAML file of energy costs of your own beside the three tables, see
+            ``spiking_mamba.energy.load_costs``.
         overwrite: replace the results of another evaluation in ``output``; its cache is kept.
     """
 
@@ -55,6 +57,7 @@ class EvaluationSettings:
     tokenizer: Any = None
     dtype: str = "float32"
     batch_size: int = 16
+    costs: Any = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Captured decoding, which off CUDA has all but the capture: it equals plain decoding, whoever takes turns."""
+"""Captured decoding, which off CUDA lacks only the capture: it equals plain decoding, whoever takes turns."""
 
 import copy
 
