@@ -129,8 +129,17 @@ def test_results(evaluated, checkpoints):
         assert gain == pytest.approx(4.6 / (0.9 * student["spikes"]["mean_abs"]))
         for found in student["perplexity"].values():
             assert found["spikes"]["tokens"] == 3 * 32
-    for mark in ("hellaswag acc_norm *", "hellaswag acc,", "piqa acc *", "average of the six *"):
-        assert mark in done.stdout
+    lines = [
+        [cell.strip() for cell in line.split("|")[1:3]] for line in done.stdout.splitlines() if "|" in line
+    ]
+    for row in (["hellaswag, acc_norm %", "yes"], ["hellaswag, acc %", ""], ["piqa, acc %", "yes"]):
+        assert row in lines
+    assert "average of the source's six tasks" in done.stdout
+    for name in ("report.md", "report.html", "gaps.png", "accuracy_energy.png"):
+        assert (output / name).stat().st_size > 0
+    assert set(results["groups"]["student{seed}"]) >= {"average", "piqa", "gain_fp32", "mean_abs"}
+    assert {gap["task"] for gap in results["gaps"]} >= {"average", "piqa"}
+    assert {gap["reference"] for gap in results["gaps"]} == {"teacher"}
 
 
 def test_the_schema_refuses(evaluated):
