@@ -10,7 +10,7 @@ from .configuration import SpikingMambaConfig
 from .distillation import DistillationSettings, distill
 from .modeling import SpikingMambaForCausalLM
 
-__all__ = ["PUBLISHED", "estimate", "rehearse"]
+__all__ = ["PUBLISHED", "estimate", "published_config", "rehearse"]
 
 # Layers and width of the dense models of state-spaces; the rest they have in common.
 PUBLISHED = {
@@ -25,7 +25,7 @@ _SMALL = {"num_hidden_layers": 2, "hidden_size": 128, "num_heads": 4, "vocab_siz
 _SMALL_LENGTH = 64
 
 
-def _config(teacher: str) -> SpikingMambaConfig:
+def published_config(teacher: str) -> SpikingMambaConfig:
     """The configuration that a published name, or the config.json of a transformers folder, stands for."""
     if teacher in PUBLISHED:
         layers, width = PUBLISHED[teacher]
@@ -67,7 +67,7 @@ def rehearse(settings: DistillationSettings) -> tuple[Path, list[dict[str, float
     """
     if settings.dry_run not in (True, "full"):
         raise ValueError(f"dry_run must be true, false or full, got {settings.dry_run!r}.")
-    config = _config(settings.teacher)
+    config = published_config(settings.teacher)
     needs = estimate(config, settings.freeze_embeddings)
     print(
         f"{settings.teacher}: {needs['parameters']:,} parameters, {needs['trained']:,} of them trained; "

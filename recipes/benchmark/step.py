@@ -1,34 +1,51 @@
-"""Time a training step: transformers' Mamba2, ours dense, ours spiking, with and without SGC.
+"""Time a training step, forward and backward: rivals' Mamba2, ours dense, ours spiking.
 
-python recipes/benchmark/step.py [--hidden_size 256 --layers 10 --batch 8 --length 256 --bf16]
+python recipes/benchmark/step.py [--bf16]                                # 5M parameters, a CPU will do
+python recipes/benchmark/step.py --size 130m --batch 16 --bf16 --compile # on a GPU, beside mamba-ssm's model
+python recipes/benchmark/step.py --size 130m --bf16 --compile --lengths 512 2048 8192 --out runs/step
 
-All models have the same shapes and weights and run in turn in one process; figures are medians after
-warm-up, so read the ratios. A machine that does other work at the same time spoils them.
+All models have the same shapes and run in turn in one process; figures are medians after warm-up, so read
+the ratios. A machine that does other work at the same time spoils them. Ours take their next-token loss as
+the recipes do, piece by piece from hidden states; transformers' and mamba-ssm's from whole logits.
 """
 
 import argparse
+import gc
+import importlib.util
+import json
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Beside this file lies neurons.py, called as the package is: "import neurons" must not find it.
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
 
 import torch  # noqa: E402
+from torch.nn import functional as F  # noqa: E402
 from transformers import Mamba2Config, Mamba2ForCausalLM  # noqa: E402
 
 from neurons import set_backend  # noqa: E402
-from spiking_mamba import SpikingMambaForCausalLM  # noqa: E402
+from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, ssd  # noqa: E402
+from spiking_mamba.head_loss import head_loss  # noqa: E402
+from spiking_mamba.rehearsal import published_config  # noqa: E402
 from spiking_mamba.report import markdown_table  # noqa: E402
-from spiking_mamba.training import keep_freed_memory, quiet  # noqa: E402
+from spiking_mamba.training import device_name, keep_freed_memory, quiet  # noqa: E402
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
+SGC = {"mode": "blend", "schedule": "constant"}
+PEAK = {"H100": 989e12, "H200": 989e12, "A100": 312e12}  # dense bf16 FLOP/s by NVIDIA's data sheets
+
+Step = Callable[[torch.Tensor], None]
 
 
-def models(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
-    config = Mamba2Config(
+def make_config(args: argparse.Namespace) -> SpikingMambaConfig:
+    if args.size:
+        return published_config(f"state-spaces/mamba2-{args.size}")
+    return SpikingMambaConfig(
         hidden_size=args.hidden_size,
         head_dim=args.head_dim,
         num_heads=2 * args.hidden_size // args.head_dim,
@@ -38,33 +55,183 @@ def models(args: argparse.Namespace) -> dict[str, torch.nn.Module]:
         vocab_size=args.vocab_size,
         chunk_size=args.chunk_size,
         tie_word_embeddings=True,
-        initializer_range=0.02,
         pad_token_id=0,
         bos_token_id=0,
         eos_token_id=0,
     )
-    theirs = Mamba2ForCausalLM(config).to(args.device).train()
-    make = SpikingMambaForCausalLM.from_dense
+
+
+def ours(config: SpikingMambaConfig, args: argparse.Namespace, **spiking: Any) -> Step:
+    torch.manual_seed(0)
+    fields = {k: v for k, v in config.to_dict().items() if k != "model_type"}
+    with torch.device(args.device):
+        model = SpikingMambaForCausalLM(SpikingMambaConfig(**fields | spiking)).train()
+    model.to(args.device)
+    set_backend(model, args.backend)
+    model.compile_blocks(args.compile)
+
+    def step(input_ids: torch.Tensor) -> None:
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            hidden = model.backbone(input_ids, use_cache=False).last_hidden_state
+            loss, _ = head_loss(
+                hidden[:, :-1].flatten(0, 1),
+                model.lm_head.weight,
+                targets=input_ids[:, 1:].flatten(),
+                compiles=args.compile,
+            )
+        loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def transformers_own(config: SpikingMambaConfig, args: argparse.Namespace) -> Step:
+    known = Mamba2Config().to_dict().keys() - {"model_type", "architectures"}
+    model = Mamba2ForCausalLM(Mamba2Config(**{k: v for k, v in config.to_dict().items() if k in known}))
+    model.to(args.device).train()
+
+    def step(input_ids: torch.Tensor) -> None:
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            loss = model(input_ids, labels=input_ids).loss
+        loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def mamba_ssm(config: SpikingMambaConfig, args: argparse.Namespace) -> Step:
+    """mamba-ssm's own model; without causal-conv1d it has no fused path."""
+    ssd._triton_kernels()  # knows how to import a mamba-ssm that was built without CUDA
+    from mamba_ssm.models.config_mamba import MambaConfig
+    from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
+
+    fused = importlib.util.find_spec("causal_conv1d") is not None
+    layer = {"layer": "Mamba2", "use_mem_eff_path": fused, "d_state": config.state_size}
+    model = MambaLMHeadModel(
+        MambaConfig(
+            d_model=config.hidden_size,
+            n_layer=config.num_hidden_layers,
+            vocab_size=config.vocab_size,
+            ssm_cfg=layer | {"headdim": config.head_dim, "chunk_size": config.chunk_size},
+        ),
+        device=args.device,
+    ).train()
+
+    def step(input_ids: torch.Tensor) -> None:
+        with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
+            logits = model(input_ids).logits[:, :-1].flatten(0, 1)
+            loss = F.cross_entropy(logits.float(), input_ids[:, 1:].flatten())
+        loss.backward()
+        model.zero_grad()
+
+    return step
+
+
+def contenders(config: SpikingMambaConfig, args: argparse.Namespace) -> dict[str, Callable[[], Step]]:
+    found: dict[str, Callable[[], Step]] = {}
+    if args.device == "cuda" and importlib.util.find_spec("mamba_ssm"):
+        found["mamba-ssm"] = lambda: mamba_ssm(config, args)
+    if not args.size:
+        found["transformers' Mamba2"] = lambda: transformers_own(config, args)
+    found |= {
+        "dense": lambda: ours(config, args),
+        "spiking, SGC off": lambda: ours(config, args, neuron=NEURON),
+        "spiking, SGC blend": lambda: ours(config, args, neuron=NEURON, sgc=SGC),
+        "spiking, SGC replace": lambda: ours(config, args, neuron=NEURON, sgc=SGC | {"mode": "replace"}),
+    }
+    return {name: make for name, make in found.items() if not args.only or name in args.only}
+
+
+def flops_per_token(config: SpikingMambaConfig) -> float:
+    """Forward and backward, 6 per parameter that a token is multiplied with (the embedding as the head only),
+    without the scan: what model-FLOPs utilisation counts."""
+    with torch.device("meta"):
+        model = SpikingMambaForCausalLM(config)
+    return 6.0 * sum(p.numel() for p in model.parameters())
+
+
+def measure(
+    config: SpikingMambaConfig, args: argparse.Namespace, batch: int, length: int
+) -> dict[str, dict[str, float]]:
+    """Seconds and peak bytes of each contender; one that fails is told of and left out."""
+    input_ids = torch.randint(0, config.vocab_size, (batch, length), device=args.device)
+    cuda, steps, times, peak = args.device == "cuda", {}, {}, {}
+    synchronize = torch.cuda.synchronize if cuda else lambda: None
+
+    def seconds(step: Step) -> float:
+        synchronize()
+        start = time.perf_counter()
+        step(input_ids)
+        synchronize()
+        return time.perf_counter() - start
+
+    for name, make in contenders(config, args).items():
+        try:
+            step = make()
+            for _ in range(3):
+                seconds(step)
+            if cuda:
+                held = torch.cuda.memory_allocated()  # by this one's weights, and by those before it
+                torch.cuda.reset_peak_memory_stats()
+                seconds(step)
+                peak[name] = float(torch.cuda.max_memory_allocated() - held)
+            steps[name], times[name] = step, []
+        except Exception as error:  # transformers, say, picks its kernels at import, for all devices
+            print(f"{name} does not run here and is left out: {type(error).__name__}: {str(error)[:200]}")
+    for _ in range(args.repeats):
+        for name, step in steps.items():  # in turn, so that the machine's moods hit all alike
+            times[name].append(seconds(step))
+    steps.clear()
+    gc.collect()
+    if cuda:
+        torch.cuda.empty_cache()
     return {
-        "transformers' Mamba2": theirs,
-        "dense": make(theirs),
-        "spiking, SGC off": make(theirs, neuron=NEURON),
-        "spiking, SGC blend": make(theirs, neuron=NEURON, sgc={"mode": "blend", "schedule": "constant"}),
-        "spiking, SGC replace": make(theirs, neuron=NEURON, sgc={"mode": "replace", "schedule": "constant"}),
+        name: {"seconds": statistics.median(found), "peak": peak.get(name, float("nan"))}
+        for name, found in times.items()
     }
 
 
-def step(model: torch.nn.Module, input_ids: torch.Tensor, bf16: bool) -> float:
-    """Seconds of one forward and backward pass."""
-    synchronize = torch.cuda.synchronize if input_ids.is_cuda else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    with torch.autocast(input_ids.device.type, torch.bfloat16, enabled=bf16):
-        model(input_ids, labels=input_ids).loss.backward()
-    synchronize()
-    seconds = time.perf_counter() - start
-    model.zero_grad()
-    return seconds
+def table(found: dict[str, dict[str, float]], tokens: int, flops: float, args: argparse.Namespace) -> str:
+    fastest_rival = next(iter(found))
+    header = ["training step", "tokens/s", f"time / {fastest_rival}", "time / dense"]
+    card = torch.cuda.get_device_name() if args.device == "cuda" else ""
+    peak_flops = next((rate for name, rate in PEAK.items() if name in card), None) if args.bf16 else None
+    if args.device == "cuda":
+        header += ["peak GiB of a step"] + (["model-FLOPs utilisation"] if peak_flops else [])
+    rows = []
+    for name, row in found.items():
+        rate = tokens / row["seconds"]
+        cells = [name, f"{rate:.0f}", f"{row['seconds'] / found[fastest_rival]['seconds']:.3f}"]
+        dense = found.get("dense", {"seconds": float("nan")})["seconds"]
+        cells.append(f"{row['seconds'] / dense:.3f}")
+        if args.device == "cuda":
+            cells.append(f"{row['peak'] / 2**30:.1f}")
+            if peak_flops:
+                cells.append(f"{rate * flops / peak_flops:.0%}")
+        rows.append(cells)
+    return markdown_table(header, rows)
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
+    runs = report["runs"]
+    for name in dict.fromkeys(name for run in runs for name in run["found"]):
+        points = [
+            (run["length"], run["batch"] * run["length"] / run["found"][name]["seconds"])
+            for run in runs
+            if name in run["found"]
+        ]
+        axis.plot(*zip(*points, strict=True), marker="o", label=name)
+    axis.set_xscale("log", base=2)
+    axis.set(xlabel="tokens a row", ylabel="tokens/s, forward and backward", ylim=(0, None))
+    axis.set_title(f"{report['device']}, {runs[0]['batch'] * runs[0]['length']} tokens a step")
+    axis.legend()
+    figure.savefig(path, dpi=110)
 
 
 def main() -> None:
@@ -72,42 +239,35 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     sizes = {"hidden_size": 256, "head_dim": 32, "state_size": 64, "layers": 10, "vocab_size": 4096}
-    for name, default in (sizes | {"chunk_size": 64, "batch": 8, "length": 256, "repeats": 15}).items():
+    for name, default in (sizes | {"chunk_size": 64, "repeats": 15}).items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--size", help="a published one instead: 130m, 370m, 780m, 1.3b or 2.7b")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--length", type=int, help="256, or 2048 with --size")
+    parser.add_argument("--lengths", type=int, nargs="+", help="several, with as many tokens a step each")
     parser.add_argument("--backend", default="torch", choices=("torch", "cupy"), help="of the neurons")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks and our loss")
+    parser.add_argument("--only", nargs="+", help="of the table's rows, those with these names")
+    parser.add_argument("--out", type=Path, help="folder for step.json and step.png")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     quiet()
     keep_freed_memory()
-    torch.manual_seed(0)
-    contenders = models(args)
-    for model in contenders.values():
-        set_backend(model, args.backend)
-    input_ids = torch.randint(0, args.vocab_size, (args.batch, args.length), device=args.device)
-    try:  # transformers picks its kernels at import for all devices, and may have picked some that fail
-        step(contenders["transformers' Mamba2"], input_ids, args.bf16)
-    except Exception as error:
-        print(f"transformers' Mamba2 does not run here and is left out: {error}")
-        del contenders["transformers' Mamba2"]
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for repeat in range(3 + args.repeats):
-        for name, model in contenders.items():  # in turn, so that the machine's moods hit all alike
-            seconds = step(model, input_ids, args.bf16)
-            if repeat >= 3:
-                times[name].append(seconds)
-    median = {name: statistics.median(values) for name, values in times.items()}
-    theirs, dense = median.get("transformers' Mamba2", float("nan")), median["dense"]
-    rows = [
-        [
-            name,
-            f"{args.batch * args.length / seconds:.0f}",
-            f"{seconds / theirs:.3f}",
-            f"{seconds / dense:.3f}",
-        ]
-        for name, seconds in median.items()
-    ]
-    print(markdown_table(["training step", "tokens/s", "time / transformers", "time / dense"], rows))
+    config = make_config(args)
+    length = args.length or (2048 if args.size else 256)
+    tokens, flops = args.batch * length, flops_per_token(config)
+    report: dict[str, Any] = {"device": device_name(), "arguments": sys.argv[1:], "runs": []}
+    for each in args.lengths or [length]:
+        batch = max(1, tokens // each)
+        found = measure(config, args, batch, each)
+        report["runs"].append({"batch": batch, "length": each, "found": found})
+        print(f"\n{batch} x {each} tokens, {device_name()}\n", flush=True)
+        print(table(found, batch * each, flops, args), flush=True)
+        if args.out:  # after every length: a later failure loses nothing
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "step.json").write_text(json.dumps(report, indent=1))
+            draw(report, args.out / "step.png")
 
 
 if __name__ == "__main__":
