@@ -3,13 +3,15 @@
 import copy
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
+from torch import nn
 from transformers import Cache
 
-__all__ = ["DecodingGraph", "Step"]
+__all__ = ["DecodingGraph", "DecodingGraphs"]
 
-# (input_ids [B, 1], cache) -> hidden states [B, 1, hidden_size]; moves the cache's states on in place.
+# (input_ids [B, 1], cache) -> logits [B, 1, vocab_size]; moves the cache's states on in place.
 Step = Callable[[torch.Tensor, Cache], torch.Tensor]
 
 
@@ -36,6 +38,7 @@ class DecodingGraph:
 
     def __init__(self, step: Step, cache: Cache) -> None:
         self._cache = copy.deepcopy(cache)
+        self._tensors = [states[key] for states, key in _states(self._cache)]
         self._tenant: weakref.ref[Cache] | None = None
         state = cache.get_conv_state(0)
         self._input_ids = torch.zeros(state.shape[0], 1, dtype=torch.long, device=state.device)
@@ -53,30 +56,65 @@ class DecodingGraph:
         torch.cuda.current_stream().wait_stream(side)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
-            self._hidden = self._step(self._input_ids, self._cache)
-
-    def _lives_here(self, cache: Cache) -> bool:
-        pairs = zip(_states(cache), _states(self._cache), strict=True)
-        return all(theirs[i] is ours[j] for (theirs, i), (ours, j) in pairs)
+            self._logits = self._step(self._input_ids, self._cache)
 
     def _move_in(self, cache: Cache) -> None:
         before = None if self._tenant is None else self._tenant()
         if before is not None and before is not cache:
-            for (theirs, i), (ours, j) in zip(_states(before), _states(self._cache), strict=True):
-                if theirs[i] is ours[j]:
-                    theirs[i] = ours[j].clone()
-        for (theirs, i), (ours, j) in zip(_states(cache), _states(self._cache), strict=True):
-            if theirs[i] is not ours[j]:  # beam search may have reordered some
-                ours[j].copy_(theirs[i])
-                theirs[i] = ours[j]
+            for (states, key), ours in zip(_states(before), self._tensors, strict=True):
+                if states[key] is ours:
+                    states[key] = ours.clone()
+        for (states, key), ours in zip(_states(cache), self._tensors, strict=True):
+            if states[key] is not ours:  # beam search may have reordered some
+                ours.copy_(states[key])
+                states[key] = ours
         self._tenant = weakref.ref(cache)
 
     def __call__(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """One token, ``[B, 1] -> [B, 1, hidden_size]``, a new tensor; the states of ``cache`` move on."""
-        if not self._lives_here(cache):
+        """One token, ``[B, 1] -> [B, 1, vocab_size]``, a new tensor; the states of ``cache`` move on."""
+        if any(states[key] is not ours for (states, key), ours in zip(_states(cache), self._tensors)):  # noqa: B905
             self._move_in(cache)
         self._input_ids.copy_(input_ids)
         if self._graph is None:
             return self._step(self._input_ids, self._cache)
         self._graph.replay()
-        return self._hidden.clone()
+        return self._logits.clone()
+
+
+class DecodingGraphs:
+    """A model's graphs by batch size and autocast dtype, as long as the model stays what was captured.
+
+    Args:
+        step: what to capture. blocks: the modules whose hooks and neurons are watched, since a replayed graph
+            runs neither hooks nor a neuron that was put in later.
+    """
+
+    def __init__(self, step: Step, blocks: nn.Module) -> None:
+        self._step, self._blocks = step, blocks
+        self._graphs: dict[tuple[int, Any], DecodingGraph] = {}
+        self._note_modules()
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def _note_modules(self) -> None:
+        # the dictionaries themselves: looking into them is what a token costs the processor
+        self._hooks, self._neurons = [], []
+        for module in self._blocks.modules():
+            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+            if "neuron" in module._modules:
+                self._neurons.append((module._modules, module._modules["neuron"]))
+
+    def __call__(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor | None:
+        """One more token's logits ``[B, 1, vocab_size]``, or None: somebody watches, run it uncaptured."""
+        if any(modules["neuron"] is not neuron for modules, neuron in self._neurons):
+            self._graphs.clear()
+            self._note_modules()
+        if any(self._hooks):
+            return None
+        device = input_ids.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (input_ids.shape[0], autocast)
+        if key not in self._graphs:
+            self._graphs[key] = DecodingGraph(self._step, cache)
+        return self._graphs[key](input_ids, cache)

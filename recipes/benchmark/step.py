@@ -3,16 +3,19 @@
 python recipes/benchmark/step.py [--bf16]                                # 5M parameters, a CPU will do
 python recipes/benchmark/step.py --size 130m --batch 16 --bf16 --compile # on a GPU, beside mamba-ssm's model
 python recipes/benchmark/step.py --size 130m --bf16 --compile --lengths 512 2048 8192 --out runs/step
+torchrun --nproc-per-node 2 recipes/benchmark/step.py --size 130m --batch 16 --bf16 --compile --only dense
 
 All models have the same shapes and run in turn in one process; figures are medians after warm-up, so read
 the ratios. A machine that does other work at the same time spoils them. Ours take their next-token loss as
-the recipes do, piece by piece from hidden states; transformers' and mamba-ssm's from whole logits.
+the recipes do, piece by piece from hidden states; transformers' and mamba-ssm's from whole logits. Under
+torchrun every GPU has a batch of its own and DDP averages gradients; tokens/s are those of all GPUs.
 """
 
 import argparse
 import gc
 import importlib.util
 import json
+import os
 import statistics
 import sys
 import time
@@ -23,6 +26,9 @@ from typing import Any
 # Beside this file lies neurons.py, called as the package is: "import neurons" must not find it.
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
+
+# Models of several makes in turn fragment the memory, and an allocator that has to give blocks back costs time.
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch  # noqa: E402
 from torch.nn import functional as F  # noqa: E402
@@ -61,6 +67,19 @@ def make_config(args: argparse.Namespace) -> SpikingMambaConfig:
     )
 
 
+class WithLoss(torch.nn.Module):
+    """A model and its next-token loss, for DDP, which sees nothing but calls."""
+
+    def __init__(self, model: SpikingMambaForCausalLM, compiles: bool) -> None:
+        super().__init__()
+        self.model, self.compiles = model, compiles
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        hidden = self.model.backbone(input_ids, use_cache=False).last_hidden_state[:, :-1].flatten(0, 1)
+        targets = input_ids[:, 1:].flatten()
+        return head_loss(hidden, self.model.lm_head.weight, targets=targets, compiles=self.compiles)[0]
+
+
 def ours(config: SpikingMambaConfig, args: argparse.Namespace, **spiking: Any) -> Step:
     torch.manual_seed(0)
     fields = {k: v for k, v in config.to_dict().items() if k != "model_type"}
@@ -70,15 +89,13 @@ def ours(config: SpikingMambaConfig, args: argparse.Namespace, **spiking: Any) -
     set_backend(model, args.backend)
     model.compile_blocks(args.compile)
 
+    module: torch.nn.Module = WithLoss(model, args.compile)
+    if torch.distributed.is_initialized():
+        module = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
+
     def step(input_ids: torch.Tensor) -> None:
         with torch.autocast(args.device, torch.bfloat16, enabled=args.bf16):
-            hidden = model.backbone(input_ids, use_cache=False).last_hidden_state
-            loss, _ = head_loss(
-                hidden[:, :-1].flatten(0, 1),
-                model.lm_head.weight,
-                targets=input_ids[:, 1:].flatten(),
-                compiles=args.compile,
-            )
+            loss = module(input_ids)
         loss.backward()
         model.zero_grad()
 
@@ -191,7 +208,9 @@ def measure(
     }
 
 
-def table(found: dict[str, dict[str, float]], tokens: int, flops: float, args: argparse.Namespace) -> str:
+def table(
+    found: dict[str, dict[str, float]], tokens: int, flops: float, gpus: int, args: argparse.Namespace
+) -> str:
     fastest_rival = next(iter(found))
     header = ["training step", "tokens/s", f"time / {fastest_rival}", "time / dense"]
     card = torch.cuda.get_device_name() if args.device == "cuda" else ""
@@ -207,7 +226,7 @@ def table(found: dict[str, dict[str, float]], tokens: int, flops: float, args: a
         if args.device == "cuda":
             cells.append(f"{row['peak'] / 2**30:.1f}")
             if peak_flops:
-                cells.append(f"{rate * flops / peak_flops:.0%}")
+                cells.append(f"{rate * flops / peak_flops / gpus:.0%}")
         rows.append(cells)
     return markdown_table(header, rows)
 
@@ -254,6 +273,10 @@ def main() -> None:
     args = parser.parse_args()
     quiet()
     keep_freed_memory()
+    gpus = int(os.environ.get("WORLD_SIZE", 1))
+    if gpus > 1:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.distributed.init_process_group("nccl")
     config = make_config(args)
     length = args.length or (2048 if args.size else 256)
     tokens, flops = args.batch * length, flops_per_token(config)
@@ -261,13 +284,18 @@ def main() -> None:
     for each in args.lengths or [length]:
         batch = max(1, tokens // each)
         found = measure(config, args, batch, each)
+        if int(os.environ.get("RANK", 0)):
+            continue
         report["runs"].append({"batch": batch, "length": each, "found": found})
-        print(f"\n{batch} x {each} tokens, {device_name()}\n", flush=True)
-        print(table(found, batch * each, flops, args), flush=True)
+        times = f"{gpus} times " if gpus > 1 else ""
+        print(f"\n{times}{batch} x {each} tokens, {device_name()}\n", flush=True)
+        print(table(found, gpus * batch * each, flops, gpus, args), flush=True)
         if args.out:  # after every length: a later failure loses nothing
             args.out.mkdir(parents=True, exist_ok=True)
             (args.out / "step.json").write_text(json.dumps(report, indent=1))
             draw(report, args.out / "step.png")
+    if gpus > 1:
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -41,12 +41,22 @@ def test_generation_is_the_same(model):
     model.capture_decoding()
     assert torch.equal(model.generate(ids, **settings), expected)
     assert torch.equal(model.generate(ids, **settings), expected)
-    assert len(model.backbone.stream.graphs) == 1
+    assert len(model.graphs) == 1
 
 
 def test_beam_search_is_the_same(model):
     ids = tokens(2, 5)
     settings = {"max_new_tokens": 6, "do_sample": False, "num_beams": 3}
+    expected = model.generate(ids, **settings)
+    model.capture_decoding()
+    assert torch.equal(model.generate(ids, **settings), expected)
+
+
+def test_padding_is_the_same(model):
+    ids = tokens(2, 6)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = 0
+    settings = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
     expected = model.generate(ids, **settings)
     model.capture_decoding()
     assert torch.equal(model.generate(ids, **settings), expected)
@@ -106,7 +116,10 @@ def test_a_moved_model_is_captured_anew():
     model = tiny_model(neuron=INTEGER)
     model.capture_decoding()
     model.generate(tokens(1, 5), max_new_tokens=2)
-    assert model.backbone.stream.graphs
+    assert len(model.graphs) == 1
+    other = copy.deepcopy(model)
     model.double()
-    assert not model.backbone.stream.graphs
-    copy.deepcopy(model)
+    assert len(model.graphs) == len(other.graphs) == 0
+    ids = tokens(1, 5)
+    assert torch.equal(other.generate(ids, max_new_tokens=4), model.generate(ids, max_new_tokens=4))
+    assert len(model.graphs) == len(other.graphs) == 1
