@@ -3,7 +3,7 @@
 python recipes/benchmark/step.py [--bf16]                                # 5M parameters, a CPU will do
 python recipes/benchmark/step.py --size 130m --batch 16 --bf16 --compile # on a GPU, beside mamba-ssm's model
 python recipes/benchmark/step.py --size 130m --bf16 --compile --lengths 512 2048 8192 --out runs/step
-torchrun --nproc-per-node 2 recipes/benchmark/step.py --size 130m --batch 16 --bf16 --compile --only dense
+torchrun --nproc-per-node 2 recipes/benchmark/step.py --size 130m --batch 16 --bf16 --compile
 
 All models have the same shapes and run in turn in one process; figures are medians after warm-up, so read
 the ratios. A machine that does other work at the same time spoils them. Ours take their next-token loss as
@@ -27,7 +27,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
 
-# Models of several makes in turn fragment the memory, and an allocator that has to give blocks back costs time.
+# Models of several makes in turn fragment the memory; an allocator that has to give blocks back costs time.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch  # noqa: E402
@@ -80,7 +80,7 @@ class WithLoss(torch.nn.Module):
         return head_loss(hidden, self.model.lm_head.weight, targets=targets, compiles=self.compiles)[0]
 
 
-def ours(config: SpikingMambaConfig, args: argparse.Namespace, **spiking: Any) -> Step:
+def ours(config: SpikingMambaConfig, args: argparse.Namespace, averages: bool = True, **spiking: Any) -> Step:
     torch.manual_seed(0)
     fields = {k: v for k, v in config.to_dict().items() if k != "model_type"}
     with torch.device(args.device):
@@ -90,7 +90,7 @@ def ours(config: SpikingMambaConfig, args: argparse.Namespace, **spiking: Any) -
     model.compile_blocks(args.compile)
 
     module: torch.nn.Module = WithLoss(model, args.compile)
-    if torch.distributed.is_initialized():
+    if torch.distributed.is_initialized() and averages:
         module = torch.nn.parallel.DistributedDataParallel(module, gradient_as_bucket_view=True)
 
     def step(input_ids: torch.Tensor) -> None:
@@ -150,6 +150,8 @@ def contenders(config: SpikingMambaConfig, args: argparse.Namespace) -> dict[str
         found["mamba-ssm"] = lambda: mamba_ssm(config, args)
     if not args.size:
         found["transformers' Mamba2"] = lambda: transformers_own(config, args)
+    if torch.distributed.is_initialized():
+        found["dense, gradients not averaged"] = lambda: ours(config, args, averages=False)
     found |= {
         "dense": lambda: ours(config, args),
         "spiking, SGC off": lambda: ours(config, args, neuron=NEURON),

@@ -129,3 +129,25 @@ def test_compiled_blocks_equal_uncompiled_ones():
             for one, other in zip(gradients, compiled, strict=True):
                 similarity = torch.nn.functional.cosine_similarity(one.flatten(), other.flatten(), dim=0)
                 assert similarity > 0.99 or one.norm() < 1e-6
+
+
+@pytest.mark.parametrize("membrane", ["token", "sequence"])
+def test_captured_decoding(membrane):
+    """Streams of two models' worth of sequences that take turns, against whole passes."""
+    model = make(membrane).eval()
+    model.capture_decoding()
+    ids = [torch.randint(0, 512, (2, 12), device="cuda") for _ in range(2)]
+    with torch.no_grad():
+        expected = [model(i, use_cache=False).logits[:, 4:] for i in ids]
+        caches = [model(i[:, :4], use_cache=True).cache_params for i in ids]
+        logits = [[], []]
+        for at in range(4, 12):
+            for which in (0, 1):
+                token = ids[which][:, at : at + 1]
+                output = model(token, cache_params=caches[which], use_cache=True)
+                logits[which].append(output.logits)
+    assert len(model.graphs) == 1
+    for found, wanted in zip(logits, expected, strict=True):
+        assert (torch.cat(found, 1) - wanted).abs().max() <= 1e-2 * wanted.abs().max()
+    generated = model.generate(ids[0], max_new_tokens=8, do_sample=False, num_beams=2)
+    assert generated.shape == (2, 20)
