@@ -67,6 +67,21 @@ class Case:
     seed: int = 0
 
 
+# By name, what a case may differ in.
+VARIANTS = {
+    "specials": {"specials": True},
+    "specials_leak": {"specials": True, "tau": 3.0, "initial_v": True, "v_threshold": 0.3},
+    "v_seq": {"store_v_seq": True, "initial_v": True, "tau": 3.0},
+    "v_seq_threshold": {"store_v_seq": True, "v_threshold": 1.7},
+    "only_v": {"grad_spike": False, "initial_v": True, "tau": 10.0},
+    "only_spikes": {"grad_v": False, "initial_v": True, "tau": 10.0},
+    "strided": {"contiguous": False},
+    "misaligned": {"offset": 3},
+    "surrogate": {"alpha": 0.7, "grad_window": 1.25, "max_spike_count": 8, "tau": 3.0},
+    "ternary": {"max_spike_count": 1, "initial_v": True},
+}
+
+
 def draw(case: Case, device: str, shape: tuple[int, ...], dtype: torch.dtype, scale: float) -> torch.Tensor:
     """Values around the quanta, a quarter of them exactly on ties or integers."""
     generator = torch.Generator().manual_seed(case.seed + sum(shape))  # the same on every device

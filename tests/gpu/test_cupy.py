@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from kernel_parity import (
+    VARIANTS,
     Case,
     assert_bit_equal,
     assert_gradients_agree,
@@ -54,20 +55,6 @@ def test_random_shapes(dtype: torch.dtype, tau: float, v_threshold: float, detac
         initial_v = bool(rng.randint(0, 1))
         case = Case(T, shape, dtype, None, tau, v_threshold, 4, 1.0, None, detach_reset, initial_v, seed=seed)
         check_multi_step(case, DEVICE)
-
-
-VARIANTS = {
-    "specials": {"specials": True},
-    "specials_leak": {"specials": True, "tau": 3.0, "initial_v": True, "v_threshold": 0.3},
-    "v_seq": {"store_v_seq": True, "initial_v": True, "tau": 3.0},
-    "v_seq_threshold": {"store_v_seq": True, "v_threshold": 1.7},
-    "only_v": {"grad_spike": False, "initial_v": True, "tau": 10.0},
-    "only_spikes": {"grad_v": False, "initial_v": True, "tau": 10.0},
-    "strided": {"contiguous": False},
-    "misaligned": {"offset": 3},
-    "surrogate": {"alpha": 0.7, "grad_window": 1.25, "max_spike_count": 8, "tau": 3.0},
-    "ternary": {"max_spike_count": 1, "initial_v": True},
-}
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

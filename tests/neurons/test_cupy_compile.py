@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_parity import Case, check_count, check_multi_step
+from kernel_parity import VARIANTS, Case, check_count, check_multi_step
 from spikingjelly.activation_based import functional as sj_functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -114,20 +114,6 @@ def test_sequences(dtype: torch.dtype, tau: float, v_threshold: float, detach_re
         for initial_v in (False, True):
             case = Case(T, shape, dtype, None, tau, v_threshold, 4, 1.0, None, detach_reset, initial_v)
             check_multi_step(case, "cpu")
-
-
-VARIANTS = {
-    "specials": {"specials": True},
-    "specials_leak": {"specials": True, "tau": 3.0, "initial_v": True, "v_threshold": 0.3},
-    "v_seq": {"store_v_seq": True, "initial_v": True, "tau": 3.0},
-    "v_seq_threshold": {"store_v_seq": True, "v_threshold": 1.7},
-    "only_v": {"grad_spike": False, "initial_v": True, "tau": 10.0},
-    "only_spikes": {"grad_v": False, "initial_v": True, "tau": 10.0},
-    "strided": {"contiguous": False},
-    "misaligned": {"offset": 3},
-    "surrogate": {"alpha": 0.7, "grad_window": 1.25, "max_spike_count": 8, "tau": 3.0},
-    "ternary": {"max_spike_count": 1, "initial_v": True},
-}
 
 
 @pytest.mark.usefixtures("host")
