@@ -27,7 +27,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-__all__ = ["SpikingMambaLM", "has_tokenizer", "load_tokenizer"]
+__all__ = ["SpikingMambaLM", "check_vocabulary", "has_tokenizer", "load_tokenizer"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PASSED_ON = (
@@ -57,7 +57,20 @@ def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) 
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a broken file or no network; readers of both raise what they please
-        raise CheckpointError(f"No tokenizer can be loaded from {name}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"No tokenizer can be loaded from {name}; name another by tokenizer=...: {reason}"
+        ) from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Raise a CheckpointError for a tokenizer with ids that the model does not know."""
+    # the embedding's rows may be padded beyond the tokenizer's entries, not the other way round
+    if (largest := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer knows the token id {largest}, outside the vocabulary of "
+            f"{model.config.vocab_size}: it does not belong to the model."
+        )
 
 
 @register_model("spiking_mamba")
@@ -100,12 +113,7 @@ class SpikingMambaLM(HFLM):
             tokenizer = load_tokenizer(pretrained, tokenizer)
         if isinstance(pretrained, str | Path):
             model = load_model(pretrained).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        # the embedding's rows may be padded beyond the tokenizer's entries, not the other way round
-        if (largest := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
-            raise CheckpointError(
-                f"The tokenizer knows the token id {largest}, outside the vocabulary of "
-                f"{model.config.vocab_size}: it does not belong to the model."
-            )
+        check_vocabulary(tokenizer, model)
         with undisturbed():  # it warns of every model in memory
             super().__init__(
                 pretrained=model,
