@@ -77,6 +77,8 @@ def load_costs(path: str | Path) -> dict[str, Costs]:
         where = f"{path}: {name}"
         if not isinstance(name, str):
             raise ValueError(f"{where}: the name of a table must be a string.")
+        if name in COSTS_45NM:  # reports and pictures call these Horowitz's
+            raise ValueError(f"{where} is the name of a built-in table: choose another.")
         if not isinstance(table, dict):
             raise ValueError(f"{where} must be a mapping with mac and ac, got {table!r}.")
         reject_unknown_keys(table, (field.name for field in fields(Costs)), where)

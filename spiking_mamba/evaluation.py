@@ -44,6 +44,7 @@ __all__ = [
     "EvaluationSettings",
     "evaluate",
     "perplexity",
+    "weights_sha256",
     "zero_shot",
     "zero_shot_tasks",
 ]
@@ -63,7 +64,8 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
 
     Raises:
         ValueError, CheckpointError, DataError, RunError: something cannot be evaluated; found out before
-            anything is measured, but for NaN in a model's logits. Results already there stay as they are.
+            anything is measured, but for damaged weights and NaN in logits: models are loaded one at a
+            time. Results already there stay as they are.
     """
     from .harness import has_tokenizer, load_tokenizer
 
@@ -109,7 +111,7 @@ class _Measured:
 
         self.settings, self.checkpoint, self.cache = settings, checkpoint, cache
         self.lm = SpikingMambaLM(folder, tokenizer, dtype=settings.dtype, batch_size=settings.batch_size)
-        self.weights = _weights_sha256(folder)
+        self.weights = weights_sha256(folder)
         self.costs = costs
         # what every number of this model depends on
         self.identity = {
@@ -223,7 +225,7 @@ class _Measured:
         return found
 
 
-def _weights_sha256(folder: Path) -> str:
+def weights_sha256(folder: Path) -> str:
     """sha256 of the file of weights, or of the sums of several in the order of their names."""
     files = sorted({*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")})
     sums = []

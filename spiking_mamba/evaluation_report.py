@@ -343,12 +343,20 @@ def _energy(models: Sequence[Model]) -> list[Block]:
     blocks: list[Block] = [
         Heading("Energy by operation counts"),
         Paragraph(
-            "Estimates at 45 nm (Horowitz, ISSCC 2014), not measurements: per token, operations counted in "
-            "the passes that gave the scores, times a cost table. The rival 'quantised' has the same 2D + 1 "
+            "Estimates, not measurements: per token, operations counted in the passes that gave the scores, "
+            "times a cost table; fp32, fp16 and int8 are Horowitz's at 45 nm (ISSCC 2014). The rival "
+            "'quantised' has the same 2D + 1 "
             "activation levels and integer MACs; it is the fair one. A table is hypothetical where the "
             "accuracy was not measured in its precision. A ratio below 1 says that spikes cost more."
         ),
     ]
+    if costs := {name: cost for m in counted for name, cost in (m["energy"].get("costs") or {}).items()}:
+        rows = []
+        for name, cost in costs.items():
+            integer = cost["mac"] if cost["quantised_mac"] is None else cost["quantised_mac"]
+            rows.append([name, *(f"{v:g}" for v in (cost["mac"], cost["ac"], integer, cost["byte"]))])
+        header = ["cost table, pJ", "MAC", "accumulation", "MAC of the quantised", "byte of memory"]
+        blocks.append(Table(header, rows))
     for scope, name in _SCOPES.items():
         blocks += _energy_table(f"Compute only, {name}", [(m, m["energy"].get(scope)) for m in counted])
     scopes = list(dict.fromkeys(s for m in counted for s in m["energy"].get("with_memory") or {}))
@@ -472,14 +480,17 @@ def _provenance(results: Mapping[str, Any]) -> list[Block]:
     models = results["models"]
     rows = [[model["name"], model["path"], model["weights_sha256"]] for model in models]
     blocks += [Heading("Weights", 3), Table(["model", "path", "sha256"], rows)]
-    rows = []
-    for task in _shared_tasks(models):
-        for data in [m["tasks"][task].get("data") for m in models if task in m["tasks"]]:
-            if data:
-                row = [task, *(str(data.get(key, "–")) for key in ("source", "split", "rows", "sha256"))]
+    rows, notes = [], dict[str, str]()
+    for model in models:
+        for name, result in (model["tasks"] | (model["perplexity"] or {})).items():
+            if data := result.get("data"):
+                size = str(data.get("rows", data.get("documents", "–")))
+                row = [name, data["source"], data.get("split", "–"), size, data["sha256"]]
                 rows += [] if row in rows else [row]
+                notes |= {name: data["note"]} if data.get("note") else {}
     if rows:
-        blocks += [Heading("Data", 3), Table(["task", "source", "split", "rows", "sha256"], rows)]
+        blocks += [Heading("Data", 3), Table(["task or text", "source", "split", "rows", "sha256"], rows)]
+        blocks += [Paragraph(f"{name}: {note}.") for name, note in notes.items()]
     if settings:
         text = json.dumps(settings, indent=1, default=str, ensure_ascii=False)
         blocks += [Heading("Settings", 3), Code(text)]

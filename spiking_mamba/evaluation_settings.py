@@ -91,6 +91,8 @@ class EvaluationSettings:
                 name = group if "{seed}" in group else f"{group} seed {{seed}}"
                 name, path = (text.replace("{seed}", str(seed)) for text in (name, pattern))
                 found.append(Checkpoint(name, group, seed, path))
+        if _listed(self.seeds) and not any("{seed}" in pattern for pattern in patterns.values()):
+            raise ValueError("seeds are given, but no model has {seed} in its path.")
         for key in ("name", "path"):
             values = [getattr(checkpoint, key) for checkpoint in found]
             if twice := {value for value in values if values.count(value) > 1}:
@@ -136,7 +138,7 @@ def _named(paths: list[Any]) -> dict[str, str]:
     shared = 0
     while parts and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
         shared += 1
-    names = ["/".join(p[shared:]) for p in parts]
+    names = [str(Path(*p[shared:])) for p in parts]
     if len(set(names)) < len(names):
         names = paths
     if len(set(names)) < len(names):

@@ -27,7 +27,7 @@ except ImportError as error:
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-__all__ = ["SpikingMambaLM", "has_tokenizer", "load_tokenizer"]
+__all__ = ["SpikingMambaLM", "check_vocabulary", "has_tokenizer", "load_tokenizer"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PASSED_ON = (
@@ -57,15 +57,36 @@ def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) 
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a broken file or no network; readers of both raise what they please
-        raise CheckpointError(f"No tokenizer can be loaded from {name}: {error}") from error
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"No tokenizer can be loaded from {name}; name another by tokenizer=...: {reason}"
+        ) from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Raise a CheckpointError for a tokenizer with ids that the model does not know."""
+    # the embedding's rows may be padded beyond the tokenizer's entries, not the other way round
+    if (largest := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer knows the token id {largest}, outside the vocabulary of "
+            f"{model.config.vocab_size}: it does not belong to the model."
+        )
+
+
+def _without_zeros(tokens: list[int]) -> tuple[int, ...]:
+    """``tokens`` without the zeros that they end in."""
+    length = len(tokens)
+    while length and tokens[length - 1] == 0:
+        length -= 1
+    return tuple(tokens[:length])
 
 
 @register_model("spiking_mamba")
 class SpikingMambaLM(HFLM):
     """lm-eval's ``HFLM`` for any Mamba2 checkpoint, spiking or dense, in any form that ``load_model`` reads.
 
-    Padding is to the right, and where the tokenizer reserves id 0 the model is told of it by
-    ``attention_mask``, so that whoever counts spikes can leave it out. Log-probabilities are float32.
+    Padding is to the right, and the model is told of it by ``attention_mask``, so that whoever counts spikes
+    can leave it out. Log-probabilities are float32.
 
     Args:
         pretrained: a folder, a hub name, or a model, which stays on the device that it is on.
@@ -100,12 +121,9 @@ class SpikingMambaLM(HFLM):
             tokenizer = load_tokenizer(pretrained, tokenizer)
         if isinstance(pretrained, str | Path):
             model = load_model(pretrained).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        # the embedding's rows may be padded beyond the tokenizer's entries, not the other way round
-        if (largest := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
-            raise CheckpointError(
-                f"The tokenizer knows the token id {largest}, outside the vocabulary of "
-                f"{model.config.vocab_size}: it does not belong to the model."
-            )
+        check_vocabulary(tokenizer, model)
+        # lengths of inputs whose last token is id 0 itself, by what stands before their last zeros
+        self._ending_in_zero: dict[tuple[int, ...], int] = {}
         with undisturbed():  # it warns of every model in memory
             super().__init__(
                 pretrained=model,
@@ -120,15 +138,24 @@ class SpikingMambaLM(HFLM):
         self, inps: torch.Tensor, attn_mask: torch.Tensor | None = None, labels: torch.Tensor | None = None
     ) -> torch.Tensor:
         """Logits ``[batch, length, vocabulary]`` of token ids ``[batch, length]``."""
-        # lm-eval pads on the right with id 0 and passes no mask: find the padding again, where id 0 is
-        # nothing else. The first token is none: with an empty context it is end-of-text.
-        mask = None
-        if 0 in self.tokenizer.all_special_ids:
-            mask = inps.flip(1).cumsum(1).flip(1).ne(0).long()  # [batch, length], 1 up to the last token
-            mask[:, 0] = 1
+        # lm-eval pads on the right with id 0 and passes no mask: find the padding again
+        mask = torch.ones(inps.shape, dtype=torch.long)
+        for row, tokens in zip(mask, inps.tolist(), strict=True):
+            bare = _without_zeros(tokens)
+            row[self._ending_in_zero.get(bare, max(1, len(bare))) :] = 0
+        mask = mask.to(inps.device)
         kind, precision = self.device.type, self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(kind, dtype=precision, enabled=precision is not None):
             return self.model(input_ids=inps, attention_mask=mask, use_cache=False).logits
+
+    def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> list[Any]:
+        self._ending_in_zero = {}
+        for _, context, continuation in requests:
+            tokens = [*context, *continuation][-self.max_length - 1 : -1]  # as lm-eval cuts them
+            if tokens and tokens[-1] == 0:
+                bare = _without_zeros(tokens)
+                self._ending_in_zero[bare] = max(len(tokens), self._ending_in_zero.get(bare, 0))
+        return super()._loglikelihood_tokens(requests, *args, **options)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Of each request the log-likelihood in nats, and whether greedy decoding gives it.

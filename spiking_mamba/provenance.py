@@ -16,7 +16,7 @@ from .training import device_name
 
 __all__ = ["package_versions", "provenance"]
 
-_PACKAGES = ("torch", "transformers", "spikingjelly", "lm-eval")
+_PACKAGES = ("spiking-mamba", "torch", "transformers", "spikingjelly", "lm-eval")
 
 
 def package_versions() -> dict[str, str]:

@@ -152,7 +152,8 @@ def perplexity(
     if not predicted:
         raise DataError("No token is to be predicted: every label is -100.")
     mean = total / predicted
-    result = {"perplexity": float(np.exp(mean)), "nll_per_token": mean, "tokens": predicted}
+    with np.errstate(over="ignore"):  # infinite, and said to be
+        result = {"perplexity": float(np.exp(mean)), "nll_per_token": mean, "tokens": predicted}
     if bytes is not None:
         result["bits_per_byte"] = mean / math.log(2) * spelled / bytes
     return result

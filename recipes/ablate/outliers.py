@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from spiking_mamba import SpikingMambaForCausalLM, data, evaluation
-from spiking_mamba.checkpoint import load_model
+from spiking_mamba.checkpoint import load_model, locate
 from spiking_mamba.configuration import PROJECTIONS
 from spiking_mamba.figures import COLOURS, picture
+from spiking_mamba.harness import check_vocabulary, load_tokenizer
 from spiking_mamba.outliers import SCOPES, number_of_outliers, replace_outliers
 from spiking_mamba.report import markdown_table
 from spiking_mamba.settings import parse_settings
@@ -81,6 +82,8 @@ class OutlierSettings:
         for name, low in (("length", 2), ("rows", 1), ("batch_size", 1)):
             if getattr(self, name) < low:
                 raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
+        if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
+            raise ValueError(f"limit must be a positive integer or null, got {self.limit!r}.")
 
 
 def conditions(settings: OutlierSettings) -> list[dict[str, Any]]:
@@ -97,16 +100,6 @@ def title(row: dict[str, Any]) -> str:
     if row["site"] is None:
         return "control"
     return f"{row['site']} = {row['value']:g}, {100 * row['fraction']:g} %"
-
-
-def load_tokenizer(settings: OutlierSettings) -> PreTrainedTokenizerBase:
-    name = settings.tokenizer or settings.model
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
-        raise RunError(
-            f"{name} has no tokenizer that can be read; name one by tokenizer=: {error}"
-        ) from error
 
 
 def load_rows(settings: OutlierSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
@@ -139,17 +132,19 @@ def measure(
 
 def run(settings: OutlierSettings) -> dict[str, Any]:
     """Measure every condition that ``results.json`` does not hold yet; return what it then holds."""
-    model = load_model(settings.model).to("cuda" if torch.cuda.is_available() else "cpu")
-    tokenizer = load_tokenizer(settings)
+    checkpoint = locate(settings.model)[0]
+    model = load_model(checkpoint).to("cuda" if torch.cuda.is_available() else "cpu")
+    tokenizer = load_tokenizer(checkpoint, settings.tokenizer)
+    check_vocabulary(tokenizer, model)
     texts = load_rows(settings, tokenizer)
     tasks = evaluation.zero_shot_tasks(settings.tasks) if settings.tasks else None
     folder = start_run(settings, settings.resume, settings.overwrite)
     path = folder / "results.json"
-    results: dict[str, Any] = (
-        {"rows": json.loads(path.read_text())["rows"]} if path.is_file() else {"rows": []}
-    )
+    weights = evaluation.weights_sha256(checkpoint)
+    results: dict[str, Any] = {"rows": _rows_done(path, weights)}
     results |= {
         "model": settings.model,
+        "weights_sha256": weights,
         "per": settings.per,
         "device": device_name(),
         "versions": {name: version(name) for name in VERSIONS},
@@ -171,12 +166,29 @@ def run(settings: OutlierSettings) -> dict[str, Any]:
             with replace_outliers(
                 model, site or PROJECTIONS[0], row["value"] or 0.0, row["fraction"], settings.per
             ):
-                row |= measure(model, tokenizer, texts, tasks, settings)
+                try:
+                    row |= measure(model, tokenizer, texts, tasks, settings)
+                except FloatingPointError as error:
+                    raise RunError(f"{title(row)}: {error} Finished rows are kept.") from error
             row["seconds"] = time.time() - start
         results["rows"].append(row)
         write_whole(path, json.dumps(results, indent=1))  # a row that is here is never measured again
     report(folder, results, settings)
     return results
+
+
+def _rows_done(path: Path, weights: str) -> list[dict[str, Any]]:
+    """The rows of an interrupted run, which must be of the same weights: they are compared to each other."""
+    if not path.is_file():
+        return []
+    try:
+        before = json.loads(path.read_text())
+        rows, same = before["rows"], before["weights_sha256"] == weights
+    except (ValueError, KeyError, TypeError):
+        raise RunError(f"{path} is damaged: say overwrite=true to begin anew.") from None
+    if not same:
+        raise RunError(f"{path} is about other weights of the model: say overwrite=true to begin anew.")
+    return rows
 
 
 def _same_change(row: dict[str, Any], done: list[dict[str, Any]]) -> dict[str, Any] | None:

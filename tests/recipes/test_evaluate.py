@@ -282,6 +282,8 @@ def test_an_error_of_the_command_is_one_line(checkpoints, tmp_path):
         (["models=[{0}/mute/model]"], "holds no tokenizer"),
         (["models=[{0}/teacher/model, {0}/teacher/model]"], "twice"),
         (["models={0}/student{{seed}}/model"], "needs seeds"),
+        (["seeds=[0,1]"], "no model has {seed}"),
+        (["tokenizer=/nowhere/at", "models={0}/mute/model"], "name another by tokenizer="),
         (["reference=student9"], "none of the models"),
         (["limit=0"], "limit"),
         (["dtype=float16"], "dtype"),
@@ -354,6 +356,7 @@ class TestSettings:
         found = self.settings(["runs/a/student/model", "runs/b/student/model", "state-spaces/mamba2-130m"])
         assert [c.name for c in found] == ["runs/a/student", "runs/b/student", "state-spaces/mamba2-130m"]
         assert [c.name for c in self.settings(["runs/a/model", "runs/a"])] == ["runs/a/model", "runs/a"]
+        assert [c.name for c in self.settings(["/data/a", "runs/b"])] == ["/data/a", "runs/b"]
         assert [c.name for c in self.settings({"D=4": "x/y", "D=8": "x/z"})] == ["D=4", "D=8"]
 
     def test_seeds(self):

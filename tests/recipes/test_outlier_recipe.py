@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ import torch
 from transformers import AutoTokenizer
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, data, evaluation
-from spiking_mamba.checkpoint import export, load_model
+from spiking_mamba.checkpoint import export, export_dense, load_model
 from spiking_mamba.outliers import replace_outliers
 
 ROOT = Path(__file__).parents[2]
@@ -46,6 +47,7 @@ def checkpoints(text, tmp_path_factory) -> Path:
     dense = SpikingMambaForCausalLM(config)
     spiking = SpikingMambaForCausalLM.from_dense(dense, neuron={"class": "neurons.SILIFNode"})
     export(dense, folder / "dense", tokenizer)
+    export_dense(dense, folder / "mute")
     export(spiking, folder / "spiking", tokenizer)
     return folder
 
@@ -134,6 +136,59 @@ def test_a_killed_run_goes_on_where_it_was(checkpoints, text, tmp_path, recipe, 
     assert all(row["perplexity"][str(text)]["perplexity"] != 123.25 for row in rows[len(kept) :])
 
 
+def test_only_whole_results_of_the_same_weights_are_continued(
+    checkpoints, text, tmp_path, recipe, monkeypatch
+):
+    output, model = tmp_path / "run", tmp_path / "model"
+    shutil.copytree(checkpoints / "dense", model)
+    given = arguments(model, text, output, "fractions=[0.05]")
+    monkeypatch.setattr(sys, "argv", given)
+    recipe.main()
+    monkeypatch.setattr(sys, "argv", [*given, "resume=true"])
+    path = output / "results.json"
+    whole = path.read_text()
+    path.write_text(whole[:100])
+    with pytest.raises(SystemExit, match=r"results.json is damaged: say overwrite=true"):
+        recipe.main()
+    assert path.read_text() == whole[:100]
+
+    path.write_text(whole)
+    trained = load_model(model)
+    with torch.no_grad():
+        trained.lm_head.weight += 0.01
+    trained.save_pretrained(model)
+    with pytest.raises(SystemExit, match="other weights"):
+        recipe.main()
+    assert path.read_text() == whole
+
+    with torch.no_grad():
+        trained.lm_head.weight[0] = math.nan
+    trained.save_pretrained(model)
+    monkeypatch.setattr(sys, "argv", [*given, "overwrite=true"])
+    with pytest.raises(SystemExit, match="control: The model's logits are NaN"):
+        recipe.main()
+    assert not path.exists()
+
+
+def test_a_tokenizer_must_be_named_where_there_is_none(
+    checkpoints, text, tmp_path, recipe, monkeypatch, capsys
+):
+    """transformers would make one up for its own Mamba2, without a word in it."""
+    given = arguments(checkpoints / "mute", text, tmp_path / "run", "fractions=0")
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit, match="holds no tokenizer"):
+        recipe.main()
+    foreign = AutoTokenizer.from_pretrained(checkpoints / "dense")
+    foreign.add_tokens("unheard-of")
+    foreign.save_pretrained(tmp_path / "foreign")
+    monkeypatch.setattr(sys, "argv", [*given, f"tokenizer={tmp_path / 'foreign'}"])
+    with pytest.raises(SystemExit, match="does not belong to the model"):
+        recipe.main()
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setattr(sys, "argv", [*given, f"tokenizer={checkpoints / 'dense'}"])
+    recipe.main()
+
+
 def test_equal_numbers_of_channels_are_measured_once(checkpoints, text, tmp_path, recipe, monkeypatch):
     calls = []
     measure = recipe.measure
@@ -182,6 +237,7 @@ def test_the_picture_of_any_perplexities(found, tmp_path, recipe):
         ("sites=[u]", "sites must be of in_proj, out_proj"),
         ("per=batch", "per must be one of token, tensor"),
         ("rows=0", "rows must be at least 1"),
+        ("limit=-1", "limit must be a positive integer"),
         ("model=/nowhere/model", "/nowhere/model"),
         ("tokenizer=/nowhere/model", "tokenizer="),
         ("data=wikipedia-leeds", "wikipedia-leads"),

@@ -303,6 +303,7 @@ def test_a_table_of_ones_own(tmp_path):
         ("chip: {mac: 1, ac: 1, bytes: 1}", "did you mean 'byte'"),
         ("chip: 4", "chip must be a mapping"),
         ("1: {mac: 1, ac: 1}", "must be a string"),
+        ("fp32: {mac: 1, ac: 1}", "fp32 is the name of a built-in table"),
         ("- mac", "must map names"),
         ("", "must map names"),
         ("{", "no YAML"),

@@ -136,6 +136,22 @@ def test_padding_adds_no_spikes(spiking):
     assert found[1][1]["items"] == found[6][1]["items"]
 
 
+def test_padding_is_told_from_a_token_of_its_id(spiking, tokenizer):
+    """Id 0 is lm-eval's padding, and "!" to GPT-2's tokenizer, also as the last token of an input."""
+    lm = SpikingMambaLM(spiking, batch_size=4)
+    pairs = [([5, 6, 7, 8], [9, 3]), ([5, 6, 0], [0, 4]), ([7], [0, 3]), ([0], [0, 0, 8]), ([0], [2])]
+    with count_spikes(lm.model) as counts:
+        found = lm._loglikelihood_tokens([(("", ""), *pair) for pair in pairs], disable_tqdm=True)
+    assert {p.tokens for p in counts.projections.values()} == {5 + 4 + 2 + 3 + 1}
+    for (context, continuation), (likelihood, _) in zip(pairs, found, strict=True):
+        with torch.no_grad():
+            logits = lm.model(torch.tensor([context + continuation])).logits[0].log_softmax(-1)
+        at = range(len(context) - 1, len(context) + len(continuation) - 1)
+        assert likelihood == pytest.approx(
+            sum(float(logits[i, t]) for i, t in zip(at, continuation, strict=True)), abs=1e-4
+        )
+
+
 def test_the_counted_tokens_are_those_that_were_scored(spiking, tokenizer):
     """Spikes and scores come from the same passes: each prompt once, all but its last token."""
     [task] = zero_shot_tasks("lambada_openai").values()
