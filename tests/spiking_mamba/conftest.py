@@ -1,5 +1,9 @@
+import tempfile
+from pathlib import Path
+
 import pytest
 import torch
+from kernel_packages import interpreter_environment
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -9,3 +13,10 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def triton_interpreter():
+    """The environment variables of a process that runs Triton's kernels on the CPU."""
+    with tempfile.TemporaryDirectory() as folder:  # pytest would keep the last three, a gigabyte each
+        yield interpreter_environment(Path(folder))

@@ -2,21 +2,19 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from kernel_packages import mamba_ssm_wheel
 from test_checkpoint import logits, state_spaces_folder
 from tiny import INTEGER, tiny_config, tiny_model
 from transformers import Mamba2Config, Mamba2ForCausalLM
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
 from spiking_mamba.checkpoint import FORMS, CheckpointError, export_dense, load_dense
-
-MAMBA_SSM = "mamba-ssm==2.3.2.post1"
 
 # What state-spaces publishes: layers and width; the vocabulary of 50277 is padded to 50288 rows.
 SIZES = {
@@ -269,17 +267,7 @@ def test_an_export_overwrites_nothing(tmp_path):
 def mamba_ssm(tmp_path_factory):
     """Runs jobs with mamba-ssm's own code, from its wheel as pip makes it without CUDA."""
     folder = tmp_path_factory.mktemp("mamba-ssm")
-    skip_cuda = {"MAMBA_SKIP_CUDA_BUILD": "TRUE", "MAMBA_FORCE_BUILD": "TRUE"}
-    pip = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
-    made = subprocess.run(
-        [*pip, "--wheel-dir", str(folder), MAMBA_SSM],
-        env=os.environ | skip_cuda,
-        capture_output=True,
-        text=True,
-    )
-    if made.returncode:
-        pytest.skip(f"pip cannot make a wheel of {MAMBA_SSM} here: {made.stderr[-300:]}")
-    (wheel,) = folder.glob("*.whl")
+    wheel = mamba_ssm_wheel(folder)
 
     def run(*jobs):
         (folder / "jobs.json").write_text(json.dumps(jobs, default=str))

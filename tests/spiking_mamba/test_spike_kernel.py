@@ -1,15 +1,8 @@
 """The GPU's way to count against torch's, by Triton's interpreter, which needs no GPU."""
 
-import importlib.util
-import os
 import subprocess
 import sys
 
-import pytest
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="the kernel is Triton's: torch for CUDA brings it"
-)
 SCRIPT = """
 import itertools
 import torch
@@ -44,11 +37,8 @@ print("equal")
 """
 
 
-def test_the_kernel_adds_what_torch_adds():
+def test_the_kernel_adds_what_torch_adds(triton_interpreter):
     done = subprocess.run(
-        [sys.executable, "-c", SCRIPT],
-        env=os.environ | {"TRITON_INTERPRET": "1"},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", SCRIPT], env=triton_interpreter, capture_output=True, text=True
     )
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
