@@ -300,15 +300,21 @@ def _remove_evaluated(work: _Progress, settings: CorpusSettings, evaluated) -> d
     hashes: dict[str, list[np.ndarray]] = {}
     for name, text in evaluated():
         hashes.setdefault(name, []).append(ngram_hashes(ids(text), n))
-    known = {name: np.unique(np.concatenate(parts)) for name, parts in hashes.items()}
-    everything = np.unique(np.concatenate([*known.values(), np.empty(0, np.uint64)]))
-    found: Counter[str] = Counter(dict.fromkeys(known, 0))
+    sets = list(hashes)
+    every = np.concatenate([np.concatenate(parts) for parts in hashes.values()])
+    owner = np.repeat(np.arange(len(sets)), [sum(map(len, parts)) for parts in hashes.values()])
+    order = np.argsort(every, kind="stable")
+    every, owner = every[order], owner[order]
+    found: Counter[str] = Counter(dict.fromkeys(sets, 0))
     clean = []
     for text in tqdm(work.text, desc="overlap with what is evaluated", unit="document"):
-        shared = np.intersect1d(ngram_hashes(ids(text), n), everything)
-        clean.append(not len(shared))
-        if len(shared):
-            found.update(name for name, mine in known.items() if np.isin(shared, mine).any())
+        mine = ngram_hashes(ids(text), n)
+        first, last = np.searchsorted(every, mine), np.searchsorted(every, mine, side="right")
+        hit = {
+            int(o) for a, b in zip(first[first < last], last[first < last], strict=True) for o in owner[a:b]
+        }
+        found.update(sets[o] for o in hit)
+        clean.append(not hit)
     work.keep("overlap", clean.__getitem__)
     return dict(found)
 
