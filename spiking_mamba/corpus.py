@@ -322,7 +322,7 @@ def _remove_evaluated(work: _Progress, settings: CorpusSettings, evaluated) -> d
 def _remove_near_duplicates(work: _Progress, settings: CorpusSettings) -> None:
     ids = WordIds()
     words = [ids(text) for text in work.text]
-    copies = near_duplicates(tqdm(words, desc="near-duplicates", unit="document"), settings.similarity)
+    copies = near_duplicates(words, settings.similarity)
     work.keep("near-duplicate", lambda i: i not in copies)
 
 

@@ -14,6 +14,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
+from tqdm import tqdm
 
 _WORD = re.compile(r"[a-z0-9]+")
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
@@ -61,12 +62,12 @@ def near_duplicates(
     salts = _mix(np.arange(1, bands * rows + 1, dtype=np.uint64) * _MULTIPLIER)
     buckets: list[dict[bytes, list[int]]] = [defaultdict(list) for _ in range(bands)]
     dropped: set[int] = set()
-    for index, words in enumerate(documents):
+    for index, words in enumerate(tqdm(documents, desc="near-duplicates", unit="document")):
         grams = np.unique(ngram_hashes(words, n))
         if not len(grams):
             continue
-        # one multiply by an odd number and one shift per value: its upper half is a permutation good enough
-        signature = np.array([((grams ^ salt) * _MULTIPLIER >> np.uint64(16)).min() for salt in salts])
+        # the hashes are well mixed: exclusive or and a multiplication by an odd number permute them enough
+        signature = np.array([((grams ^ salt) * _MULTIPLIER).min() for salt in salts])
         keys = [signature[i : i + rows].tobytes() for i in range(0, len(signature), rows)]
         candidates = sorted(
             {c for bucket, key in zip(buckets, keys, strict=True) for c in bucket.get(key, ())}

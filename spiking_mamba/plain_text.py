@@ -16,68 +16,10 @@ from collections.abc import Callable, Iterator
 
 Document = list[str]
 
-_STOP_WORDS = frozenset(
-    [
-        "a",
-        "an",
-        "and",
-        "are",
-        "as",
-        "at",
-        "be",
-        "been",
-        "but",
-        "by",
-        "can",
-        "for",
-        "from",
-        "had",
-        "has",
-        "have",
-        "he",
-        "her",
-        "his",
-        "i",
-        "if",
-        "in",
-        "is",
-        "it",
-        "its",
-        "may",
-        "more",
-        "not",
-        "of",
-        "on",
-        "or",
-        "other",
-        "our",
-        "she",
-        "so",
-        "such",
-        "than",
-        "that",
-        "the",
-        "their",
-        "them",
-        "then",
-        "there",
-        "these",
-        "they",
-        "this",
-        "to",
-        "was",
-        "we",
-        "were",
-        "when",
-        "which",
-        "who",
-        "will",
-        "with",
-        "would",
-        "you",
-        "your",
-    ]
-)
+_COMMON = """a an and are as at be been but by can for from had has have he her his i if in is it its may more
+not of on or other our she so such than that the their them then there these they this to was we were when
+which who will with would you your"""
+_STOP_WORDS = frozenset(_COMMON.split())
 _WORD = re.compile(r"[A-Za-z]+(?:['’][a-z]+)?")
 
 
