@@ -211,16 +211,16 @@ def read_r_strings(path: str, content: bytes) -> Iterator[Document]:
 def read_brown(path: str, content: bytes) -> Iterator[Document]:
     """The Brown corpus: `word/tag` tokens put back into running text."""
     del path
+    lines = [line for line in content.decode("latin-1").splitlines() if line.strip()]
     document = []
-    for line in content.decode("latin-1").splitlines():
-        words = [token.rpartition("/")[0] for token in line.split()]
+    for i in range(0, len(lines), 4):  # sentences; where paragraphs ended is not known
+        words = [token.rpartition("/")[0] for token in " ".join(lines[i : i + 4]).split()]
         text = " ".join(words).replace("``", "“").replace("''", "”")
         text = re.sub(r" ([,.;:?!)”])", r"\1", text)
         text = re.sub(r"([(“]) ", r"\1", text)
-        text = re.sub(r"([.?!;,:])\1+", r"\1", text).replace("“", '"').replace("”", '"')
-        if text:
-            document.append(text)
-    yield [one_line(" ".join(document[i : i + 4])) for i in range(0, len(document), 4)]
+        text = re.sub(r"([.?!;,:])\1+", r"\1", text)
+        document.append(text.replace("“", '"').replace("”", '"'))
+    yield document
 
 
 def read_moby_dick(path: str, content: bytes) -> Iterator[Document]:
