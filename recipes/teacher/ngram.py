@@ -7,10 +7,9 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import datasets
 import numpy as np
 
-from spiking_mamba.data import count_bytes, load_text, train_tokenizer
+from spiking_mamba.data import count_bytes, document_stream, load_text, train_tokenizer
 from spiking_mamba.ngram import KneserNey
 from spiking_mamba.settings import parse_settings
 from spiking_mamba.training import fail_clearly, quiet, write_whole
@@ -37,15 +36,6 @@ class NgramSettings:
     output: str = ""
 
 
-def stream(text: datasets.Dataset, tokenizer) -> np.ndarray:
-    """All documents in one row, joined with the end-of-text id, as a model is trained on them."""
-    pieces = []
-    for batch in text.iter(1000):
-        for encoding in tokenizer.backend_tokenizer.encode_batch_fast(batch["text"]):
-            pieces.append(np.array([tokenizer.eos_token_id, *encoding.ids], np.int64))
-    return np.concatenate(pieces)
-
-
 def main() -> None:
     settings = parse_settings(NgramSettings, description=__doc__)
     quiet()
@@ -57,12 +47,12 @@ def main() -> None:
             tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
         else:
             tokenizer = train_tokenizer(text["text"], settings.vocab_size)
-        tokens = stream(text, tokenizer)
+        tokens = document_stream(text, tokenizer)
         model = KneserNey(tokens, len(tokenizer), settings.order)
         found = {"train": settings.train, "train_tokens": len(tokens), "order": settings.order}
         for name in settings.evaluate:
             text = load_text(name)
-            tokens = stream(text, tokenizer)
+            tokens = document_stream(text, tokenizer)
             # end-of-text counts, as in a model's loss over packed rows; the first one is given
             bits = -np.log2(model.probabilities(tokens, first=1))
             found[name] = {
