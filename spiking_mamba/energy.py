@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from .configuration import PROJECTIONS, SpikingMambaConfig
-from .settings import _Loader, reject_unknown_keys
+from .settings import load_yaml, reject_unknown_keys
 from .spikes import SpikeCounts
 
 __all__ = ["COSTS_45NM", "Costs", "load_costs", "model_energy", "operations", "projection_energy"]
@@ -67,7 +67,7 @@ def load_costs(path: str | Path) -> dict[str, Costs]:
     if not path.is_file():
         raise ValueError(f"There is no file of costs {path}.")
     try:
-        tables = yaml.load(path.read_text(), _Loader)
+        tables = load_yaml(path.read_text())
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} is no YAML file: {error}") from None
     if not isinstance(tables, dict) or not tables:

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-__all__ = ["parse_settings", "reject_unknown_keys"]
+__all__ = ["load_yaml", "parse_settings", "reject_unknown_keys"]
 
 T = TypeVar("T")
 
@@ -22,6 +22,11 @@ class _Loader(yaml.SafeLoader):
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
 )
+
+
+def load_yaml(text: str) -> Any:
+    """What ``text`` says, plain data only; ``1e-3`` is a number."""
+    return yaml.load(text, _Loader)
 
 
 def reject_unknown_keys(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
@@ -53,7 +58,7 @@ def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
                 raise ValueError(f"Expected key=value or --key value, got {word!r}.")
             value = rest.pop(0) if rest and not rest[0].startswith("--") and "=" not in rest[0] else "true"
         # "-" and "_" are the same in option names, as argparse's users expect
-        found[key.replace("-", "_")] = yaml.load(value, _Loader)
+        found[key.replace("-", "_")] = load_yaml(value)
     return found
 
 
@@ -113,7 +118,7 @@ def parse_settings(cls: type[T], arguments: Sequence[str] | None = None, descrip
         path = Path(known.config)
         if not path.is_file():
             raise ValueError(f"There is no settings file {path}.")
-        settings = yaml.load(path.read_text(), _Loader) or {}
+        settings = load_yaml(path.read_text()) or {}
         if not isinstance(settings, dict):
             raise ValueError(f"{path} is no mapping of keys to values.")
         reject_unknown_keys(settings, (f.name for f in dataclasses.fields(cls)), str(path))  # type: ignore[arg-type]
