@@ -97,6 +97,9 @@ class DecodingGraphs:
     def __len__(self) -> int:
         return len(self._graphs)
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DecodingGraphs, (self._step, self._blocks)  # a copied or pickled model captures its own
+
     def _note_modules(self) -> None:
         # the dictionaries themselves: looking into them is what a token costs the processor
         self._hooks, self._neurons = [], []

@@ -156,12 +156,7 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel, Mamba2Model):
                     f"input_ids reach from {int(input_ids.min())} to {int(input_ids.max())}, "
                     f"outside the vocabulary of {vocabulary}."
                 )
-        streaming = (
-            self.stream.step_mode == "s"
-            and not self.training
-            and cache_params is None
-            and use_cache is not False
-        )
+        streaming = self.streams(cache_params, use_cache)
         if streaming:
             cache_params = self._stream_cache(
                 (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
@@ -180,6 +175,11 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel, Mamba2Model):
         if streaming:
             self.stream.cache = cache_params
         return output
+
+    def streams(self, cache: Cache | None, use_cache: bool | None) -> bool:
+        """Whether a call with these arguments continues the sequence of the calls before it."""
+        asked = self.stream.step_mode == "s" and cache is None and use_cache is not False
+        return asked and not self.training
 
     def one_token(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """``[B, 1] -> [B, 1, hidden_size]`` with a cache that has states; they move on in place."""
@@ -210,19 +210,6 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
         self.graphs: DecodingGraphs | None = None
         self.post_init()
 
-    def __deepcopy__(self, memo: dict) -> "SpikingMambaForCausalLM":
-        """A copy; its graphs it captures itself."""
-        graphs, self.graphs = self.graphs, None
-        try:
-            clone = self.__class__.__new__(self.__class__)
-            memo[id(self)] = clone
-            clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        finally:
-            self.graphs = graphs
-        if graphs is not None:
-            clone.capture_decoding()
-        return clone
-
     def _apply(self, fn):
         if self.graphs is not None:  # they read the tensors that are about to move
             self.capture_decoding()
@@ -246,7 +233,8 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
         where ``labels`` ``[B, L]`` are given (-100 is ignored). ``past_key_values`` is another name of
         ``cache_params``."""
         cache_params = past_key_values if cache_params is None else cache_params
-        if self.graphs is not None and labels is None and not output_hidden_states:
+        plain = labels is None and not output_hidden_states and return_dict is not False
+        if self.graphs is not None and plain:
             logits, cache = self._captured(input_ids, cache_params, use_cache)
             if logits is not None:
                 return Mamba2CausalLMOutput(logits=logits, cache_params=cache)
@@ -267,9 +255,8 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
         self, input_ids: torch.Tensor | None, cache: Cache | None, use_cache: bool | None
     ) -> tuple[torch.Tensor | None, Cache | None]:
         """One more token's logits by a graph, and the cache; None twice where something else is asked for."""
-        stream = self.backbone.stream
-        if cache is None and stream.step_mode == "s" and use_cache is not False:
-            cache = stream.cache
+        if self.backbone.streams(cache, use_cache):
+            cache = self.backbone.stream.cache
         goes = (
             cache is not None
             and input_ids is not None

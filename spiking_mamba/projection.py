@@ -125,12 +125,11 @@ class SpikingProjection(nn.Linear):
         """The spikes with SGC's smooth path mixed in, ``[B, L, in_features]``."""
         assert self.sgc is not None
         mode, function = self.sgc["mode"], self.sgc["function"]
+        compiling = torch.compiler.is_compiling()
+        if compiling or not self._stateless:
+            lam = self._lam if compiling else self.sgc_lambda
+            return compensate(u, self.spikes(u, states), mode, function, lam, self.max_spike_count)
         node = self.neuron
-        if torch.compiler.is_compiling():
-            return compensate(u, self.spikes(u, states), mode, function, self._lam, self.max_spike_count)
-        if not self._stateless:
-            spike = self.spikes(u, states)
-            return compensate(u, spike, mode, function, self.sgc_lambda, self.max_spike_count)
         node.compensation = mode, function, self.sgc_lambda
         try:
             self.spikes(u)

@@ -1,6 +1,7 @@
 """Captured decoding, which off CUDA lacks only the capture: it equals plain decoding, whoever takes turns."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -118,8 +119,22 @@ def test_a_moved_model_is_captured_anew():
     model.generate(tokens(1, 5), max_new_tokens=2)
     assert len(model.graphs) == 1
     other = copy.deepcopy(model)
+    again = pickle.loads(pickle.dumps(model))
     model.double()
-    assert len(model.graphs) == len(other.graphs) == 0
+    assert len(model.graphs) == len(other.graphs) == len(again.graphs) == 0
+    assert other.graphs._blocks is other.backbone.layers
+    assert again.graphs._blocks is again.backbone.layers
     ids = tokens(1, 5)
-    assert torch.equal(other.generate(ids, max_new_tokens=4), model.generate(ids, max_new_tokens=4))
-    assert len(model.graphs) == len(other.graphs) == 1
+    expected = model.generate(ids, max_new_tokens=4)
+    assert torch.equal(other.generate(ids, max_new_tokens=4), expected)
+    assert torch.equal(again.generate(ids, max_new_tokens=4), expected)
+    assert len(model.graphs) == len(other.graphs) == len(again.graphs) == 1
+
+
+def test_who_asks_for_a_tuple_gets_one():
+    model = tiny_model(neuron=INTEGER)
+    model.capture_decoding()
+    with torch.no_grad():
+        cache = model(tokens(1, 4), use_cache=True).cache_params
+        logits, *_ = model(tokens(1, 1), cache_params=cache, use_cache=True, return_dict=False)
+    assert logits.shape == (1, 1, model.config.vocab_size)
