@@ -116,7 +116,7 @@ class DistillationTrainer(Trainer):
         # One position's logits only: the loss makes the others itself, a piece at a time.
         arguments |= {"output_hidden_states": True, "logits_to_keep": 1, "use_cache": False}
         if model.training and self._log_due():
-            with count_spikes(self.student) as spikes:
+            with count_spikes(self.student, histogram=False) as spikes:
                 output = model(**arguments)
             self._note(mean_abs_spike=spikes.mean_abs, sgc_lambda=self.student.sgc_lambda)
         else:

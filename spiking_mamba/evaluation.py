@@ -129,18 +129,17 @@ class _Measured:
     def everything(self, tasks: Mapping[str, Task], texts: Mapping[str, datasets.Dataset]) -> dict[str, Any]:
         """An entry of the results' ``models``."""
         model, checkpoint = self.lm.model, self.checkpoint
-        scores, losses, counts, joules = {}, {}, [], []
-        for name, task in tasks.items():
-            found = self._task(name, task)
-            scores[name] = found["score"] | {"data": found["data"], "spikes": _brief(found["spikes"])}
-            counts.append(found["spikes"])
-            joules.append(found["joules"])
-        for name, text in texts.items():
-            found = self._text(name, text)
-            losses[name] = found["loss"] | {"data": found["data"], "spikes": _brief(found["spikes"])}
-            counts.append(found["spikes"])
-            joules.append(found["joules"])
-        total = None if model.config.neuron is None else sum(_unpack(found) for found in counts)
+        of_tasks = {name: self._task(name, task) for name, task in tasks.items()}
+        of_texts = {name: self._text(name, text) for name, text in texts.items()}
+        scores, losses = (
+            {
+                name: m["result"] | {"data": m["data"], "spikes": _brief(m["spikes"])}
+                for name, m in kind.items()
+            }
+            for kind in (of_tasks, of_texts)
+        )
+        measured = [*of_tasks.values(), *of_texts.values()]
+        total = None if model.config.neuron is None else sum(_unpack(m["spikes"]) for m in measured)
         main = [scores[t]["metrics"][scores[t]["main"]]["value"] for t in SOURCE_TASKS if t in scores]
         levels = model.config.max_spike_count
         return {
@@ -166,7 +165,7 @@ class _Measured:
                 costs=self.costs,
                 length=self.settings.length,
             ),
-            "joules": _together(joules),
+            "joules": _together([m["joules"] for m in measured]),
         }
 
     def _task(self, name: str, task: Task) -> dict[str, Any]:
@@ -175,7 +174,7 @@ class _Measured:
         def measure() -> dict[str, Any]:
             with count_spikes(self.lm.model) as counts, self._metered() as joules:
                 found = score(self.lm, task, self.settings.limit)
-            return {"score": found, "spikes": _pack(counts), "joules": joules}
+            return {"result": found, "spikes": _pack(counts), "joules": joules}
 
         return self._kept(name, {"task": name, "data": data["sha256"]}, measure) | {"data": data}
 
@@ -192,7 +191,7 @@ class _Measured:
             spelled = count_bytes(rows, tokenizer)
             with count_spikes(self.lm.model) as counts, bf16, self._metered() as joules:
                 found = perplexity(self.lm.model, rows, self.settings.batch_size, bytes=spelled)
-            return {"loss": found, "spikes": _pack(counts), "joules": joules}
+            return {"result": found, "spikes": _pack(counts), "joules": joules}
 
         key = {"corpus": name, "data": data["sha256"], "length": length}
         return self._kept(name, key, measure) | {"data": data}
