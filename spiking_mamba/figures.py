@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from .energy import COSTS_45NM
+from .report import save_picture
 from .statistics import interval
 
 if TYPE_CHECKING:
@@ -69,13 +70,11 @@ def picture(path: Path, width: float, height: float, **grid: Any) -> Iterator[tu
         "axes.axisbelow": True,
         "font.size": 10,
     }
-    draft = path.with_name(path.stem + ".part.png")
     with rc_context(style):
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.subplots(**grid)
-        figure.savefig(draft, dpi=130)
-    draft.replace(path)
+        save_picture(figure, path, dpi=130)
 
 
 def _gain(model: Mapping[str, Any], scope: str) -> float | None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from .training import write_whole
 
-__all__ = ["markdown_table", "write_report"]
+__all__ = ["markdown_table", "save_picture", "write_report"]
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
@@ -23,6 +23,13 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
     rule = ["-" * widths[0], *("-" * (w - 1) + ":" for w in widths[1:])]
     return "\n".join([line(cells[0]), line(rule), *map(line, cells[1:])])
+
+
+def save_picture(figure: Any, path: Path, dpi: int) -> None:
+    """Write a matplotlib figure as a PNG, whole or not at all."""
+    draft = path.with_name(path.stem + ".part.png")
+    figure.savefig(draft, dpi=dpi)
+    draft.replace(path)
 
 
 def _score(score: dict[str, Any]) -> str:
@@ -119,7 +126,5 @@ def _draw(results: dict[str, Any], path: Path) -> None:
     energy.set(title="Energy gain of the projections against", xlabel="times less, 45 nm operation costs")
     energy.text(1, -0.26, "* hypothetical", transform=energy.transAxes, ha="right", fontsize=8)
 
-    draft = path.with_name(path.stem + ".part.png")
-    figure.savefig(draft, dpi=110)
+    save_picture(figure, path, dpi=110)
     plt.close(figure)
-    draft.replace(path)

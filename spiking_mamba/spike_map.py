@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from .report import save_picture
 from .spikes import SpikeCounts
 
 __all__ = ["draw_spike_map"]
@@ -84,8 +85,5 @@ def draw_spike_map(counts: SpikeCounts, path: str | Path) -> None:
         image, ax=axes, label="mean |s| (grey: silent)", location="bottom", aspect=60, shrink=0.6, pad=0.02
     )
 
-    path = Path(path)
-    draft = path.with_name(path.name + ".part")
-    figure.savefig(draft, dpi=150, format="png")
+    save_picture(figure, Path(path), dpi=150)
     plt.close(figure)
-    draft.replace(path)

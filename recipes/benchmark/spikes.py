@@ -21,6 +21,7 @@ import torch  # noqa: E402
 
 from neurons import set_backend  # noqa: E402
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM  # noqa: E402
+from spiking_mamba.pretraining import PretrainingSettings  # noqa: E402
 from spiking_mamba.report import markdown_table  # noqa: E402
 from spiking_mamba.spikes import count_spikes  # noqa: E402
 from spiking_mamba.training import keep_freed_memory, quiet  # noqa: E402
@@ -43,18 +44,10 @@ def main() -> None:
     quiet()
     keep_freed_memory()
     torch.manual_seed(0)
-    config = SpikingMambaConfig(
-        hidden_size=args.hidden_size,
-        head_dim=args.head_dim,
-        num_heads=2 * args.hidden_size // args.head_dim,
-        state_size=args.state_size,
-        n_groups=1,
-        num_hidden_layers=args.layers,
-        vocab_size=args.vocab_size,
-        chunk_size=args.chunk_size,
-        tie_word_embeddings=True,
-        neuron=NEURON,
-    )
+    names = ("hidden_size", "head_dim", "state_size", "chunk_size")
+    fields = {name: getattr(args, name) for name in names} | {"num_hidden_layers": args.layers}
+    dense = PretrainingSettings(output="", model=fields).make_config(args.vocab_size, end=0)
+    config = SpikingMambaConfig.from_dict(dense.to_dict() | {"neuron": NEURON})
     model = SpikingMambaForCausalLM(config).to(args.device).eval()
     set_backend(model, args.backend)
     input_ids = torch.randint(0, args.vocab_size, (args.batch, args.length), device=args.device)

@@ -37,6 +37,7 @@ from transformers import Mamba2Config, Mamba2ForCausalLM  # noqa: E402
 from neurons import set_backend  # noqa: E402
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, ssd  # noqa: E402
 from spiking_mamba.head_loss import head_loss  # noqa: E402
+from spiking_mamba.pretraining import PretrainingSettings  # noqa: E402
 from spiking_mamba.rehearsal import published_config  # noqa: E402
 from spiking_mamba.report import markdown_table  # noqa: E402
 from spiking_mamba.training import device_name, keep_freed_memory, quiet  # noqa: E402
@@ -51,20 +52,9 @@ Step = Callable[[torch.Tensor], None]
 def make_config(args: argparse.Namespace) -> SpikingMambaConfig:
     if args.size:
         return published_config(f"state-spaces/mamba2-{args.size}")
-    return SpikingMambaConfig(
-        hidden_size=args.hidden_size,
-        head_dim=args.head_dim,
-        num_heads=2 * args.hidden_size // args.head_dim,
-        state_size=args.state_size,
-        n_groups=1,
-        num_hidden_layers=args.layers,
-        vocab_size=args.vocab_size,
-        chunk_size=args.chunk_size,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=0,
-        eos_token_id=0,
-    )
+    names = ("hidden_size", "head_dim", "state_size", "chunk_size")
+    model = {name: getattr(args, name) for name in names} | {"num_hidden_layers": args.layers}
+    return PretrainingSettings(output="", model=model).make_config(args.vocab_size, end=0)
 
 
 class WithLoss(torch.nn.Module):
