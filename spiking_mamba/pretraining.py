@@ -10,6 +10,8 @@ from . import data
 from .configuration import SpikingMambaConfig
 from .head_loss import head_loss
 from .modeling import SpikingMambaForCausalLM
+from .packages import file_sha256
+from .provenance import provenance
 from .settings import reject_unknown_keys
 from .training import (
     autocast,
@@ -46,14 +48,24 @@ class PretrainingTrainer(Trainer):
             )
         return (loss, output) if return_outputs else loss
 
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        compiles = self.model.compiles
+        self.model.compile_blocks(False)  # compiling takes longer than the few batches of an evaluation
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.model.compile_blocks(compiles)
+
 
 @dataclass
 class PretrainingSettings:
     """Settings of one pretraining; every field is a key of the YAML file.
 
     Attributes:
-        output: folder of the run: settings, checkpoints, log, and the model in ``model/``.
-        data: text, see ``spiking_mamba.data.load_text``.
+        output: folder of the run: settings, checkpoints, log, and in ``model/`` the model and
+            ``training.json``, which says how it came to be.
+        data: text, see ``spiking_mamba.data.load_text``; without ``held_out`` its train split.
+        held_out: text whose loss goes into the log every ``training.eval_steps``; null for none.
         length: tokens per row.
         vocab_size: entries of the byte-level BPE that is trained on the text.
         tokenizer: folder or hub name of a tokenizer to use instead; null to train one.
@@ -67,6 +79,7 @@ class PretrainingSettings:
 
     output: str
     data: Any = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
+    held_out: Any = None
     length: int = 256
     vocab_size: int = 4096
     tokenizer: Any = None
@@ -93,7 +106,8 @@ class PretrainingSettings:
         )
 
     def make_arguments(self) -> TrainingArguments:
-        return training_arguments(Path(self.output), self.training, self.seed)
+        evaluation = {} if self.held_out is None else {"eval_strategy": "steps"}
+        return training_arguments(Path(self.output), evaluation | self.training, self.seed)
 
 
 def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]]]:
@@ -106,7 +120,7 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
         RunError, DataError, ValueError: before anything is written or trained.
     """
     set_seed(settings.seed)
-    text = data.load_text(settings.data, split="train")
+    text = data.load_text(settings.data, split="train" if settings.held_out is None else None)
     if settings.tokenizer is None:
         tokenizer = data.train_tokenizer(text["text"], settings.vocab_size)
     else:
@@ -115,9 +129,28 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
     arguments = settings.make_arguments()
     rows = data.tokenize(text, tokenizer, settings.length)
     check_rows(rows, arguments, config.vocab_size)
+    held_out = None
+    if settings.held_out is not None:
+        held_out_text = data.load_text(settings.held_out)
+        if not set(text["text"]).isdisjoint(held_out_text["text"]):
+            raise data.DataError("Documents of held_out stand in data, too.")
+        held_out = data.tokenize(held_out_text, tokenizer, settings.length)
     model = SpikingMambaForCausalLM(config)
     compile_blocks(settings.compile, model)
     folder = start_run(settings, settings.resume, settings.overwrite)
-    trainer = PretrainingTrainer(model=model, args=arguments, train_dataset=rows, data_collator=collate)
+    trainer = PretrainingTrainer(
+        model=model, args=arguments, train_dataset=rows, eval_dataset=held_out, data_collator=collate
+    )
     history = run(trainer, settings.resume)
-    return finish_run(whole_model(trainer), tokenizer, folder), history
+    sources = [settings.data] if isinstance(settings.data, str) else list(settings.data)
+    tokens = trainer.state.global_step * arguments.train_batch_size * arguments.world_size
+    tokens *= arguments.gradient_accumulation_steps * settings.length
+    record = provenance(settings) | {
+        "gpus_or_processes": arguments.world_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "corpus_tokens": len(rows) * settings.length,
+        "tokens_seen": tokens,
+        "epochs": tokens / (len(rows) * settings.length),
+        "data_sha256": {name: file_sha256(Path(name)) for name in sources if Path(name).is_file()},
+    }
+    return finish_run(whole_model(trainer), tokenizer, folder, record=record), history

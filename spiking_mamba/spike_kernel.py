@@ -11,7 +11,7 @@ import triton.language as tl
 
 __all__ = ["tally"]
 
-ROWS, STEP, COLUMNS = 128, 16, 256  # tokens a block, tokens at a time, channels a block
+ROWS, STEP, COLUMNS, WARPS = 32, 32, 256, 4  # tokens a block, tokens at a time, channels a block, its warps
 
 
 @triton.jit
@@ -104,4 +104,5 @@ def tally(
         ROWS=ROWS,
         STEP=STEP,
         COLUMNS=COLUMNS,
+        num_warps=WARPS,
     )

@@ -44,6 +44,7 @@ __all__ = [
 
 _SETTINGS = "settings.yaml"
 _HISTORY = "log.json"
+_RECORD = "training.json"  # beside the model
 _COMPLETE = "complete"  # in a checkpoint
 
 
@@ -172,6 +173,8 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
         "remove_unused_columns": False,
         "dataloader_drop_last": True,
         "ddp_find_unused_parameters": False,
+        "logging_nan_inf_filter": False,  # it waits for the GPU at every step, and hides what went wrong
+        "prediction_loss_only": True,
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
@@ -265,17 +268,21 @@ def finish_run(
     tokenizer: PreTrainedTokenizerBase | None,
     folder: Path,
     name: str = "model",
+    record: dict[str, Any] | None = None,
 ) -> Path:
     """Export model and tokenizer to ``folder / name``, whole or not at all; return that folder.
 
     Args:
         model: what :func:`whole_model` gives: processes other than the first need none.
+        record: what ``training.json`` is to hold, beside the model.
     """
     target, draft = folder / name, folder / f"{name}.part"
 
     def save() -> None:
         shutil.rmtree(draft, ignore_errors=True)
         export(model, draft, tokenizer)
+        if record is not None:
+            (draft / _RECORD).write_text(json.dumps(record, indent=1, default=str) + "\n")
         shutil.rmtree(target, ignore_errors=True)
         draft.replace(target)
 

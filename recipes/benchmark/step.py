@@ -1,8 +1,8 @@
 """Time a training step, forward and backward: rivals' Mamba2, ours dense, ours spiking.
 
-python recipes/benchmark/step.py [--bf16]                                # 5M parameters, a CPU will do
+python recipes/benchmark/step.py [--bf16]                                # 5M parameters: a CPU will do
 python recipes/benchmark/step.py --size 130m --batch 16 --bf16 --compile # on a GPU, beside mamba-ssm's model
-python recipes/benchmark/step.py --size 130m --bf16 --compile --lengths 512 2048 8192 --out runs/step
+python recipes/benchmark/step.py --size 130m --batch 16 --bf16 --compile --lengths 512 8192 --out runs/step
 torchrun --nproc-per-node 2 recipes/benchmark/step.py --size 130m --batch 16 --bf16 --compile
 
 All models have the same shapes and run in turn in one process; figures are medians after warm-up, so read
@@ -39,7 +39,7 @@ from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, ssd  # no
 from spiking_mamba.head_loss import head_loss  # noqa: E402
 from spiking_mamba.pretraining import PretrainingSettings  # noqa: E402
 from spiking_mamba.rehearsal import published_config  # noqa: E402
-from spiking_mamba.report import markdown_table  # noqa: E402
+from spiking_mamba.report import markdown_table, save_picture  # noqa: E402
 from spiking_mamba.training import device_name, keep_freed_memory, quiet  # noqa: E402
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
@@ -163,6 +163,7 @@ def measure(
     config: SpikingMambaConfig, args: argparse.Namespace, batch: int, length: int
 ) -> dict[str, dict[str, float]]:
     """Seconds and peak bytes of each contender; one that fails is told of and left out."""
+    torch.compiler.reset()  # or a second shape would be compiled for shapes that change, which a run's do not
     input_ids = torch.randint(0, config.vocab_size, (batch, length), device=args.device)
     cuda, steps, times, peak = args.device == "cuda", {}, {}, {}
     synchronize = torch.cuda.synchronize if cuda else lambda: None
@@ -224,25 +225,35 @@ def table(
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
+    """Throughput and memory against the tokens of a row, and against those of a step at one length."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, axis = plt.subplots(figsize=(7.5, 4.5), layout="constrained")
     runs = report["runs"]
-    for name in dict.fromkeys(name for run in runs for name in run["found"]):
-        points = [
-            (run["length"], run["batch"] * run["length"] / run["found"][name]["seconds"])
-            for run in runs
-            if name in run["found"]
-        ]
-        axis.plot(*zip(*points, strict=True), marker="o", label=name)
-    axis.set_xscale("log", base=2)
-    axis.set(xlabel="tokens a row", ylabel="tokens/s, forward and backward", ylim=(0, None))
-    axis.set_title(f"{report['device']}, {runs[0]['batch'] * runs[0]['length']} tokens a step")
-    axis.legend()
-    figure.savefig(path, dpi=110)
+    panels = [(key, [run for run in runs if run["sweep"] == key]) for key in ("length", "batch")]
+    panels = [(key, chosen) for key, chosen in panels if chosen]
+    figure, axes = plt.subplots(
+        2, len(panels), figsize=(5.5 * len(panels), 6), layout="constrained", sharey="row", squeeze=False
+    )
+    for (key, chosen), (rate, memory) in zip(panels, axes.T, strict=True):
+        for name in dict.fromkeys(name for run in chosen for name in run["found"]):
+            mine = [run for run in chosen if name in run["found"]]
+            at = [run[key] for run in mine]
+            tokens = [run["batch"] * run["length"] / run["found"][name]["seconds"] for run in mine]
+            rate.plot(at, tokens, marker="o", label=name)
+            memory.plot(at, [run["found"][name]["peak"] / 2**30 for run in mine], marker="o")
+        rate.set_xscale("log", base=2)
+        memory.set_xscale("log", base=2)
+        rate.set_ylim(0, None)
+        rows = f"rows of {chosen[0]['length']} tokens a step"
+        memory.set(xlabel="tokens a row, about as many a step" if key == "length" else rows, ylim=(0, None))
+    axes[0, 0].set_ylabel("tokens/s, forward and backward")
+    axes[1, 0].set_ylabel("peak GiB of a step")
+    axes[0, 0].legend()
+    figure.suptitle(report["device"])
+    save_picture(figure, path, dpi=110)
 
 
 def main() -> None:
@@ -256,6 +267,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, help="256, or 2048 with --size")
     parser.add_argument("--lengths", type=int, nargs="+", help="several, with as many tokens a step each")
+    parser.add_argument("--batches", type=int, nargs="+", help="several, of --length each")
     parser.add_argument("--backend", default="torch", choices=("torch", "cupy"), help="of the neurons")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--compile", action="store_true", help="compile our blocks and our loss")
@@ -271,14 +283,15 @@ def main() -> None:
         torch.distributed.init_process_group("nccl")
     config = make_config(args)
     length = args.length or (2048 if args.size else 256)
-    tokens, flops = args.batch * length, flops_per_token(config)
+    flops = flops_per_token(config)
+    shapes = [("length", max(1, args.batch * length // each), each) for each in args.lengths or []]
+    shapes += [("batch", batch, length) for batch in args.batches or []]
     report: dict[str, Any] = {"device": device_name(), "arguments": sys.argv[1:], "runs": []}
-    for each in args.lengths or [length]:
-        batch = max(1, tokens // each)
+    for sweep, batch, each in shapes or [("batch", args.batch, length)]:
         found = measure(config, args, batch, each)
         if int(os.environ.get("RANK", 0)):
             continue
-        report["runs"].append({"batch": batch, "length": each, "found": found})
+        report["runs"].append({"sweep": sweep, "batch": batch, "length": each, "found": found})
         times = f"{gpus} times " if gpus > 1 else ""
         print(f"\n{times}{batch} x {each} tokens, {device_name()}\n", flush=True)
         print(table(found, gpus * batch * each, flops, gpus, args), flush=True)
