@@ -249,6 +249,7 @@ def export(
     """
     exported = fold_thresholds(model).eval()
     exported.config.sgc = None
+    exported.config.use_cache = True  # training has switched it off
     for projection in exported.projections().values():
         projection.sgc, projection.sgc_lambda = None, 0.0
     exported.save_pretrained(folder)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 
 from . import data
@@ -71,6 +72,7 @@ class PretrainingSettings:
         tokenizer: folder or hub name of a tokenizer to use instead; null to train one.
         model: fields of ``SpikingMambaConfig``.
         training: fields of transformers' ``TrainingArguments``; ``bf16: auto`` where it pays.
+        save_dtype: of the exported weights, ``float32`` or ``bfloat16``; checkpoints are float32.
         seed: of the weights, the data order and every random generator.
         compile: run the blocks through ``torch.compile``: true, false, or auto, which means on a GPU.
         resume: go on with the run in ``output``.
@@ -79,13 +81,14 @@ class PretrainingSettings:
 
     output: str
     data: Any = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
-    held_out: Any = None
     length: int = 256
     vocab_size: int = 4096
     tokenizer: Any = None
+    held_out: Any = None
     model: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     compile: Any = "auto"
+    save_dtype: str = "float32"
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
@@ -119,6 +122,8 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
     Raises:
         RunError, DataError, ValueError: before anything is written or trained.
     """
+    if settings.save_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"save_dtype must be float32 or bfloat16, got {settings.save_dtype!r}.")
     set_seed(settings.seed)
     text = data.load_text(settings.data, split="train" if settings.held_out is None else None)
     if settings.tokenizer is None:
@@ -153,4 +158,7 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
         "epochs": tokens / (len(rows) * settings.length),
         "data_sha256": {name: file_sha256(Path(name)) for name in sources if Path(name).is_file()},
     }
-    return finish_run(whole_model(trainer), tokenizer, folder, record=record), history
+    trained = whole_model(trainer)
+    if trained is not None:
+        trained.to(getattr(torch, settings.save_dtype))
+    return finish_run(trained, tokenizer, folder, record=record), history

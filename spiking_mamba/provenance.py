@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,22 @@ __all__ = ["package_versions", "provenance"]
 _PACKAGES = ("spiking-mamba", "torch", "transformers", "spikingjelly", "lm-eval")
 
 
-def package_versions() -> dict[str, str]:
-    """Versions of the packages that results depend on."""
-    return {name: version(name) for name in _PACKAGES}
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that results depend on; None of one that is not installed, as on a bare path."""
+    return {name: _version(name) for name in _PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def provenance(settings: Any) -> dict[str, Any]:
     """What a reader needs to repeat a run; ``settings`` is a dataclass."""
     return {
-        "command": shlex.join(["python", *sys.argv]),
+        "command": shlex.join(["python", *(_relative(argument) for argument in sys.argv)]),
         "commit": _commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {
@@ -38,6 +45,12 @@ def provenance(settings: Any) -> dict[str, Any]:
         "versions": package_versions() | {"python": platform.python_version()},
         "settings": dataclasses.asdict(settings),
     }
+
+
+def _relative(argument: str) -> str:
+    """A path into this checkout as seen from it: what stands above is nobody's business."""
+    path, root = Path(argument), Path(__file__).parents[1]
+    return str(path.relative_to(root)) if path.is_absolute() and path.is_relative_to(root) else argument
 
 
 def _commit() -> str | None:

@@ -183,7 +183,12 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
     arguments = defaults | given
     if arguments["bf16"] == "auto":
         arguments["bf16"] = bf16_pays()
-    return TrainingArguments(output_dir=str(folder), seed=seed, data_seed=seed, **arguments)
+    made = TrainingArguments(output_dir=str(folder), seed=seed, data_seed=seed, **arguments)
+    if made.n_gpu > 1:
+        # Trainer would split each batch over threads, and Triton's tuning is not safe among threads
+        print(f"Using one of {made.n_gpu} GPUs: torchrun or accelerate launch use them all.", file=sys.stderr)
+        made._n_gpu = 1
+    return made
 
 
 def compile_blocks(setting: Any, *models: SpikingMambaForCausalLM) -> None:

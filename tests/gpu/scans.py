@@ -42,8 +42,9 @@ def largest_difference(length: int, dtype: torch.dtype) -> float:
         )  # fmt: skip
         grads = torch.autograd.grad(y.float().square().mean() + last.float().square().mean(), (x, dt, Bm, C))
         results.append([y, last, *grads])
-    pairs = zip(*results, strict=True)
-    return max(float((t.float() - r.float()).abs().max() / r.float().abs().max()) for t, r in pairs)
+    with torch.no_grad():
+        pairs = [(one.float(), other.float()) for one, other in zip(*results, strict=True)]
+        return max(float((one - other).abs().max() / other.abs().max()) for one, other in pairs)
 
 
 if __name__ == "__main__":
