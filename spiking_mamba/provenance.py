@@ -20,7 +20,7 @@ _PACKAGES = ("spiking-mamba", "torch", "transformers", "spikingjelly", "lm-eval"
 
 
 def package_versions() -> dict[str, str | None]:
-    """Versions of the packages that results depend on; None of one that is not installed, as on a bare path."""
+    """Versions of the packages that results depend on; None where one is not installed."""
     return {name: _version(name) for name in _PACKAGES}
 
 

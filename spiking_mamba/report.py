@@ -68,11 +68,12 @@ def write_report(folder: Path, results: dict[str, Any], picture: str = "report.p
 
 {text}
 
-![Loss curves, spike histograms and energy]({picture})
+![KL by step, spike histograms and energy]({picture})
 
-Perplexity is that of {results["held_out_tokens"]} held-out tokens; zero-shot scores are accuracies of
-lm-eval's tasks with their standard errors. Energy counts the operations of the projections alone on the
-held-out text: a multiply-accumulate of the dense model against one accumulation a unit of |s|, compute only.
+Perplexity is that of {results["held_out_tokens"]} tokens of {results["held_out"]}; zero-shot scores
+are accuracies of lm-eval's tasks with their standard errors. Energy counts the operations of the projections
+alone on that text: a multiply-accumulate of the dense model against one accumulation a unit of |s|, compute
+only.
 
 A sample of the student, prompted with "{results["prompt"]}":
 
@@ -93,14 +94,9 @@ def _draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, (losses, spikes, energy) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
-    for key, name, label in (
-        ("teacher_log", "loss", "teacher: cross-entropy"),
-        ("student_log", "kl", "student: KL to the teacher"),
-    ):
-        points = [(row["step"], row[name]) for row in results[key] if name in row]
-        losses.plot([x for x, _ in points], [y for _, y in points], marker=".", label=label)
-    losses.set(title="Training", xlabel="step", ylabel="nats per token", yscale="log")
-    losses.legend()
+    points = [(row["step"], row["kl"]) for row in results["log"] if "kl" in row]
+    losses.plot([x for x, _ in points], [y for _, y in points], marker=".")
+    losses.set(title="KL of the student to its teacher", xlabel="step", ylabel="nats a token", yscale="log")
 
     rows = results["spikes"]["projections"]
     shares = [[count / max(1, sum(row["histogram"])) for count in row["histogram"]] for row in rows.values()]

@@ -158,34 +158,36 @@ def test_a_killed_run_resumes_to_the_same_student(teacher, text, tmp_path):
     ("argument", "message"),
     [
         ("neuron.args.max_spike_cont=8", "did you mean 'max_spike_count'"),
-        ("student_training.max_stepz=4", "did you mean 'max_steps'"),
+        ("training.max_stepz=4", "did you mean 'max_steps'"),
         ("loss.temprature=1", "did you mean 'temperature'"),
         ("sgc={mode: blnd}", "sgc.mode"),
         ("threshold=0", "positive"),
-        ("model.hiden_size=4", "did you mean 'hidden_size'"),
+        ("held_out=wikipedia-pasages", "wikipedia-passages"),
+        ("teacher=/nowhere/model", "/nowhere/model"),
         ("tasks=[picqa]", "Did you mean piqa"),
     ],
 )
 def test_quickstart_checks_everything_before_it_trains(text, tmp_path, argument, message):
     yaml_file = ROOT / "recipes/quickstart/quickstart.yaml"
-    done = run(
-        "quickstart/quickstart.py", yaml_file, f"data={text}", f"output={tmp_path / 'run'}", *SMALL, argument
-    )
+    output = f"output={tmp_path / 'run'}"
+    texts = [f"data={text}", f"held_out={text}"]
+    done = run("quickstart/quickstart.py", yaml_file, *texts, output, "length=32", argument)
     assert done.returncode != 0
     assert message in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
 
-def test_quickstart(text, tmp_path):
+def test_quickstart(teacher, text, tmp_path):
     done = run(
         "quickstart/quickstart.py",
         ROOT / "recipes/quickstart/quickstart.yaml",
+        f"teacher={teacher / 'model'}",
         f"data={text}",
+        f"held_out={text}",
         f"output={tmp_path / 'run'}",
-        *SMALL,
-        "teacher_training={max_steps: 3, per_device_train_batch_size: 2, logging_steps: 1}",
-        "student_training={max_steps: 3, per_device_train_batch_size: 2, logging_steps: 1}",
+        "length=32",
+        "training={max_steps: 3, per_device_train_batch_size: 2, logging_steps: 1}",
         "held_out_rows=2",
         "tasks=[sciq, piqa, copa]",
         "limit=1",
