@@ -35,14 +35,14 @@ class CardSettings:
         model: folder of the model; the card goes there.
         run: folder of its training, for the log.
         corpus: folder of its corpus, with ``ngram.json``.
-        evaluation: ``results.json`` of ``recipes/evaluate`` for that model.
+        evaluation: ``results.json`` of ``recipes/evaluate`` for that model, or several of them.
         samples: how many.
     """
 
     model: str
     run: str
     corpus: str
-    evaluation: str
+    evaluation: Any
     samples: int = 10
 
 
@@ -111,8 +111,15 @@ def main() -> None:
         folder, corpus = Path(settings.model), Path(settings.corpus)
         training, log = read(folder / "training.json"), read(Path(settings.run) / "log.json")
         manifest, ngram = read(corpus / "manifest.json"), read(corpus / "ngram.json")
-        results = read(Path(settings.evaluation))
-        (found,) = results["models"]
+        paths = [settings.evaluation] if isinstance(settings.evaluation, str) else settings.evaluation
+        every = [read(Path(path)) for path in paths]
+        results = every[0]
+        (found,), *more = [each["models"] for each in every]
+        for (other,) in more:
+            if other["weights_sha256"] != found["weights_sha256"]:
+                raise ValueError("The evaluations are of different weights.")
+            found["perplexity"] |= other["perplexity"]
+            found["tasks"] |= other["tasks"]
         model, tokenizer = load_dense(folder), AutoTokenizer.from_pretrained(folder)
         length = results["provenance"]["settings"]["length"]
         texts = found["perplexity"] | {"LAMBADA": lambada(model, tokenizer, length)}
