@@ -9,7 +9,7 @@ TORCH ?= torch==2.13.0
 .PHONY: help test test-gpu lint quickstart gpu clean
 
 help:
-	@echo "make quickstart   distil a spiking Mamba2 on real text and report (about 8 minutes, no GPU needed)"
+	@echo "make quickstart   distil a spiking Mamba2 on real text and report (under 10 minutes, no GPU needed)"
 	@echo "make test         lint, types, and all tests that need no GPU"
 	@echo "make test-gpu     the tests that need an NVIDIA GPU"
 	@echo "make gpu          add mamba-ssm's and causal-conv1d's kernels to the current environment"
