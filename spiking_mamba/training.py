@@ -148,8 +148,15 @@ def device_name() -> str:
     return f"{torch.get_num_threads()} CPU threads"
 
 
-def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> TrainingArguments:
-    """transformers' ``TrainingArguments`` from a recipe's ``training`` mapping.
+def training_arguments(
+    folder: Path,
+    given: dict[str, Any],
+    seed: int,
+    cls: type[TrainingArguments] = TrainingArguments,
+    **others: Any,
+) -> TrainingArguments:
+    """transformers' ``TrainingArguments`` from a recipe's ``training`` mapping; or a ``cls`` derived from
+    them, whose further fields ``others`` are.
 
     ``bf16: auto`` means where the hardware makes it pay. Defaults that differ from transformers': nothing
     is reported to services, logs and checkpoints go to ``folder``, AdamW with betas (0.9, 0.95).
@@ -169,6 +176,7 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
         "lr_scheduler_type": "cosine",
         "adam_beta2": 0.95,
         "bf16": "auto",
+        "gradient_checkpointing": False,
         "remove_unused_columns": False,
         "dataloader_drop_last": True,
         "ddp_find_unused_parameters": False,
@@ -180,7 +188,7 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
     arguments = defaults | given
     if arguments["bf16"] == "auto":
         arguments["bf16"] = bf16_pays()
-    return TrainingArguments(output_dir=str(folder), seed=seed, data_seed=seed, **arguments)
+    return cls(output_dir=str(folder), seed=seed, data_seed=seed, **arguments, **others)
 
 
 def compile_blocks(setting: Any, *models: SpikingMambaForCausalLM) -> None:
