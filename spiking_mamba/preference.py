@@ -50,6 +50,11 @@ __all__ = [
 ]
 
 
+def _check_reference(reference: str) -> None:
+    if reference not in ("copy", "precomputed"):
+        raise ValueError(f"reference must be 'copy' or 'precomputed', got {reference!r}.")
+
+
 class _PreferenceTrainer(SpikingTrainer):
     """What the trainers below add to trl's.
 
@@ -70,8 +75,7 @@ class _PreferenceTrainer(SpikingTrainer):
         freeze_embeddings: bool = True,
         **kwargs: Any,
     ) -> None:
-        if reference not in ("copy", "precomputed"):
-            raise ValueError(f"reference must be 'copy' or 'precomputed', got {reference!r}.")
+        _check_reference(reference)
         model.eval()  # training mode has SGC's path, which the reference has not
         kwargs["args"] = dataclasses.replace(
             kwargs["args"], precompute_ref_log_probs=reference == "precomputed"
@@ -234,8 +238,10 @@ class PreferenceSettings:
         own -= {"truncation_mode", "dataset_num_proc", "pad_token", "padding_free", "use_liger_kernel"}
         own -= {f.name for f in dataclasses.fields(TrainingArguments)}
         reject_unknown_keys(self.objective, own, "objective")
+        _check_reference(self.reference)
+        training = {"gradient_checkpointing": False} | self.training  # trl's default is true
         return training_arguments(
-            Path(self.output), self.training, self.seed, self.config, max_length=self.length, **self.objective
+            Path(self.output), training, self.seed, self.config, max_length=self.length, **self.objective
         )
 
 

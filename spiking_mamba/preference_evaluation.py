@@ -52,10 +52,12 @@ def completion_log_probs(
                 mask[row, : lengths[index]] = 1
             ids, labels, mask = ids.to(device), labels.to(device), mask.to(device)
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [B, L, V]
-            nll = F.cross_entropy(
-                logits[:, :-1].float().transpose(1, 2), labels[:, 1:], reduction="none"
-            )  # [B, L - 1]
-            sums[batch] = -nll.double().sum(-1).cpu()
+            counts = labels[:, 1:] != -100  # [B, L - 1]
+            nll = torch.zeros(counts.shape, dtype=torch.float64, device=device)
+            nll[counts] = F.cross_entropy(
+                logits[:, :-1][counts].float(), labels[:, 1:][counts], reduction="none"
+            ).double()
+            sums[batch] = -nll.sum(-1).cpu()
     if sums.isnan().any():
         raise FloatingPointError("The model's logits are NaN on the held-out preferences.")
     return sums

@@ -176,7 +176,6 @@ def training_arguments(
         "lr_scheduler_type": "cosine",
         "adam_beta2": 0.95,
         "bf16": "auto",
-        "gradient_checkpointing": False,
         "remove_unused_columns": False,
         "dataloader_drop_last": True,
         "ddp_find_unused_parameters": False,
