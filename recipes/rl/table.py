@@ -143,10 +143,10 @@ def main() -> None:
     with fail_clearly():
         results = make_table(settings)
     columns = ["teacher", "student", *COLUMNS]
-    rows = [
-        [name, *(cell(found.get(column), 2 if "perplexity" in name or "gain_" in name else 3) for column in columns)]
-        for name, found in results["quantities"].items()
-    ]  # fmt: skip
+    rows = []
+    for name, found in results["quantities"].items():
+        digits = 2 if name.startswith(("perplexity", "gain")) else 3
+        rows.append([name, *(cell(found.get(column), digits) for column in columns)])
     table = markdown_table([f"{len(settings.seeds)} seeds, 95% intervals over them", *columns], rows)
     write_whole(Path(settings.output) / "table.json", json.dumps(results, indent=1))
     write_whole(Path(settings.output) / "table.md", table + "\n")
