@@ -186,18 +186,10 @@ def test_the_dense_control_takes_the_same_command(folder, tmp_path):
     assert json.loads((tmp_path / "run/model/config.json").read_text())["neuron"] is None
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        (["bad_rows=refuse"], "1 empty completion"),
-        (["objective.betta=1"], "did you mean 'beta'"),
-        (["data=nowhere.jsonl"], "There are no preferences"),
-    ],
-)
-def test_what_cannot_be_is_one_line(change, message, folder, tmp_path):
-    done = run(*arguments("dpo", folder, *change, f"output={tmp_path / 'run'}"))
+def test_refused_rows_are_one_line(folder, tmp_path):
+    done = run(*arguments("dpo", folder, "bad_rows=refuse", f"output={tmp_path / 'run'}"))
     assert done.returncode != 0
-    assert message in done.stderr
+    assert "1 empty completion" in done.stderr
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "run").exists()
 
