@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -178,6 +179,7 @@ class PreferenceSettings:
         seed: of data order and every random generator.
         resume: go on with the run in ``output``.
         overwrite: throw away the run in ``output``.
+        method: dpo or kto, as the script says.
     """
 
     model: str
@@ -208,6 +210,11 @@ class PreferenceSettings:
 
     trainer: ClassVar[type]
     config: ClassVar[type[TrainingArguments]]
+
+    def __post_init__(self) -> None:
+        own = type(self).__dataclass_fields__["method"].default
+        if self.method != own:  # it is a field so that a run's folder says it
+            raise ValueError(f"method is {own} here, got {self.method!r}: each has a script of its own.")
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Preference], RowReport]:
         """The rows to train on."""
@@ -287,6 +294,8 @@ def optimise(settings: DPOSettings | KTOSettings) -> dict[str, Any] | None:
     start = time.time()
     set_seed(settings.seed)
     arguments = settings.make_arguments()
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise RunError("Preference optimisation divides no models: launch it with recipes/distill/ddp.yaml.")
     model = _with_sgc(load_model(settings.model), settings.sgc)
     tokenizer = load_tokenizer(settings.model, settings.tokenizer)
     check_vocabulary(tokenizer, model)
