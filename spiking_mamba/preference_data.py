@@ -93,8 +93,8 @@ def load_preferences(source: str, split: str) -> tuple[Sequence[dict[str, Any]],
     """Rows of a source as they are, and how many items were removed as an evaluation asks them.
 
     Args:
-        source: ``answer_preference`` or ``answer_preference:SET``, see that module; a file, ``.jsonl``,
-            ``.json`` (a list of objects) or ``.parquet``; or ``owner/name[:config]`` on the hub.
+        source: ``answer_preference`` or ``answer_preference:SET[+SET...]``, see that module; a file,
+            ``.jsonl``, ``.json`` (a list of objects) or ``.parquet``; or ``owner/name[:config]`` on the hub.
         split: of what has splits; of a file, all rows are taken.
 
     Raises:
@@ -102,7 +102,7 @@ def load_preferences(source: str, split: str) -> tuple[Sequence[dict[str, Any]],
     """
     name, _, subset = source.partition(":")
     if name == NAME:
-        return answer_preference(split, [subset]) if subset else answer_preference(split)
+        return answer_preference(split, subset.split("+")) if subset else answer_preference(split)
     if Path(source).is_file():
         return _read_file(Path(source)), {}
     if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and Path(name).suffix[1:] not in (

@@ -342,6 +342,8 @@ def test_answers_as_a_source(tokenizer):
     assert "2 items removed" in str(report)
     found, _ = read("answer_preference:social_iqa", tokenizer)
     assert {p.task for p in found} == {"social_iqa"}
+    found, _ = read("answer_preference:social_iqa+piqa", tokenizer)
+    assert {p.task for p in found} == {"social_iqa", "piqa"}
     with pytest.raises(DataError, match="no set 'siqa'"):
         read("answer_preference:siqa", tokenizer)
     with pytest.raises(DataError, match="no split 'test'"):
