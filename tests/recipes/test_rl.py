@@ -211,3 +211,49 @@ def test_a_method_has_its_own_settings():
         parse_settings(
             DPOSettings, [str(RECIPE / "dpo.yaml"), "objective.desirable_weight=2"]
         ).make_arguments()
+
+
+def test_the_table_over_seeds(folder, tmp_path):
+    changes = [
+        word.replace("training.max_steps=5", "training.max_steps=2") for word in arguments("dpo", folder)[3:]
+    ]
+    command = [
+        RECIPE / "table.py",
+        RECIPE / "table.yaml",
+        f"teacher={folder / 'teacher'}",
+        f"student={folder / 'student'}",
+        f"output={tmp_path / 'table'}",
+        f"changes={json.dumps(changes)}",
+        "seeds=[0,1]",
+        "tasks=[]",
+        f"corpora=[{folder / 'text.txt'}]",
+        "limit=20",
+    ]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "table/table.json").read_text())
+    accuracy = results["quantities"]["preference accuracy, average"]
+    assert {name: row["runs"] for name, row in accuracy.items()} == {
+        "teacher": 1, "student": 1, "DPO": 2, "KTO": 2, "teacher, DPO": 2
+    }  # fmt: skip
+    single = json.loads((tmp_path / "table/student-dpo-1/results.json").read_text())
+    assert single["provenance"]["settings"]["seed"] == 1
+    shares = [
+        json.loads((tmp_path / f"table/student-dpo-{seed}/results.json").read_text())["after"]["accuracy"][
+            "sum"
+        ]
+        for seed in (0, 1)
+    ]
+    assert accuracy["DPO"]["mean"] == pytest.approx(sum(s["average"] for s in shares) / 2)
+    assert set(results["quantities"]["mean_abs"]) == {"student", "DPO", "KTO"}
+    assert results["quantities"][f"perplexity:{folder / 'text.txt'}"]["teacher, DPO"]["runs"] == 2
+    table = (tmp_path / "table/table.md").read_text()
+    assert table.splitlines()[0].count("|") == 7
+    # what is there is not made again
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before.") == 6
+    assert (tmp_path / "table/table.md").read_text() == table
+    other = run(*command[:-1], "limit=20", f"changes={json.dumps([*changes, 'objective.beta=0.5'])}")
+    assert other.returncode != 0
+    assert "holds a run with other settings" in other.stderr
