@@ -1,6 +1,5 @@
 """One-stage distillation of a dense Mamba2 into a spiking one."""
 
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ from transformers import (
     AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
-    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -23,6 +21,7 @@ from .distillation_loss import DistillationLoss
 from .modeling import SpikingMambaForCausalLM
 from .settings import reject_unknown_keys
 from .spikes import count_spikes
+from .spiking_trainer import SpikingTrainer, sgc_lambda
 from .training import (
     autocast,
     check_rows,
@@ -38,31 +37,7 @@ from .training import (
 __all__ = ["DistillationSettings", "DistillationTrainer", "distill", "sgc_lambda"]
 
 
-def sgc_lambda(schedule: str, start: float, progress: float) -> float:
-    """SGC's lambda when ``progress`` in [0, 1] of the steps are done; 'linear' and 'cosine' end at 0."""
-    progress = min(1.0, max(0.0, progress))
-    if schedule == "linear":
-        return start * (1.0 - progress)
-    if schedule == "cosine":
-        return start * 0.5 * (1.0 + math.cos(math.pi * progress))
-    return start
-
-
-class _SGCSchedule(TrainerCallback):
-    """Set lambda from the step, so that a resumed run finds the one it left."""
-
-    def __init__(self, student: SpikingMambaForCausalLM) -> None:
-        self.student = student
-
-    def on_step_begin(self, args, state, control, **kwargs) -> None:
-        sgc = self.student.config.sgc
-        if sgc is not None:
-            self.student.set_sgc_lambda(
-                sgc_lambda(sgc["schedule"], sgc["lam"], state.global_step / state.max_steps)
-            )
-
-
-class DistillationTrainer(Trainer):
+class DistillationTrainer(SpikingTrainer, Trainer):
     """transformers' ``Trainer`` with a teacher.
 
     Args:
@@ -92,21 +67,9 @@ class DistillationTrainer(Trainer):
                 f"The teacher's vocabulary has {teacher.config.vocab_size} tokens, "
                 f"the student's {model.config.vocab_size}."
             )
-        model.get_input_embeddings().weight.requires_grad_(not freeze_embeddings)
-        super().__init__(model=model, **kwargs)
-        self.student = model
+        super().__init__(model, freeze_embeddings, **kwargs)
         self.loss = loss or DistillationLoss()
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
-        self._parts: dict[str, list[torch.Tensor]] = {}  # since the last log
-        self.add_callback(_SGCSchedule(model))
-
-    def get_decay_parameter_names(self, model) -> list[str]:
-        """No weight decay on thresholds, nor on what Mamba2 exempts (A_log, D, dt_bias)."""
-        exempt = ("log_threshold", "A_log", "dt_bias", ".D")
-        return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
-
-    def _log_due(self) -> bool:
-        return (self.state.global_step + 1) % max(1, int(self.state.logging_steps or 1)) == 0
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {
@@ -118,7 +81,7 @@ class DistillationTrainer(Trainer):
         if model.training and self._log_due():
             with count_spikes(self.student, histogram=False) as spikes:
                 output = model(**arguments)
-            self._note(mean_abs_spike=spikes.mean_abs, sgc_lambda=self.student.sgc_lambda)
+            self._note_spikes(spikes)
         else:
             output = model(**arguments)
         with autocast(self):
@@ -128,18 +91,6 @@ class DistillationTrainer(Trainer):
         if model.training:
             self._note(**parts)
         return (loss, output) if return_outputs else loss
-
-    def _note(self, **parts: torch.Tensor | float) -> None:
-        for name, part in parts.items():
-            self._parts.setdefault(name, []).append(torch.as_tensor(part))
-
-    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        if "loss" in logs:
-            for name, values in self._parts.items():
-                mean = torch.stack([value.float().to(self.args.device) for value in values]).mean()
-                logs[name] = float(self.accelerator.reduce(mean, "mean"))
-            self._parts.clear()
-        super().log(logs, *args, **kwargs)
 
 
 @dataclass

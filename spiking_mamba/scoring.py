@@ -94,7 +94,7 @@ def zero_shot(
     from .harness import SpikingMambaLM
 
     scores: dict[str, dict[str, float | None]] = {}
-    with _evaluating(model):
+    with evaluating(model):
         lm = SpikingMambaLM(model, tokenizer, batch_size=batch_size)
         for name, task in tasks.items():
             found = score(lm, task, limit)
@@ -129,7 +129,7 @@ def perplexity(
     device = next(model.parameters()).device
     total, predicted, spelled = 0.0, 0, 0
     starts = tqdm(range(0, len(dataset), batch_size), desc="Perplexity", disable=not progress)
-    with torch.no_grad(), _evaluating(model):
+    with torch.no_grad(), evaluating(model):
         for start in starts:
             rows = dataset[start : start + batch_size]
             if len(lengths := set(map(len, rows["input_ids"]))) != 1 or min(lengths) < 2:
@@ -160,7 +160,7 @@ def perplexity(
 
 
 @contextlib.contextmanager
-def _evaluating(model: torch.nn.Module) -> Iterator[None]:
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
     """Eval mode, and afterwards each module's own mode again: parts may be frozen in eval mode."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()

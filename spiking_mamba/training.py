@@ -149,8 +149,15 @@ def device_name() -> str:
     return f"{torch.get_num_threads()} CPU threads"
 
 
-def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> TrainingArguments:
-    """transformers' ``TrainingArguments`` from a recipe's ``training`` mapping.
+def training_arguments(
+    folder: Path,
+    given: dict[str, Any],
+    seed: int,
+    cls: type[TrainingArguments] = TrainingArguments,
+    **others: Any,
+) -> TrainingArguments:
+    """transformers' ``TrainingArguments`` from a recipe's ``training`` mapping; or a ``cls`` derived from
+    them, whose further fields ``others`` are.
 
     ``bf16: auto`` means where the hardware makes it pay. Defaults that differ from transformers': nothing
     is reported to services, logs and checkpoints go to ``folder``, AdamW with betas (0.9, 0.95).
@@ -183,7 +190,7 @@ def training_arguments(folder: Path, given: dict[str, Any], seed: int) -> Traini
     arguments = defaults | given
     if arguments["bf16"] == "auto":
         arguments["bf16"] = bf16_pays()
-    made = TrainingArguments(output_dir=str(folder), seed=seed, data_seed=seed, **arguments)
+    made = cls(output_dir=str(folder), seed=seed, data_seed=seed, **arguments, **others)
     if made.n_gpu > 1:
         # Trainer would split each batch over threads, and Triton's tuning is not safe among threads
         print(f"Using one of {made.n_gpu} GPUs: torchrun or accelerate launch use them all.", file=sys.stderr)

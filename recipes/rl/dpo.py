@@ -1,0 +1,19 @@
+"""Optimise a model on preferences by DPO: python recipes/rl/dpo.py recipes/rl/dpo.yaml"""
+
+from spiking_mamba.preference import DPOSettings, optimise
+from spiking_mamba.preference_evaluation import summary
+from spiking_mamba.settings import parse_settings
+from spiking_mamba.training import fail_clearly, quiet
+
+
+def main() -> None:
+    settings = parse_settings(DPOSettings, description=__doc__)
+    quiet()
+    with fail_clearly():
+        results = optimise(settings)
+    if results is not None:  # the first process
+        print(f"\n{summary(results)}\n\nModel: {results['model']}; numbers: {settings.output}/results.json")
+
+
+if __name__ == "__main__":
+    main()

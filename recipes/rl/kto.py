@@ -1,0 +1,19 @@
+"""Optimise a model on preferences by KTO: python recipes/rl/kto.py recipes/rl/kto.yaml"""
+
+from spiking_mamba.preference import KTOSettings, optimise
+from spiking_mamba.preference_evaluation import summary
+from spiking_mamba.settings import parse_settings
+from spiking_mamba.training import fail_clearly, quiet
+
+
+def main() -> None:
+    settings = parse_settings(KTOSettings, description=__doc__)
+    quiet()
+    with fail_clearly():
+        results = optimise(settings)
+    if results is not None:  # the first process
+        print(f"\n{summary(results)}\n\nModel: {results['model']}; numbers: {settings.output}/results.json")
+
+
+if __name__ == "__main__":
+    main()

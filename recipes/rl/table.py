@@ -1,0 +1,157 @@
+"""What preference optimisation is worth: teacher, student, after DPO and KTO, dense control, over seeds.
+
+python recipes/rl/table.py recipes/rl/table.yaml
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from spiking_mamba.evaluation import EvaluationSettings, evaluate
+from spiking_mamba.preference import DPOSettings, KTOSettings, optimise
+from spiking_mamba.report import markdown_table
+from spiking_mamba.settings import parse_settings
+from spiking_mamba.statistics import interval
+from spiking_mamba.training import RunError, fail_clearly, keep_freed_memory, quiet, write_whole
+
+# column of the table: method, whose model it starts from
+COLUMNS = {"DPO": ("dpo", "student"), "KTO": ("kto", "student"), "teacher, DPO": ("dpo", "teacher")}
+
+
+@dataclass
+class TableSettings:
+    """Settings of the table; every field is a key of the YAML file.
+
+    Attributes:
+        teacher, student: checkpoint folders or hub names; ``{seed}`` in one stands for each seed.
+        output: folder of ``table.md``, ``table.json``, the runs and their evaluation. Finished runs in it are
+            reused, others go on.
+        dpo, kto: YAML files of the two optimisations, for all seeds.
+        changes: keys of both files to set otherwise, as on the command line: ``training.max_steps=10``.
+        seeds: of the optimisations.
+        tasks: zero-shot sets that were not trained on.
+        corpora: texts for the perplexity.
+        limit: items of each task and rows of each text; null for all.
+    """
+
+    teacher: str
+    student: str
+    output: str
+    dpo: str = "recipes/rl/dpo.yaml"
+    kto: str = "recipes/rl/kto.yaml"
+    changes: list = field(default_factory=list)
+    seeds: list = field(default_factory=lambda: [0, 1, 2])
+    tasks: list = field(
+        default_factory=lambda: ["arc_easy", "arc_challenge", "boolq", "openbookqa", "lambada_openai"]
+    )
+    corpora: list = field(default_factory=lambda: ["openwebtext-passages", "wikipedia-passages"])
+    limit: Any = None
+
+
+def folder(settings: TableSettings, column: str, seed: Any) -> Path:
+    method, start = COLUMNS[column]
+    return Path(settings.output, f"{start}-{method}-{seed}")
+
+
+def run(settings: TableSettings, column: str, seed: int) -> dict[str, Any]:
+    """The results of one optimisation, made now unless they are there."""
+    method, start = COLUMNS[column]
+    target = folder(settings, column, seed)
+    model = getattr(settings, start).replace("{seed}", str(seed))
+    arguments = [getattr(settings, method), f"model={model}", f"output={target}", f"seed={seed}"]
+    one = parse_settings({"dpo": DPOSettings, "kto": KTOSettings}[method], arguments + settings.changes)
+    one.resume = target.exists()
+    if (results := target / "results.json").is_file():
+        found = json.loads(results.read_text())
+        free = {"resume", "overwrite"}
+        now = {key: value for key, value in json.loads(json.dumps(vars(one))).items() if key not in free}
+        if any(found["provenance"]["settings"][key] != value for key, value in now.items()):
+            raise RunError(f"{target} holds a run with other settings: choose another output.")
+        print(f"{target}: done before.")
+        return found
+    print(f"{target}: {method.upper()} from {model}", flush=True)
+    found = optimise(one)
+    assert found is not None, "the table is made by one process"
+    return found
+
+
+def cell(values: dict[str, Any] | None, digits: int = 3) -> str:
+    if values is None:
+        return ""
+    text = f"{values['mean']:.{digits}f}"
+    if values["low"] is None:
+        return text
+    return f"{text} ({values['low']:.{digits}f} to {values['high']:.{digits}f})"
+
+
+def accuracies(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """``{quantity: {column: interval over seeds}}`` of the held-out pairs."""
+    first = runs["DPO"][0]["change"]["accuracy"]
+    if first is None:
+        return {}
+    found: dict[str, dict[str, Any]] = {}
+    for task in first["sum"]:
+        row = found[f"preference accuracy, {task}"] = {}
+        for name, column in (("teacher", "teacher, DPO"), ("student", "DPO")):
+            shares = [r["before"]["accuracy"]["sum"][task] for r in runs[column]]
+            row[name] = interval(shares if len(set(shares)) > 1 else shares[:1])  # one model, not three
+        for column, results in runs.items():
+            row[column] = interval([r["after"]["accuracy"]["sum"][task] for r in results])
+    found["the same, gained"] = {
+        column: interval([r["change"]["accuracy"]["sum"]["average"]["gain"] for r in results])
+        for column, results in runs.items()
+    }
+    return found
+
+
+def make_table(settings: TableSettings) -> dict[str, Any]:
+    """Run what is missing, evaluate, and return what ``table.json`` holds."""
+    runs = {column: [run(settings, column, seed) for seed in settings.seeds] for column in COLUMNS}
+    models = {"teacher": settings.teacher, "student": settings.student}
+    models |= {column: str(folder(settings, column, "{seed}") / "model") for column in COLUMNS}
+    evaluation = evaluate(
+        EvaluationSettings(
+            models=models,
+            seeds=settings.seeds,
+            reference="student",
+            output=str(Path(settings.output) / "evaluation"),
+            tasks=settings.tasks,
+            corpora=settings.corpora,
+            limit=settings.limit,
+        )
+    )
+    quantities = accuracies(runs)
+    for column, group in evaluation["groups"].items():
+        for name, values in group.items():
+            quantities.setdefault(name, {})[column] = values
+    return {
+        "quantities": quantities,
+        "paired": {
+            column: [{"seed": r["provenance"]["settings"]["seed"]} | r["change"] for r in results]
+            for column, results in runs.items()
+        },
+        "gaps": evaluation["gaps"],
+        "provenance": evaluation["provenance"],
+    }
+
+
+def main() -> None:
+    settings = parse_settings(TableSettings, description=__doc__)
+    quiet()
+    keep_freed_memory()
+    with fail_clearly():
+        results = make_table(settings)
+    columns = ["teacher", "student", *COLUMNS]
+    rows = []
+    for name, found in results["quantities"].items():
+        digits = 2 if name.startswith(("perplexity", "gain")) else 3
+        rows.append([name, *(cell(found.get(column), digits) for column in columns)])
+    table = markdown_table([f"{len(settings.seeds)} seeds, 95% intervals over them", *columns], rows)
+    write_whole(Path(settings.output) / "table.json", json.dumps(results, indent=1))
+    write_whole(Path(settings.output) / "table.md", table + "\n")
+    print(f"\n{table}\n\nTable: {settings.output}/table.md, numbers: {settings.output}/table.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""What a preference optimisation was worth: preference accuracy, perplexity, spikes, energy."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from .data import load_text, tokenize
+from .energy import projection_energy
+from .modeling import SpikingMambaForCausalLM
+from .preference_data import Preference
+from .report import markdown_table
+from .scoring import evaluating, perplexity
+from .spikes import count_spikes
+from .statistics import paired_gap
+
+__all__ = ["compare", "completion_log_probs", "held_out_text", "judge", "preference_scores", "summary"]
+
+
+def completion_log_probs(
+    model: SpikingMambaForCausalLM, rows: Sequence[tuple[list[int], list[int]]], batch_size: int = 32
+) -> torch.Tensor:
+    """Summed log-probability of each completion given its prompt, in nats; float64 ``[rows]``.
+
+    Args:
+        rows: prompts, at least one token each, and completions, as token ids.
+
+    Raises:
+        FloatingPointError: the model's logits are NaN.
+    """
+    device = next(model.parameters()).device
+    sums = torch.zeros(len(rows), dtype=torch.float64)
+    lengths = [len(prompt) + len(completion) for prompt, completion in rows]
+    order = sorted(range(len(rows)), key=lengths.__getitem__)  # little padding
+    with torch.no_grad(), evaluating(model):
+        for start in tqdm(range(0, len(rows), batch_size), desc="Preferences"):
+            batch = order[start : start + batch_size]
+            width = max(lengths[index] for index in batch)
+            ids = torch.zeros(len(batch), width, dtype=torch.long)
+            labels = torch.full_like(ids, -100)
+            mask = torch.zeros_like(ids)
+            for row, index in enumerate(batch):
+                prompt, completion = rows[index]
+                ids[row, : lengths[index]] = torch.tensor(prompt + completion)
+                labels[row, len(prompt) : lengths[index]] = torch.tensor(completion)
+                mask[row, : lengths[index]] = 1
+            ids, labels, mask = ids.to(device), labels.to(device), mask.to(device)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits  # [B, L, V]
+            counts = labels[:, 1:] != -100  # [B, L - 1]
+            nll = torch.zeros(counts.shape, dtype=torch.float64, device=device)
+            nll[counts] = F.cross_entropy(
+                logits[:, :-1][counts].float(), labels[:, 1:][counts], reduction="none"
+            ).double()
+            sums[batch] = -nll.sum(-1).cpu()
+    if sums.isnan().any():
+        raise FloatingPointError("The model's logits are NaN on the held-out preferences.")
+    return sums
+
+
+def preference_scores(
+    model: SpikingMambaForCausalLM, preferences: Sequence[Preference], batch_size: int = 32
+) -> dict[str, dict[str, list[float]]]:
+    """How often the model gives the chosen completion more probability than the rejected one.
+
+    Returns:
+        ``{"sum": {task: scores}, "per_token": ...}``: of each item, in the order of its first pair, the share
+        of its pairs whose chosen completion has the larger summed log-probability, or the larger one divided
+        by the completion's number of tokens. Pairs of one question are no independent trials, so items it is.
+    """
+    rows = [(p.prompt, completion) for p in preferences for completion in p.completions]
+    distinct = {(tuple(prompt), tuple(completion)): row for row in rows for prompt, completion in [row]}
+    places = {key: place for place, key in enumerate(distinct)}
+    found = completion_log_probs(model, list(distinct.values()), batch_size)
+    wins: dict[str, dict[str, dict[Any, list[bool]]]] = {"sum": {}, "per_token": {}}
+    for number, p in enumerate(preferences):
+        chosen, rejected = (float(found[places[tuple(p.prompt), tuple(c)]]) for c in p.completions)
+        item = number if p.item is None else p.item
+        lengths = [len(completion) for completion in p.completions]
+        for kind, win in (
+            ("sum", chosen > rejected),
+            ("per_token", chosen / lengths[0] > rejected / lengths[1]),
+        ):
+            wins[kind].setdefault(p.task, {}).setdefault(item, []).append(win)
+    return {
+        kind: {task: [sum(w) / len(w) for w in items.values()] for task, items in sorted(tasks.items())}
+        for kind, tasks in wins.items()
+    }
+
+
+def _accuracy(scores: dict[str, list[float]]) -> dict[str, float]:
+    """By task, and ``average``, the mean over tasks."""
+    found = {task: math.fsum(values) / len(values) for task, values in scores.items()}
+    return found | {"average": math.fsum(found.values()) / len(found)}
+
+
+def held_out_text(source: Any, tokenizer: Any, length: int, rows: int) -> datasets.Dataset:
+    """Rows of a text, the same ones whatever the run's seed."""
+    found = tokenize(load_text(source), tokenizer, length)
+    return found.shuffle(seed=0).select(range(min(rows, len(found))))
+
+
+def judge(
+    model: SpikingMambaForCausalLM,
+    preferences: Sequence[Preference] | None,
+    text: datasets.Dataset | None,
+    batch_size: int = 32,
+) -> dict[str, Any]:
+    """Measure one model; the spikes are those of the very same forward passes.
+
+    Returns:
+        ``scores`` (see :func:`preference_scores`), ``accuracy`` ``{kind: {task or "average": share}}``,
+        ``perplexity``, ``mean_abs`` and ``energy`` (see ``projection_energy``); None where there is nothing
+        to measure, for a dense model the last two.
+    """
+    with count_spikes(model) as counts:
+        scores = None if preferences is None else preference_scores(model, preferences, batch_size)
+        nll = None if text is None else perplexity(model, text, batch_size=min(batch_size, 16))
+    spiking = bool(counts.projections)
+    return {
+        "accuracy": scores and {kind: _accuracy(of_kind) for kind, of_kind in scores.items()},
+        "perplexity": nll and nll["perplexity"],
+        "mean_abs": counts.mean_abs if spiking else None,
+        "energy": projection_energy(counts) if spiking else None,
+        "scores": scores,
+    }
+
+
+def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
+    """What changed from one :func:`judge` to another, of the same items.
+
+    Returns:
+        ``accuracy`` ``{kind: {task or "average": {"gain", "low", "high", "items"}}}``, with 95% intervals of
+        a bootstrap over items in pairs, and ``perplexity_ratio``; None where it was not measured.
+    """
+    gains = None
+    if before["scores"] is not None:
+        gains = {}
+        for kind, scores in before["scores"].items():
+            sets = {task: [task] for task in scores} | {"average": list(scores)}
+            gains[kind] = {
+                name: _gain({t: scores[t] for t in tasks}, {t: after["scores"][kind][t] for t in tasks})
+                for name, tasks in sets.items()
+            }
+    ratio = after["perplexity"] and after["perplexity"] / before["perplexity"]
+    return {"accuracy": gains, "perplexity_ratio": ratio}
+
+
+def _gain(before: dict[str, list[float]], after: dict[str, list[float]]) -> dict[str, Any]:
+    found = paired_gap(after, before)
+    return {"gain": found.pop("gap")} | found
+
+
+def summary(results: dict[str, Any]) -> str:
+    """The table of a run's results."""
+    before, after, change = results["before"], results["after"], results["change"]
+    rows = []
+    if change["accuracy"] is not None:
+        for name, gain in change["accuracy"]["sum"].items():
+            rows.append(
+                _accuracy_row(f"preference accuracy, {name}, {gain['items']} items", name, "sum", results)
+            )
+        rows.append(_accuracy_row("the same, log-probability per token", "average", "per_token", results))
+    if change["perplexity_ratio"] is not None:
+        drift = f"{change['perplexity_ratio'] - 1:+.1%}"
+        rows.append(["perplexity", f"{before['perplexity']:.2f}", f"{after['perplexity']:.2f}", drift])
+    if after["mean_abs"] is not None:
+        rows.append(["mean |s|", f"{before['mean_abs']:.3f}", f"{after['mean_abs']:.3f}", ""])
+        gains = [f"{side['energy']['fp32']:.2f}x" for side in (before, after)]
+        rows.append(["energy gain of the projections, 45 nm fp32", *gains, ""])
+    return markdown_table(["held-out", "before", "after", "change (95% interval)"], rows)
+
+
+def _accuracy_row(label: str, task: str, kind: str, results: dict[str, Any]) -> list[str]:
+    gain = results["change"]["accuracy"][kind][task]
+    shares = [f"{results[side]['accuracy'][kind][task]:.3f}" for side in ("before", "after")]
+    return [label, *shares, f"{gain['gain']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"]

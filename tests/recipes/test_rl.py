@@ -1,0 +1,259 @@
+"""The rl recipes: real command lines, on two processes, killed and resumed."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import neurons
+from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
+from spiking_mamba.data import train_tokenizer
+from spiking_mamba.preference import DPOSettings, KTOSettings
+from spiking_mamba.settings import parse_settings
+from spiking_mamba.training import finish_run
+
+pytest.importorskip("trl")
+
+ROOT = Path(__file__).parents[2]
+RECIPE = ROOT / "recipes/rl"
+KILLED = Path(__file__).parent / "killed.py"
+STEPS = 5
+FIRST = ("cats", "dogs", "foxes", "owls")
+
+
+def run(*command, **environment):
+    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run(
+        [sys.executable, *map(str, command)],
+        cwd=ROOT,
+        env=os.environ | own | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A student, pairs to train on, others to judge by, and text."""
+    folder = tmp_path_factory.mktemp("rl")
+    draw = random.Random(0)
+
+    def pairs(count):
+        for _ in range(count):
+            prompt = f"{draw.choice(FIRST)} met {draw.randrange(20)} {draw.choice(FIRST)}"
+            ends = [f" and {draw.choice(FIRST)} {verb}" * draw.randrange(1, 3) for verb in ("ran", "sat")]
+            yield {"prompt": prompt, "chosen": ends[0], "rejected": ends[1]}
+
+    text = [f"Document {i}: {i % 7} {FIRST[i % 4]} ran and sat." for i in range(600)]
+    (folder / "text.txt").write_text("\n\n".join(text))
+    for name, count in (("train", 60), ("held_out", 30)):
+        rows = [*pairs(count), {"prompt": "cats", "chosen": "", "rejected": " ran"}]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    tokenizer = train_tokenizer(text, 300)
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "state_size": 8, "head_dim": 16, "num_heads": 4}
+    ends = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), 0)
+    config = SpikingMambaConfig(**sizes, **ends, vocab_size=len(tokenizer), n_groups=1, chunk_size=16)
+    dense = SpikingMambaForCausalLM(config).eval()
+    finish_run(dense, tokenizer, folder, "teacher")
+    finish_run(
+        SpikingMambaForCausalLM.from_dense(dense, neuron=neurons.SILIFNode()), tokenizer, folder, "student"
+    )
+    return folder
+
+
+def arguments(method, folder, *more):
+    """Of the recipe, for eight rows a step wherever it runs."""
+    return [
+        RECIPE / f"{method}.py",
+        RECIPE / f"{method}.yaml",
+        f"model={folder / 'student'}",
+        f"data={folder / 'train.jsonl'}",
+        f"held_out={folder / 'held_out.jsonl'}",
+        f"text={folder / 'text.txt'}",
+        "limit=null",
+        "length=40",
+        "text_length=16",
+        f"training.max_steps={STEPS}",
+        "training.logging_steps=1",
+        "training.save_steps=2",
+        "training.warmup_steps=0",
+        "training.learning_rate=1e-2",
+        "training.bf16=false",
+        "training.per_device_train_batch_size=8",
+        *more,
+    ]
+
+
+# what each method is run with, so that all options are run at least once
+OPTIONS = {
+    "dpo": ["sgc={mode: blend, schedule: linear}", "freeze_embeddings=false"],
+    "kto": ["reference=precomputed"],
+}
+
+
+@pytest.fixture(scope="module", params=OPTIONS)
+def one_process(request, folder):
+    """A method, and the run of it that nobody disturbed."""
+    output = folder / f"one-{request.param}"
+    done = run(*arguments(request.param, folder, *OPTIONS[request.param], f"output={output}"))
+    assert done.returncode == 0, done.stderr
+    assert "61 rows read, 60 kept, bad: 1 empty completion" in done.stdout
+    assert "| preference accuracy, all, 30 items " in done.stdout
+    return request.param, output
+
+
+TIMES = ("train_runtime", "train_samples_per_second", "train_steps_per_second", "num_tokens", "train_loss")
+
+
+def log(folder):
+    """All that is logged but times, and what trl counts anew after every start."""
+    rows = json.loads((folder / "log.json").read_text())
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in rows]
+
+
+def weights(folder):
+    return load_file(folder / "model/model.safetensors")
+
+
+def test_the_results(one_process, folder):
+    method, output = one_process
+    results = json.loads((output / "results.json").read_text())
+    assert results["method"] == method
+    assert results["rows"] == results["rows"] | {"read": 61, "kept": 60, "truncated": 0}
+    assert results["held_out"]["bad"]["empty completion"] == 1
+    assert results["before"]["perplexity"] > 1
+    assert results["after"]["mean_abs"] > 0
+    assert results["change"]["accuracy"]["sum"]["average"]["items"] == 30
+    assert results["provenance"]["settings"]["model"] == str(folder / "student")
+    rows = [row for row in log(output) if "loss" in row]
+    assert len(rows) == STEPS
+    assert all(row["mean_abs_spike"] > 0 for row in rows)
+    expected = [1.0, 0.8, 0.6, 0.4, 0.2] if method == "dpo" else [0.0] * STEPS
+    assert [row["sgc_lambda"] for row in rows] == pytest.approx(expected)
+    assert not json.loads((output / "model/config.json").read_text())["sgc"]
+
+
+def test_a_killed_run_goes_on_bit_for_bit(one_process, folder, tmp_path):
+    method, output = one_process
+    moment = {"dpo": "step", "kto": "_save_rng_state"}[method]
+    command = arguments(method, folder, *OPTIONS[method], f"output={tmp_path / 'run'}")
+    done = run(KILLED, moment, *command)
+    assert done.returncode == -9
+    assert not (tmp_path / "run/model").exists()
+    done = run(*command, "resume=true")
+    assert done.returncode == 0, done.stderr
+    assert ("checkpoint-4 is incomplete" in done.stderr) is (moment != "step")
+    assert log(tmp_path / "run") == log(output)
+    one, two = weights(tmp_path / "run"), weights(output)
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    results, undisturbed = (json.loads((f / "results.json").read_text()) for f in (tmp_path / "run", output))
+    assert results["after"] == undisturbed["after"]
+
+
+def test_two_processes_train_as_one(one_process, folder, tmp_path):
+    method, output = one_process
+    options = [*OPTIONS[method], "training.per_device_train_batch_size=4", f"output={tmp_path / 'run'}"]
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    done = run(*launcher, *arguments(method, folder, *options))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("| preference accuracy, all") == 1
+    kept = ("loss", "kl", "grad_norm", "sgc_lambda", "learning_rate")
+    found, expected = (
+        [{key: row[key] for key in kept if key in row} for row in log(f) if "loss" in row]
+        for f in (tmp_path / "run", output)
+    )
+    assert len(found) == STEPS
+    for row, other in zip(found, expected, strict=True):
+        assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
+    for name, weight in weights(output).items():
+        assert torch.allclose(weights(tmp_path / "run")[name], weight, atol=1e-5), name
+
+
+def test_the_dense_control_takes_the_same_command(folder, tmp_path):
+    command = arguments("dpo", folder, f"model={folder / 'teacher'}", f"output={tmp_path / 'run'}")
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    assert "mean |s|" not in done.stdout
+    assert json.loads((tmp_path / "run/model/config.json").read_text())["neuron"] is None
+
+
+def test_refused_rows_are_one_line(folder, tmp_path):
+    done = run(*arguments("dpo", folder, "bad_rows=refuse", f"output={tmp_path / 'run'}"))
+    assert done.returncode != 0
+    assert "1 empty completion" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_sources_scale():
+    settings = parse_settings(DPOSettings, [str(RECIPE / "mamba2-1.3b-dpo.yaml")])
+    assert (settings.data, settings.split) == ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")
+    arguments = settings.make_arguments()
+    assert arguments.max_length == settings.length == 2048
+    assert settings.end_of_text
+    assert settings.freeze_embeddings
+    assert settings.sgc is not None
+    assert arguments.loss_type == ["sigmoid"]
+
+
+def test_a_method_has_its_own_settings():
+    assert parse_settings(KTOSettings, [str(RECIPE / "kto.yaml")]).method == "kto"
+    with pytest.raises(ValueError, match="desirable_weight"):
+        parse_settings(
+            DPOSettings, [str(RECIPE / "dpo.yaml"), "objective.desirable_weight=2"]
+        ).make_arguments()
+
+
+def test_the_table_over_seeds(folder, tmp_path):
+    changes = [
+        word.replace("training.max_steps=5", "training.max_steps=2") for word in arguments("dpo", folder)[3:]
+    ]
+    command = [
+        RECIPE / "table.py",
+        RECIPE / "table.yaml",
+        f"teacher={folder / 'teacher'}",
+        f"student={folder / 'student'}",
+        f"output={tmp_path / 'table'}",
+        f"changes={json.dumps(changes)}",
+        "seeds=[0,1]",
+        "tasks=[]",
+        f"corpora=[{folder / 'text.txt'}]",
+        "limit=20",
+    ]
+    done = run(*command)
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "table/table.json").read_text())
+    accuracy = results["quantities"]["preference accuracy, average"]
+    assert {name: row["runs"] for name, row in accuracy.items()} == {
+        "teacher": 1, "student": 1, "DPO": 2, "KTO": 2, "teacher, DPO": 2
+    }  # fmt: skip
+    single = json.loads((tmp_path / "table/student-dpo-1/results.json").read_text())
+    assert single["provenance"]["settings"]["seed"] == 1
+    shares = [
+        json.loads((tmp_path / f"table/student-dpo-{seed}/results.json").read_text())["after"]["accuracy"][
+            "sum"
+        ]
+        for seed in (0, 1)
+    ]
+    assert accuracy["DPO"]["mean"] == pytest.approx(sum(s["average"] for s in shares) / 2)
+    assert set(results["quantities"]["mean_abs"]) == {"student", "DPO", "KTO"}
+    assert results["quantities"][f"perplexity:{folder / 'text.txt'}"]["teacher, DPO"]["runs"] == 2
+    table = (tmp_path / "table/table.md").read_text()
+    assert table.splitlines()[0].count("|") == 7
+    # what is there is not made again
+    again = run(*command)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("done before.") == 6
+    assert (tmp_path / "table/table.md").read_text() == table
+    other = run(*command[:-1], "limit=20", f"changes={json.dumps([*changes, 'objective.beta=0.5'])}")
+    assert other.returncode != 0
+    assert "holds a run with other settings" in other.stderr
