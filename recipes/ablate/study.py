@@ -42,9 +42,9 @@ from spiking_mamba.training import RunError, fail_clearly, quiet, write_whole
 
 VERSION = 1  # of what a row measures: another number, and every row is run again
 CHECKS = ("int8", "spike_driven")
-_OWN = ("name", "seeds", "checks")  # of a row; its other keys are settings
-# The runner fills these in.
-_GIVEN = ("teacher", "output", "data", "seed", "resume", "overwrite", "dry_run")
+_OWN = ("name", "seeds", "checks", "lever")  # of a row; its other keys are settings
+# Of the settings, what the runner fills in or a number does not depend on.
+OUTSIDE = ("teacher", "output", "data", "seed", "resume", "overwrite", "dry_run")
 _START = time.monotonic()
 
 
@@ -54,13 +54,16 @@ class Table:
 
     Attributes:
         name: of the folder of results.
+        title, about: what stands above the table in ``docs/results.md``.
         teacher: folder of a dense checkpoint with its tokenizer, what every student starts from.
         data, held_out: text to train on and to measure on, see ``spiking_mamba.data.load_text``.
         common: settings of every row: fields of ``spiking_mamba.distillation.DistillationSettings``.
-        rows: the most important first. Each has a ``name``, perhaps ``seeds`` (else ``seeds``) and ``checks``,
-            and settings of its own, with dots: ``training.learning_rate: 1e-3``. A row without steps
-            (``training.max_steps: 0``) is converted and measured, not trained. One with ``neuron: null`` is
-            a dense control.
+        rows: the most important first. Each has a ``name``, perhaps ``seeds`` and ``checks`` of its own, a
+            ``lever`` by which the picture groups it, and settings, with dots: ``training.max_steps: 500``.
+            A row without steps (``training.max_steps: 0``) is converted and measured, not trained. One with
+            ``neuron: null`` is a dense control.
+        claims: of the source: ``claim``, the ``rows`` it is judged by, and the ``verdict``, which is shown
+            when these are there.
         seeds: of rows that name none. All rows get their first seed before any gets its second.
         checks: measured beside every student, unless its row says otherwise. int8: perplexity with
             projection weights rounded to int8, as in the equal-level quantised network. spike_driven:
@@ -78,6 +81,9 @@ class Table:
     held_out: Any
     common: dict
     rows: Any
+    title: str = ""
+    about: str = ""
+    claims: Any = ()
     seeds: Any = (0,)
     checks: Any = ()
     held_out_rows: Any = None
@@ -97,6 +103,9 @@ class Table:
         for pattern in self.only or ():
             if not fnmatch.filter(names, pattern):
                 raise ValueError(f"only={pattern!r} is none of the rows {', '.join(names)}.")
+        for claim in self.claims:
+            reject_unknown_keys(claim, ("claim", "rows", "verdict"), f"{self.name}: claims")
+            reject_unknown_keys(dict.fromkeys(claim.get("rows", ())), names, f"{self.name}: claims")
         for row in self.rows:
             reject_unknown_keys(
                 dict.fromkeys(row.get("checks", self.checks)), CHECKS, f"{row['name']}: checks"
@@ -109,7 +118,7 @@ class Table:
         for key, value in row.items():
             if key not in _OWN:
                 set_dotted(given, key, value)
-        known = [f.name for f in fields(DistillationSettings) if f.name not in _GIVEN]
+        known = [f.name for f in fields(DistillationSettings) if f.name not in OUTSIDE]
         reject_unknown_keys(given, known, row["name"])
         settings = DistillationSettings(teacher=self.teacher, output="", data=self.data, seed=seed, **given)
         settings.make_loss()
@@ -130,6 +139,10 @@ class Table:
 def slug(name: str) -> str:
     """A row's name as a file name."""
     return re.sub(r"[^A-Za-z0-9.=+-]+", "_", name).strip("_")
+
+
+def result_path(table: Table, row: dict[str, Any], seed: int) -> Path:
+    return Path(table.results, table.name, f"{slug(row['name'])}-{seed}.json")
 
 
 def fingerprint(value: Any) -> str:
@@ -183,17 +196,14 @@ class Study:
 
     def key(self, row: dict[str, Any], seed: int) -> str:
         """A hash of everything that a row's numbers depend on."""
-        settings = {k: v for k, v in asdict(self.table.settings(row, seed)).items() if k not in _GIVEN}
+        settings = {k: v for k, v in asdict(self.table.settings(row, seed)).items() if k not in OUTSIDE}
         checks = sorted(row.get("checks", self.table.checks))
         return fingerprint([self.depends, settings, checks, seed])
-
-    def path(self, row: dict[str, Any], seed: int) -> Path:
-        return Path(self.table.results, self.table.name, f"{slug(row['name'])}-{seed}.json")
 
     def done(self, row: dict[str, Any], seed: int) -> bool:
         """Whether a result for exactly these settings is there; a row that failed is run again."""
         try:
-            kept = json.loads(self.path(row, seed).read_text())
+            kept = json.loads(result_path(self.table, row, seed).read_text())
             return kept["key"] == self.key(row, seed) and kept["status"] in ("done", "diverged")
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -256,9 +266,7 @@ class Study:
         except Exception as error:  # of this row: the rest goes on
             result |= {"status": "failed", "error": f"{type(error).__name__}: {str(error)[:500]}"}
         about = provenance(settings)
-        about["settings"] = {
-            k: v for k, v in about["settings"].items() if k not in ("output", "resume", "overwrite")
-        }
+        about["settings"] = {k: v for k, v in about["settings"].items() if k not in OUTSIDE}
         result |= {"teacher": self.dense, "depends": self.depends, "tokens": tokens_seen(settings)}
         result["seconds"] = time.perf_counter() - start
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
@@ -357,7 +365,7 @@ def study(table: Table) -> int:
     runs = list(table.runs())
     for number, (row, seed) in enumerate(runs, 1):
         title = f"{number}/{len(runs)}  {row['name']}, seed {seed}"
-        path = shared.path(row, seed)
+        path = result_path(table, row, seed)
         with claimed(Path(table.output, table.name, f"{path.stem}.lock")) as free:
             if not free or shared.done(row, seed):
                 print(f"{title}: {'done' if free else 'in another process'}", flush=True)
