@@ -36,8 +36,8 @@ class SpikingProjection(nn.Linear):
 
     Attributes:
         keeps_spike_size: keep ``spike_size`` in training, for a penalty on it.
-        spike_size: ``sum |s|`` over the channels of the first forward pass in training since this was None;
-            float32 ``[B, L]``, in the graph.
+        spike_size: ``sum |s|`` over the channels in the last forward pass; float32 ``[B, L]``, in the graph.
+        kept_spike_size: see :meth:`keep_spike_size`.
     """
 
     def __init__(
@@ -57,6 +57,7 @@ class SpikingProjection(nn.Linear):
         self.membrane = membrane
         self.keeps_spike_size = False
         self.spike_size: torch.Tensor | None = None
+        self.kept_spike_size: torch.Tensor | None = None
         if learn_threshold:
             # of shape [1]: FSDP shards no scalars
             self.log_threshold = nn.Parameter(torch.full((1,), math.log(threshold)))
@@ -145,6 +146,13 @@ class SpikingProjection(nn.Linear):
         """Whether the node works without a potential: nobody will ask for it, every token being a window."""
         return self.membrane == "token" and isinstance(self.neuron, neurons.SILIFNode)
 
+    def keep_spike_size(self) -> None:
+        """Keep the size of the first pass. Gradient checkpointing calls again in the backward pass, and to
+        hold a tensor from there would hold the whole block's recomputed activations."""
+        if self.kept_spike_size is None:
+            self.kept_spike_size = self.spike_size
+        self.spike_size = None
+
     def _compensated(self, u: torch.Tensor, states: list | None) -> tuple[torch.Tensor, torch.Tensor]:
         """The spikes, and these with SGC's smooth path mixed in, each ``[B, L, in_features]``."""
         assert self.sgc is not None
@@ -173,9 +181,7 @@ class SpikingProjection(nn.Linear):
             emitted, spike = self._compensated(u, states)
         else:
             emitted = spike = self.spikes(u, states)
-        # The first call's alone: gradient checkpointing calls again in the backward pass, and a tensor kept
-        # from there would keep the whole block's recomputed activations.
-        if self.keeps_spike_size and self.training and self.spike_size is None:
+        if self.keeps_spike_size and self.training:
             self.spike_size = emitted.abs().sum(-1, dtype=torch.float32)
         if not torch.is_autocast_enabled(x.device.type):
             spike = spike.to(self.weight.dtype)
