@@ -22,6 +22,7 @@ from spiking_mamba.training import fail_clearly, write_whole
 GUESS = 500_000  # tokens a second of a student step with its teacher, on an H100: until a row was measured
 AROUND = 10.0  # seconds a row takes besides training
 TARGET_GAIN, TARGET_GAP = 4.76, 0.03
+WIDEST = 20.0  # gain that is drawn
 NOT_RUN = "not run"
 PERPLEXITY = ("after", "perplexity")
 
@@ -52,6 +53,11 @@ class Row:
     @property
     def name(self) -> str:
         return self.row["name"]
+
+    @property
+    def lever(self) -> str:
+        """By what the picture groups it: its lever, or its table."""
+        return self.row.get("lever", self.table.name)
 
     @property
     def seeds(self) -> list[int]:
@@ -261,11 +267,11 @@ def draw(path: Path, rows: Sequence[Row]) -> bool:
             points.append((row, [100 * gap for gap in gaps], gains, control is not None))
     if not points:
         return False
-    levers = list(dict.fromkeys(row.row.get("lever", "other") for row, *_ in points))
+    levers = list(dict.fromkeys(row.lever for row, *_ in points))
     with picture(path, 8.5, 5.2) as (figure, axes):
         for place, lever in enumerate(levers):
             look = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
-            chosen = [point for point in points if point[0].row.get("lever", "other") == lever]
+            chosen = [point for point in points if point[0].lever == lever]
             label: str | None = lever
             for row, gaps, gains, controlled in chosen:
                 size = 5 + 1.5 * math.log2(max(1.0, row.tokens / 8e6))
@@ -280,12 +286,16 @@ def draw(path: Path, rows: Sequence[Row]) -> bool:
         axes.axvline(TARGET_GAIN, color="grey", linewidth=0.8, linestyle="--")
         axes.axhline(100 * TARGET_GAP, color="grey", linewidth=0.8, linestyle="--")
         axes.axhline(0.0, color="black", linewidth=0.8)
-        highest = sorted(interval(gaps)["mean"] for _, gaps, _, _ in points)
         # a row that went wrong would squeeze all others into a line
-        axes.set_ylim(
-            min(-0.5, 1.1 * highest[0]), min(1.15 * highest[-1], 8 * max(3.0, highest[len(highest) // 2]))
-        )
-        axes.set_xlim(0.0, 1.1 * max(max(gains) for _, _, gains, _ in points))
+        heights = sorted(interval(gaps)["mean"] for _, gaps, _, _ in points)
+        top = 1.15 * min(heights[-1], 4 * max(3.0, heights[len(heights) // 2]))
+        right = 1.1 * max((g for _, _, gains, _ in points for g in gains if g <= WIDEST), default=WIDEST)
+        axes.set(xlim=(0.0, right), ylim=(min(-0.5, 1.1 * heights[0]), top))
+        axes.text(TARGET_GAIN, top, f" {TARGET_GAIN}x", color="grey", va="top")
+        axes.text(right, 100 * TARGET_GAP, f"{TARGET_GAP:.0%}", color="grey", ha="right", va="bottom")
+        outside = sum(interval(y)["mean"] > top or interval(x)["mean"] > right for _, y, x, _ in points)
+        if outside:
+            axes.set_title(f"{outside} rows lie outside", fontsize=9)
         axes.grid(color="#e5e5e5")
         axes.set(
             xlabel="energy gain of the projections over the dense model, times (fp32 table)",

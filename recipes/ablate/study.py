@@ -41,7 +41,7 @@ from spiking_mamba.spikes import SpikeCounts, count_spikes
 from spiking_mamba.training import RunError, fail_clearly, quiet, write_whole
 
 VERSION = 1  # of what a row measures: another number, and every row is run again
-CHECKS = ("int8", "spike_driven")
+CHECKS = ("bf16", "int8", "spike_driven")
 _OWN = ("name", "seeds", "checks", "lever")  # of a row; its other keys are settings
 # Of the settings, what the runner fills in or a number does not depend on.
 OUTSIDE = ("teacher", "output", "data", "seed", "resume", "overwrite", "dry_run")
@@ -65,9 +65,9 @@ class Table:
         claims: of the source: ``claim``, the ``rows`` it is judged by, and the ``verdict``, which is shown
             when these are there.
         seeds: of rows that name none. All rows get their first seed before any gets its second.
-        checks: measured beside every student, unless its row says otherwise. int8: perplexity with
-            projection weights rounded to int8, as in the equal-level quantised network. spike_driven:
-            perplexity of 8 rows when fed ternary micro-steps.
+        checks: perplexities measured beside every student, unless its row says otherwise. bf16: with all
+            weights rounded to bfloat16, as a student may be shipped. int8: with projection weights rounded to
+            int8, as in the equal-level quantised network. spike_driven: of 8 rows, fed ternary micro-steps.
         held_out_rows: rows of 512 tokens to measure on, from the first; null for all.
         results: folder of the results, a small JSON file for each row and seed.
         output: folder of the students and of the tokenised data.
@@ -250,10 +250,11 @@ class Study:
 
     def check(self, name: str, model: SpikingMambaForCausalLM) -> dict[str, float]:
         """Perplexity of the changed model and, on the same rows, of the model as it is."""
-        rows, changed = self.held_out, with_int8_projections
+        rows = self.held_out
         if name == "spike_driven":  # D products instead of one, for what must come out equal
-            rows, changed = rows.select(range(min(8, len(rows)))), spike_driven
-        found = {"perplexity": changed(model), "without": model}
+            rows = rows.select(range(min(8, len(rows))))
+        changes = {"bf16": with_bf16_weights, "int8": with_int8_projections, "spike_driven": spike_driven}
+        found = {"perplexity": changes[name](model), "without": model}
         return {k: perplexity(m, rows, batch_size=8, progress=False)["perplexity"] for k, m in found.items()}
 
     def expected(self, settings: DistillationSettings) -> float:
@@ -321,6 +322,11 @@ class StopWhenNotFinite(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         if not math.isfinite(float((logs or {}).get("loss", 0.0))):
             self.at, control.should_training_stop = state.global_step, True
+
+
+def with_bf16_weights(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
+    """A copy whose weights are rounded to bfloat16, as floats."""
+    return copy.deepcopy(model).bfloat16().float()
 
 
 def with_int8_projections(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:

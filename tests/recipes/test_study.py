@@ -94,7 +94,7 @@ class Counted:
 def test_a_row_is_run_once(folder, monkeypatch, capsys):
     counted = Counted(monkeypatch)
     rows = [
-        {"name": "a", "threshold": 0.5, "seeds": [0, 1], "checks": ["int8", "spike_driven"]},
+        {"name": "a", "threshold": 0.5, "seeds": [0, 1], "checks": ["bf16", "int8", "spike_driven"]},
         {"name": "b", "threshold": 0.25},
         {"name": "only converted", "threshold": 0.5, "training.max_steps": 0},
         {"name": "dense", "neuron": None, "threshold": 1.0, "loss": {"kl": 0.0, "cross_entropy": 1.0}},
@@ -108,6 +108,8 @@ def test_a_row_is_run_once(folder, monkeypatch, capsys):
     assert found["after"]["gain"]["fp32"] == pytest.approx(4.6 / 0.9 / found["after"]["mean_abs"])
     driven = found["checks"]["spike_driven"]
     assert driven["perplexity"] == pytest.approx(driven["without"], rel=1e-5)
+    rounded = found["checks"]["bf16"]
+    assert rounded["perplexity"] == pytest.approx(rounded["without"], rel=0.05) != rounded["without"]
     assert found["checks"]["int8"]["perplexity"] != found["checks"]["int8"]["without"]
     assert found["checks"]["int8"]["without"] == pytest.approx(found["after"]["perplexity"], rel=1e-6)
     dense = result(folder, "dense-0")
