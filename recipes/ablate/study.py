@@ -44,7 +44,7 @@ VERSION = 1  # of what a row measures: another number, and every row is run agai
 CHECKS = ("bf16", "int8", "spike_driven")
 _OWN = ("name", "seeds", "checks", "lever")  # of a row; its other keys are settings
 # Of the settings, what the runner fills in or a number does not depend on.
-OUTSIDE = ("teacher", "output", "data", "seed", "resume", "overwrite", "dry_run")
+OUTSIDE = ("teacher", "output", "data", "seed", "resume", "overwrite", "dry_run", "compile")
 _START = time.monotonic()
 
 
@@ -124,7 +124,7 @@ class Table:
         for key, value in row.items():
             if key not in _OWN:
                 set_dotted(given, key, value)
-        known = [f.name for f in fields(DistillationSettings) if f.name not in OUTSIDE]
+        known = [f.name for f in fields(DistillationSettings) if f.name not in OUTSIDE or f.name == "compile"]
         reject_unknown_keys(given, known, row["name"])
         if self.rehearse and given["training"].get("max_steps"):
             given["training"] |= {"max_steps": 2, "per_device_train_batch_size": 2}
@@ -173,13 +173,10 @@ class Study:
         folder = locate(table.teacher)[0]
         self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
         self.teacher = load_dense(folder).to("cuda" if torch.cuda.is_available() else "cpu")
-        weights = {
-            p.name: file_sha256(p)
-            for p in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin"))
-        }
+        files = [path for name in ("*.safetensors", "*.bin", "tokenizer.json") for path in folder.glob(name)]
         self.depends = {
             "version": VERSION,
-            "teacher": weights | {"tokenizer": fingerprint(self.tokenizer.backend_tokenizer.to_str())},
+            "teacher": {path.name: file_sha256(path) for path in sorted(files)},
             "data": text_sha256(table.data),
             "held_out": text_sha256(table.held_out),
             "held_out_rows": table.held_out_rows,
@@ -192,7 +189,7 @@ class Study:
 
     def rows(self, source: Any, sha256: Any, length: int) -> datasets.Dataset:
         """Packed rows of token ids, tokenised once and kept on disk."""
-        name = fingerprint([sha256, self.depends["teacher"]["tokenizer"], length])[:16]
+        name = fingerprint([sha256, self.depends["teacher"].get("tokenizer.json"), length])[:16]
         path = Path(self.table.output, "tokens", f"{name}.parquet")
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)

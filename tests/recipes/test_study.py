@@ -249,3 +249,10 @@ def test_the_tables_are_well_formed(path):
     teacher = SpikingMambaConfig.from_pretrained(ROOT / made.teacher)
     for row, seed in made.runs():
         made.settings(row, seed).check(teacher)
+
+
+def test_uncompiled_rows_are_the_same_rows(folder, monkeypatch):
+    study.study(table(folder, [{"name": "a"}]))
+    counted = Counted(monkeypatch)
+    study.study(table(folder, [{"name": "a", "compile": False}]))
+    assert counted.take() == []
