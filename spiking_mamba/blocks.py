@@ -165,7 +165,12 @@ class SpikingMambaBlock(Mamba2Block):
         forward = super().forward
         if self.compiles and cache_params is None and not self._is_watched():
             forward = functools.partial(_compiled_block(), self)
-        return forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        try:
+            return forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+        finally:  # out here, so that first and later passes are compiled alike
+            for projection in (self.mixer.in_proj, self.mixer.out_proj):
+                if projection.keeps_spike_size:
+                    projection.keep_spike_size()
 
     def step(self, hidden_states: torch.Tensor, cache_params: Cache) -> torch.Tensor:
         """One token with a cache that has states, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``; compiled

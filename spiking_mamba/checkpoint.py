@@ -232,9 +232,9 @@ def fold_thresholds(model: "SpikingMambaForCausalLM") -> "SpikingMambaForCausalL
             threshold = projection.threshold
             norm.weight.div_(threshold)
             projection.weight.mul_(threshold)
-            projection.initial_threshold = 1.0
             if hasattr(projection, "log_threshold"):
                 del projection.log_threshold
+            projection.initial_threshold = 1.0
     folded.config.threshold = 1.0
     folded.config.learn_threshold = False
     return folded

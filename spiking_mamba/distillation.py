@@ -1,5 +1,6 @@
 """One-stage distillation of a dense Mamba2 into a spiking one."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,15 @@ class DistillationTrainer(SpikingTrainer, Trainer):
         self.loss = loss or DistillationLoss()
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
 
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self.loss.sparsity:
+            return super().training_step(*args, **kwargs)
+        self.student.keep_spike_sizes()
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:  # they hold on to the step's graph
+            self.student.keep_spike_sizes(False)
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {
             k: inputs[k] for k in ("input_ids", "attention_mask", "labels") if inputs.get(k) is not None
@@ -103,7 +113,8 @@ class DistillationSettings:
         data: text, see ``spiking_mamba.data.load_text``: a corpus that a package carries, a file, a hub
             name, or a list of them.
         length: tokens per row; rows are packed, see ``spiking_mamba.data.tokenize``.
-        neuron: ``{"class": ..., "args": {...}}``, see ``neurons.build``.
+        neuron: ``{"class": ..., "args": {...}}``, see ``neurons.build``; null for a dense student, which
+            ``loss: {kl: 0, cross_entropy: 1}`` trains like the teacher.
         sgc: Smoothed Gradient Compensation, see ``SpikingMambaConfig``; null for none.
         membrane: token or sequence.
         threshold: V_th: a number, or per projection, or a list per layer.
@@ -123,7 +134,7 @@ class DistillationSettings:
     output: str
     data: Any = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
     length: int = 256
-    neuron: dict = field(
+    neuron: Any = field(
         default_factory=lambda: {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
     )
     sgc: Any = None
@@ -162,12 +173,14 @@ def distill(
     teacher: SpikingMambaForCausalLM | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     rows: Dataset | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
 ) -> tuple[Path, list[dict[str, float]]]:
     """Distil a student as the settings say.
 
     Args:
         teacher, tokenizer: what ``settings.teacher`` names, where they are in memory already.
         rows: ``input_ids`` of equal length instead of ``settings.data``; no tokenizer is needed then.
+        callbacks: of transformers, to watch the training or end it early.
 
     Returns:
         The student's folder, and the log's rows.
@@ -202,6 +215,7 @@ def distill(
         args=arguments,
         train_dataset=rows,
         data_collator=collate,
+        callbacks=list(callbacks),
     )
     history = run(trainer, settings.resume)
     return finish_run(whole_model(trainer), tokenizer, folder), history

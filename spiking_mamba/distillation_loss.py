@@ -46,9 +46,11 @@ def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "softm
 
 @dataclass
 class DistillationLoss:
-    """What the student is trained on: ``kl * KL + hidden * L_hidden + cross_entropy * CE``.
+    """What the student is trained on: ``kl * KL + hidden * L_hidden + cross_entropy * CE + sparsity * S``.
 
-    Every term is averaged over unmasked tokens, the hidden term over layers too.
+    Every term is averaged over unmasked tokens, the hidden term over layers too. ``S`` is what the spikes
+    cost: their mean ``|s|``, over projections weighted by output width as in ``SpikeCounts.mean_abs``, as far
+    as it lies above a target. Its gradient passes through the neurons' surrogate.
 
     Attributes:
         temperature: of both softmaxes in the KL term, > 0.
@@ -58,6 +60,8 @@ class DistillationLoss:
         hidden_states: 'block' compares the residual stream behind every block, 'mixer' what every block
             adds to it, which is the output of its out_proj.
         cross_entropy: weight of the next-token cross-entropy on the data.
+        sparsity: weight of ``S = max(0, mean |s| - sparsity_target)``.
+        sparsity_target: mean ``|s|`` of a batch below which nothing is penalised; 0 penalises every spike.
     """
 
     temperature: float = 1.0
@@ -66,6 +70,8 @@ class DistillationLoss:
     hidden_kind: str = "softmax_mse"
     hidden_states: str = "mixer"
     cross_entropy: float = 0.0
+    sparsity: float = 0.0
+    sparsity_target: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
@@ -75,6 +81,8 @@ class DistillationLoss:
             or self.kl + self.hidden + self.cross_entropy == 0
         ):
             raise ValueError("The weights of the loss must not be negative, and one must be positive.")
+        if self.sparsity < 0 or self.sparsity_target < 0:
+            raise ValueError("loss.sparsity and loss.sparsity_target must not be negative.")
         if self.hidden_kind not in ("softmax_mse", "mse", "cosine"):
             raise ValueError(
                 f"loss.hidden_kind must be softmax_mse, mse or cosine, got {self.hidden_kind!r}."
@@ -98,6 +106,8 @@ class DistillationLoss:
             student_output, teacher_output: made with ``output_hidden_states``; their last hidden states
                 are what the heads turn into logits here, a piece at a time.
             input_ids, attention_mask, labels: ``[B, L]``; labels are needed for the cross-entropy.
+
+        A sparsity term needs the student's ``keep_spike_sizes()`` before the forward pass.
         """
         mask = token_mask(input_ids, attention_mask, labels)
         own, theirs = student_output.hidden_states[-1][mask], teacher_output.hidden_states[-1][mask]
@@ -124,6 +134,9 @@ class DistillationLoss:
             ]
             parts["hidden"] = torch.stack(terms).mean()
             loss = loss + self.hidden * parts["hidden"]
+        if self.sparsity and student.training:
+            parts["spike_size"] = student.mean_spike_size(mask)
+            loss = loss + self.sparsity * (parts["spike_size"] - self.sparsity_target).clamp(min=0)
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def _compared(

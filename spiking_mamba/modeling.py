@@ -306,6 +306,37 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
         """
         self.graphs = DecodingGraphs(self._one_token, self.backbone.layers) if captures else None
 
+    def keep_spike_sizes(self, keeps: bool = True) -> None:
+        """Let every projection keep its spikes' size in the next forward pass in training, for
+        :meth:`mean_spike_size`; to be called before each, for what is kept stays."""
+        for projection in self.projections().values():
+            projection.keeps_spike_size, projection.kept_spike_size = keeps, None
+
+    def mean_spike_size(self, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean ``|s|`` of the last forward pass in training, weighted by output width as in
+        ``SpikeCounts.mean_abs``; a float32 scalar with the surrogate's gradient.
+
+        Args:
+            mask: ``[B, L]`` bool, which tokens count; None: all.
+
+        Raises:
+            RuntimeError: the sizes were not kept, or kept without a graph, as under reentrant gradient
+                checkpointing.
+        """
+        projections = self.projections().values()
+        if any(projection.kept_spike_size is None for projection in projections) or not projections:
+            raise RuntimeError("No spike sizes: call keep_spike_sizes() before a forward pass in training.")
+        if torch.is_grad_enabled() and not all(p.kept_spike_size.requires_grad for p in projections):
+            raise RuntimeError(
+                "The spike sizes have no gradient: reentrant gradient checkpointing cannot give one; use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        total = sum(p.kept_spike_size * p.out_features for p in projections)  # [B, L]
+        weight = sum(p.in_features * p.out_features for p in projections)
+        if mask is None:
+            return total.mean() / weight
+        return (total * mask).sum() / mask.sum().clamp(min=1) / weight
+
     @property
     def sgc_lambda(self) -> float:
         """SGC's lambda now; 0 without the path."""

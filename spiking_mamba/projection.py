@@ -13,6 +13,12 @@ from neurons.compensation import compensate
 __all__ = ["SpikingProjection"]
 
 
+def _scalar(value: float) -> torch.Tensor:
+    """A number that a compiled block takes in, where a Python number would be compiled in; always a true
+    float32 on the CPU, even where the model is made on the meta device or in a 16-bit default dtype."""
+    return torch.tensor(float(value), dtype=torch.float32, device="cpu")
+
+
 class SpikingProjection(nn.Linear):
     r"""``y = V_th * W S(x / V_th) + b``: a linear layer fed by spikes, or a plain one without a neuron.
 
@@ -27,6 +33,11 @@ class SpikingProjection(nn.Linear):
         learn_threshold: train ``log V_th`` as the float32 parameter ``log_threshold``.
         sgc: ``None`` or the complete SGC settings of the config; see :mod:`neurons.compensation`.
         spike_driven: feed the weight ternary micro-steps and sum, instead of integers; without SGC.
+
+    Attributes:
+        keeps_spike_size: keep ``spike_size`` in training, for a penalty on it.
+        spike_size: ``sum |s|`` over the channels in the last forward pass; float32 ``[B, L]``, in the graph.
+        kept_spike_size: see :meth:`keep_spike_size`.
     """
 
     def __init__(
@@ -44,10 +55,13 @@ class SpikingProjection(nn.Linear):
         super().__init__(in_features, out_features, bias=bias)
         self.neuron = neuron
         self.membrane = membrane
-        self.initial_threshold = threshold
+        self.keeps_spike_size = False
+        self.spike_size: torch.Tensor | None = None
+        self.kept_spike_size: torch.Tensor | None = None
         if learn_threshold:
             # of shape [1]: FSDP shards no scalars
             self.log_threshold = nn.Parameter(torch.full((1,), math.log(threshold)))
+        self.initial_threshold = threshold
         self.sgc = sgc
         self.sgc_lambda = 0.0 if sgc is None else float(sgc["lam"])
         self.spike_driven = spike_driven
@@ -66,6 +80,17 @@ class SpikingProjection(nn.Linear):
         return self.initial_threshold
 
     @property
+    def initial_threshold(self) -> float:
+        """V_th as it was given; it stays so unless it is learned."""
+        return self._initial_threshold
+
+    @initial_threshold.setter
+    def initial_threshold(self, threshold: float) -> None:
+        self._initial_threshold = threshold
+        self._unit = threshold == 1.0 and not hasattr(self, "log_threshold")
+        self._fixed = _scalar(threshold)
+
+    @property
     def sgc_lambda(self) -> float:
         """SGC's lambda now; 0 switches the path off."""
         return self._sgc_lambda
@@ -74,7 +99,7 @@ class SpikingProjection(nn.Linear):
     def sgc_lambda(self, lam: float) -> None:
         self._sgc_lambda = float(lam)
         self._compensates = self.sgc is not None and lam > 0.0
-        self._lam = torch.tensor(float(lam))  # a compiled block takes it in; a number would be compiled in
+        self._lam = _scalar(lam)
 
     @property
     def max_spike_count(self) -> int:
@@ -121,19 +146,26 @@ class SpikingProjection(nn.Linear):
         """Whether the node works without a potential: nobody will ask for it, every token being a window."""
         return self.membrane == "token" and isinstance(self.neuron, neurons.SILIFNode)
 
-    def _compensated(self, u: torch.Tensor, states: list | None) -> torch.Tensor:
-        """The spikes with SGC's smooth path mixed in, ``[B, L, in_features]``."""
+    def keep_spike_size(self) -> None:
+        """Keep the size of the first pass. Gradient checkpointing calls again in the backward pass, and to
+        hold a tensor from there would hold the whole block's recomputed activations."""
+        if self.kept_spike_size is None:
+            self.kept_spike_size = self.spike_size
+        self.spike_size = None
+
+    def _compensated(self, u: torch.Tensor, states: list | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """The spikes, and these with SGC's smooth path mixed in, each ``[B, L, in_features]``."""
         assert self.sgc is not None
         mode, function = self.sgc["mode"], self.sgc["function"]
         compiling = torch.compiler.is_compiling()
         if compiling or not self._stateless:
             lam = self._lam if compiling else self.sgc_lambda
-            return compensate(u, self.spikes(u, states), mode, function, lam, self.max_spike_count)
+            spike = self.spikes(u, states)
+            return spike, compensate(u, spike, mode, function, lam, self.max_spike_count)
         node = self.neuron
         node.compensation = mode, function, self.sgc_lambda
         try:
-            self.spikes(u)
-            return node.compensated[0]
+            return self.spikes(u), node.compensated[0]
         finally:
             node.compensation = node.compensated = None
 
@@ -142,15 +174,19 @@ class SpikingProjection(nn.Linear):
         :meth:`spikes`."""
         if self.neuron is None:
             return super().forward(x)
-        threshold = self.threshold
-        unit = not isinstance(threshold, torch.Tensor) and threshold == 1.0
-        u = x if unit else x.float() / threshold
-        compensates = self._compensates and self.training and not self.spike_driven
-        spike = self._compensated(u, states) if compensates else self.spikes(u, states)
+        compiles = torch.compiler.is_compiling() and not hasattr(self, "log_threshold")
+        threshold = self._fixed if compiles else self.threshold
+        u = x if self._unit else x.float() / threshold
+        if self._compensates and self.training and not self.spike_driven:
+            emitted, spike = self._compensated(u, states)
+        else:
+            emitted = spike = self.spikes(u, states)
+        if self.keeps_spike_size and self.training:
+            self.spike_size = emitted.abs().sum(-1, dtype=torch.float32)
         if not torch.is_autocast_enabled(x.device.type):
             spike = spike.to(self.weight.dtype)
         y = self._accumulate(spike)
-        y = y if unit else (y * threshold).to(y.dtype)
+        y = y if self._unit else (y * threshold).to(y.dtype)
         return y if self.bias is None else y + self.bias
 
     def _accumulate(self, spike: torch.Tensor) -> torch.Tensor:

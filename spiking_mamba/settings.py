@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-__all__ = ["load_yaml", "parse_settings", "reject_unknown_keys"]
+__all__ = ["load_yaml", "parse_settings", "reject_unknown_keys", "set_dotted"]
 
 T = TypeVar("T")
 
@@ -39,7 +39,8 @@ def reject_unknown_keys(given: Mapping[str, Any], known: Iterable[str], where: s
             raise ValueError(f"Unknown key {key!r} in {where}; {hint}")
 
 
-def _set(settings: dict[str, Any], dotted: str, value: Any) -> None:
+def set_dotted(settings: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set ``a.b.c`` in nested mappings; those on the way are copied, so that others may share them."""
     *parents, last = dotted.split(".")
     for parent in parents:
         child = settings.get(parent)
@@ -123,7 +124,7 @@ def parse_settings(cls: type[T], arguments: Sequence[str] | None = None, descrip
             raise ValueError(f"{path} is no mapping of keys to values.")
         reject_unknown_keys(settings, (f.name for f in dataclasses.fields(cls)), str(path))  # type: ignore[arg-type]
         for key, value in _overrides(rest).items():
-            _set(settings, key, value)
+            set_dotted(settings, key, value)
         return _checked(cls, settings, str(path))
     except (ValueError, TypeError, yaml.YAMLError) as error:
         parser.error(str(error))

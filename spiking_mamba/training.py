@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow.compute as pc
 import torch
 import transformers
@@ -54,7 +55,8 @@ class RunError(ValueError):
 
 def collate(rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
     """Rows of equal length to ``input_ids`` and ``labels`` of shape ``[B, L]``."""
-    input_ids = torch.tensor([row["input_ids"] for row in rows], dtype=torch.long)
+    ids = np.array([row["input_ids"] for row in rows], dtype=np.int64)  # faster than torch, from lists too
+    input_ids = torch.from_numpy(ids)
     return {"input_ids": input_ids, "labels": input_ids.clone()}
 
 

@@ -1,0 +1,169 @@
+"""docs/results.md from results written by hand: every number traced to its file, none without one."""
+
+import json
+import re
+import struct
+import subprocess
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "recipes/ablate"))  # as for the script itself
+import results  # noqa: E402
+import study  # noqa: E402
+
+sys.path.pop(0)
+
+CONTROL = {"neuron": None, "loss": {"kl": 0.0, "cross_entropy": 1.0}}
+ROWS = [
+    {"name": "fine", "lever": "V_th", "threshold": 0.5, "seeds": [0, 1, 2]},
+    {"name": "control", **CONTROL, "seeds": [0, 1]},
+    {"name": "worse control", **CONTROL, "training.learning_rate": 0.1},
+    {"name": "coarse", "lever": "D", "threshold": 1.0},
+    {"name": "blown up", "threshold": 2.0},
+    {"name": "never run", "threshold": 3.0, "seeds": [0, 1, 2]},
+]
+CLAIMS = [
+    {"claim": "It saves energy.", "rows": ["fine", "coarse"], "verdict": "Reproduced at this scale."},
+    {"claim": "It is good.", "rows": ["fine", "never run"], "verdict": "SHOWN TOO EARLY"},
+    {"claim": "It is pretty.", "verdict": "Cannot be seen at this scale."},
+]
+
+
+@pytest.fixture
+def settings(tmp_path):
+    neuron = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 8}}
+    training = {"max_steps": 10, "per_device_train_batch_size": 10}
+    content = {
+        "name": "small",
+        "title": "A small table",
+        "about": "What is in it.",
+        "teacher": "none",
+        "data": "none.txt",
+        "held_out": "none.txt",
+        "common": {"length": 100, "neuron": neuron, "training": training},
+        "rows": ROWS,
+        "claims": CLAIMS,
+        "results": str(tmp_path / "results"),
+    }
+    path = tmp_path / "small.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return results.ResultsSettings(tables=[str(path)], page=str(tmp_path / "results.md"))
+
+
+def put(settings, name, seed, perplexity, gain=None, status="done", **others):
+    table = study.parse_settings(study.Table, settings.tables)
+    row = next(row for row in table.rows if row["name"] == name)
+    own = {k: v for k, v in asdict(table.settings(row, seed)).items() if k not in study.OUTSIDE}
+    gains = {"fp32": gain, "fp16": gain, "int8": gain, "quantised_sparse": 1.5} if gain else {"fp32": 1.0}
+    run = {
+        "status": status,
+        "settings": own,
+        "tokens": 10_000,
+        "train_seconds": 0.02,
+        "seconds": 30.0,
+        "teacher": {"perplexity": 10.0},
+        "hardware": {"device": "NVIDIA H100", "gpu": "NVIDIA H100"},
+        "date": "2026-11-23T10:00:00+00:00",
+        "versions": {"torch": "2.11.0"},
+        "held_out_tokens": 12_345,
+    }
+    if status == "done":
+        spikes = {"mean_abs": 5.11 / gain, "nonzero_share": 0.25} if gain else {"mean_abs": None}
+        run |= {"before": {"perplexity": 20.0}, "after": {"perplexity": perplexity, "gain": gains} | spikes}
+    path = study.result_path(table, row, seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(run | others))
+
+
+def page(settings):
+    results.write(settings)
+    return Path(settings.page).read_text()
+
+
+def cells(text, name):
+    (line,) = [line for line in text.splitlines() if line.startswith(f"| {name} ")]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_without_runs_there_are_no_numbers(settings, tmp_path):
+    text = page(settings)
+    for row in ROWS:
+        found = cells(text, row["name"])
+        assert found[1] == "not run"
+        assert found[2] == "0.0"  # the plan's tokens, in millions
+        assert not any(found[3:])
+    assert "SHOWN TOO EARLY" not in text
+    assert text.count("Not yet run.") == 2
+    assert "Cannot be seen at this scale." in text
+    assert not (tmp_path / "frontier.png").exists()
+    # 11 runs of 10,000 tokens at 500,000 a second, and 10 seconds around each
+    assert re.search(r"small.yaml +\| +11 \| +0 \| +2 \| +0 \| +0.0 \|", text)
+    assert "guess of 500k tokens/s" in text
+
+
+def fill(settings):
+    for seed, perplexity in enumerate((10.1, 10.2, 10.3)):
+        put(settings, "fine", seed, perplexity, gain=5.0)
+    put(settings, "control", 0, 9.9)
+    put(settings, "control", 1, 10.1)
+    put(settings, "worse control", 0, 11.0)
+    put(settings, "coarse", 0, 11.0, gain=9.0)
+    put(settings, "blown up", 0, None, status="diverged", error="NaN")
+
+
+def test_numbers_by_hand(settings, tmp_path):
+    fill(settings)
+    text = page(settings)
+    # mean 10.2, sd 0.1, t(2) = 4.3027: half an interval is 4.3027 * 0.1 / sqrt(3) = 0.2484
+    found = cells(text, "fine")
+    assert found[1:5] == [
+        "3 of 3",
+        "0.0",
+        "20.00",
+        "10.200 ± 0.1 [9.952, 10.448]".replace("[", "\\[").replace("]", "\\]"),
+    ]
+    assert found[5].startswith("+2.00 ± 1 ")  # over the teacher's 10
+    assert found[6].startswith("+2.00 ± 1 ")  # over the better control's mean, 10
+    assert found[8].startswith("5.00")
+    coarse = cells(text, "coarse")
+    assert coarse[1:7] == ["1 of 1", "0.0", "20.00", "11.000", "+10.00", "+10.00"]
+    assert cells(text, "blown up")[1] == "0 of 1, diverged"
+    assert cells(text, "never run")[1] == "not run"
+    assert "Reproduced at this scale." in text
+    assert "SHOWN TOO EARLY" not in text
+    assert "is met: 'fine' stands +2.00 % from 'control' at 5.00x, 3 seed" in text
+    assert "8 runs, 4.0 minutes on NVIDIA H100; 2026-11-23 to 2026-11-23; torch 2.11.0; 12,345" in text
+    assert "up to 500k tokens/s" in text
+    picture = (tmp_path / "frontier.png").read_bytes()
+    width, height = struct.unpack(">II", picture[16:24])
+    assert (width, height) > (800, 500)
+
+
+def test_a_result_of_other_settings_does_not_count(settings):
+    fill(settings)
+    path = Path(settings.tables[0])
+    path.write_text(path.read_text().replace("threshold: 0.5", "threshold: 0.6"))
+    text = page(settings)
+    assert cells(text, "fine")[1] == "not run"
+    assert cells(text, "coarse")[1] == "1 of 1"
+    assert "is not met: 'coarse'" in text
+
+
+def test_missed(settings):
+    fill(settings)
+    for seed in range(3):
+        put(settings, "fine", seed, 10.35, gain=4.8)
+    assert "is not met: 'fine' stands +3.50 %" in page(settings)
+
+
+def test_the_page_in_the_repository_is_that_of_its_files(tmp_path):
+    target = tmp_path / "results.md"
+    command = [sys.executable, ROOT / "recipes/ablate/results.py", ROOT / "recipes/ablate/results.yaml"]
+    done = subprocess.run([*command, f"page={target}"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert target.read_text() == (ROOT / "docs/results.md").read_text()
