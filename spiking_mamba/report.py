@@ -96,7 +96,8 @@ def _draw(results: dict[str, Any], path: Path) -> None:
     figure, (losses, spikes, energy) = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
     points = [(row["step"], row["kl"]) for row in results["log"] if "kl" in row]
     losses.plot([x for x, _ in points], [y for _, y in points], marker=".")
-    losses.set(title="KL of the student to its teacher", xlabel="step", ylabel="nats a token", yscale="log")
+    losses.set(title="KL of the student to its teacher", xlabel="step", ylabel="nats a token")
+    losses.set_ylim(bottom=0)
 
     rows = results["spikes"]["projections"]
     shares = [[count / max(1, sum(row["histogram"])) for count in row["histogram"]] for row in rows.values()]
@@ -105,6 +106,7 @@ def _draw(results: dict[str, Any], path: Path) -> None:
     image = spikes.imshow(shares, aspect="auto", cmap="viridis", norm="log", extent=extent)
     labels = [f"{n.split('.')[2]} {n.rsplit('.', 1)[1].removesuffix('_proj')}" for n in rows]
     spikes.set_yticks([i + 0.5 for i in range(len(labels))], labels, fontsize=8)
+    spikes.xaxis.get_major_locator().set_params(integer=True)
     spikes.set(title="Spike counts by layer", xlabel="spike count s", ylabel="layer, projection")
     figure.colorbar(image, ax=spikes, label="share of spike counts")
 
