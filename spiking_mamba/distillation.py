@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from datasets import Dataset
 from transformers import (
-    AutoTokenizer,
     PreTrainedTokenizerBase,
     Trainer,
     TrainerCallback,
@@ -24,6 +23,7 @@ from .modeling import SpikingMambaForCausalLM
 from .settings import reject_unknown_keys
 from .spikes import count_spikes
 from .spiking_trainer import SpikingTrainer, sgc_lambda
+from .tokenizer import load_tokenizer
 from .training import (
     autocast,
     check_rows,
@@ -109,7 +109,8 @@ class DistillationSettings:
     """Settings of one distillation; every field is a key of the YAML file.
 
     Attributes:
-        teacher: folder or hub name of a dense Mamba2 checkpoint with its tokenizer.
+        teacher: folder or hub name of a dense Mamba2 checkpoint.
+        tokenizer: folder or hub name of its tokenizer; null where it lies beside the teacher.
         output: folder of the run: settings, checkpoints, log, and the student in ``model/``.
         data: text, see ``spiking_mamba.data.load_text``: a corpus that a package carries, a file, a hub
             name, or a list of them.
@@ -134,6 +135,7 @@ class DistillationSettings:
     teacher: str
     output: str
     data: Any = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
+    tokenizer: Any = None
     length: int = 256
     neuron: Any = field(
         default_factory=lambda: {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
@@ -193,7 +195,7 @@ def distill(
     loss = settings.make_loss()
     teacher = load_dense(settings.teacher) if teacher is None else teacher
     if tokenizer is None and rows is None:
-        tokenizer = AutoTokenizer.from_pretrained(settings.teacher)
+        tokenizer = load_tokenizer(settings.teacher, settings.tokenizer)
     student = SpikingMambaForCausalLM.from_dense(
         teacher,
         neuron=settings.neuron,

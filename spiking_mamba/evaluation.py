@@ -32,6 +32,7 @@ from .results_cache import ResultsCache
 from .scoring import perplexity, score, zero_shot
 from .spikes import ProjectionSpikes, SpikeCounts, count_spikes
 from .statistics import gaps, groups
+from .tokenizer import has_tokenizer, load_tokenizer
 from .training import RunError, write_whole
 
 if TYPE_CHECKING:
@@ -68,8 +69,6 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
             anything is measured, but for damaged weights and NaN in logits: models are loaded one at a
             time. Results already there stay as they are.
     """
-    from .harness import has_tokenizer, load_tokenizer
-
     checkpoints = settings.checkpoints()
     folders = [locate(checkpoint.path)[0] for checkpoint in checkpoints]
     tokenizers = [load_tokenizer(f, None if has_tokenizer(f) else settings.tokenizer) for f in folders]

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from .benchmarks import undisturbed
-from .checkpoint import CheckpointError, load_model
+from .checkpoint import load_model
 from .settings import reject_unknown_keys
+from .tokenizer import check_vocabulary, load_tokenizer
 
 try:
     from lm_eval.api.registry import register_model
@@ -27,50 +28,12 @@ except ImportError as error:
 if TYPE_CHECKING:
     from lm_eval.api.instance import Instance
 
-__all__ = ["SpikingMambaLM", "check_vocabulary", "has_tokenizer", "load_tokenizer"]
+__all__ = ["SpikingMambaLM"]
 
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 _PASSED_ON = (
     *("max_length", "logits_cache", "softmax_dtype", "max_batch_size", "add_bos_token", "prefix_token_id"),
     *("think_end_token", "enable_thinking", "chat_template_args"),
 )
-
-
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a checkpoint's folder holds a tokenizer."""
-    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
-
-
-def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, or the one named by ``tokenizer``: a folder or a hub name.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    name = str(tokenizer or checkpoint)
-    # without its files transformers would make up an empty one for the type of the model
-    if Path(name).is_dir() and not has_tokenizer(Path(name)):
-        raise CheckpointError(
-            f"{name} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}): name the folder or the hub "
-            "name of the one that the model was trained with, tokenizer=..."
-        )
-    try:
-        return AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # a broken file or no network; readers of both raise what they please
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"No tokenizer can be loaded from {name}; name another by tokenizer=...: {reason}"
-        ) from error
-
-
-def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
-    """Raise a CheckpointError for a tokenizer with ids that the model does not know."""
-    # the embedding's rows may be padded beyond the tokenizer's entries, not the other way round
-    if (largest := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
-        raise CheckpointError(
-            f"The tokenizer knows the token id {largest}, outside the vocabulary of "
-            f"{model.config.vocab_size}: it does not belong to the model."
-        )
 
 
 def _without_zeros(tokens: list[int]) -> tuple[int, ...]:

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from .checkpoint import load_model
 from .configuration import SpikingMambaConfig
-from .harness import check_vocabulary, load_tokenizer
 from .modeling import SpikingMambaForCausalLM
 from .preference_data import Preference, RowReport, read_preferences
 from .preference_evaluation import compare, held_out_text, judge
@@ -24,6 +23,7 @@ from .provenance import provenance
 from .settings import reject_unknown_keys
 from .spikes import count_spikes
 from .spiking_trainer import SpikingTrainer
+from .tokenizer import check_vocabulary, load_tokenizer
 from .training import (
     RunError,
     compile_blocks,

@@ -19,10 +19,10 @@ from spiking_mamba import SpikingMambaForCausalLM, data, evaluation
 from spiking_mamba.checkpoint import load_model, locate
 from spiking_mamba.configuration import PROJECTIONS
 from spiking_mamba.figures import COLOURS, picture
-from spiking_mamba.harness import check_vocabulary, load_tokenizer
 from spiking_mamba.outliers import SCOPES, number_of_outliers, replace_outliers
 from spiking_mamba.report import markdown_table
 from spiking_mamba.settings import parse_settings
+from spiking_mamba.tokenizer import check_vocabulary, load_tokenizer
 from spiking_mamba.training import RunError, device_name, fail_clearly, quiet, start_run, write_whole
 
 VERSIONS = ("torch", "transformers", "spikingjelly")

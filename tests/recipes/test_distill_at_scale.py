@@ -177,6 +177,7 @@ def test_large_settings_are_the_sources(size):
     arguments = settings.make_arguments()
     assert (settings.teacher, settings.length) == (f"state-spaces/mamba2-{size}", 2048)
     assert settings.freeze_embeddings
+    assert settings.tokenizer  # the checkpoints have none of their own
     assert arguments.get_warmup_steps(1000) == 10
     assert arguments.lr_scheduler_type == "cosine"
     assert "adamw" in arguments.optim

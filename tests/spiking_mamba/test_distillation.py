@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,6 +17,7 @@ from tiny import INTEGER, LEAKY, VOCABULARY, recorded_spikes, tiny_config, tiny_
 from transformers import AutoTokenizer, TrainerCallback
 
 from spiking_mamba import SpikingMambaForCausalLM
+from spiking_mamba.checkpoint import CheckpointError
 from spiking_mamba.data import DataError
 from spiking_mamba.distillation import DistillationSettings, DistillationTrainer, distill
 from spiking_mamba.distillation_loss import DistillationLoss, hidden_loss, token_mask
@@ -382,6 +384,23 @@ def settings(teacher_folder, text, tmp_path):
 def losses(history):
     kept = ("loss", "kl", "hidden", "ce", "mean_abs_spike", "sgc_lambda", "grad_norm", "learning_rate")
     return {row["step"]: [row[key] for key in kept] for row in history if "loss" in row}
+
+
+def test_the_tokenizer_may_lie_elsewhere(settings, teacher_folder, tmp_path):
+    """As for state-spaces' checkpoints, which come without one."""
+    bare, elsewhere = tmp_path / "teacher", tmp_path / "tokenizer"
+    AutoTokenizer.from_pretrained(teacher_folder).save_pretrained(elsewhere)
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(teacher_folder / name, bare)
+    with pytest.raises(CheckpointError, match="tokenizer="):
+        distill(replace(settings, teacher=str(bare)))
+    assert not (tmp_path / "run").exists()
+    _, expected = distill(settings)
+    other = replace(settings, teacher=str(bare), tokenizer=str(elsewhere), output=str(tmp_path / "other"))
+    folder, history = distill(other)
+    assert losses(history) == losses(expected)
+    assert (folder / "tokenizer.json").is_file()
 
 
 class Stop(TrainerCallback):
