@@ -3,14 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
+from commands import ROOT, run, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -19,27 +18,10 @@ from spiking_mamba.distillation import DistillationSettings
 from spiking_mamba.pretraining import PretrainingSettings, pretrain
 from spiking_mamba.settings import parse_settings
 
-ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/distill"
 HERE = Path(__file__).parent
 SIZES = ("130m", "1.3b")
 STEPS = 5
-
-
-def run(*command, **environment):
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=os.environ | own | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
-def torchrun(*command, **environment):
-    return run("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", *command, **environment)
 
 
 @pytest.fixture(scope="module")

@@ -1,14 +1,12 @@
 """The rl recipes: real command lines, on two processes, killed and resumed."""
 
 import json
-import os
 import random
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, run, torchrun
 from safetensors.torch import load_file
 
 import neurons
@@ -20,23 +18,10 @@ from spiking_mamba.training import finish_run
 
 pytest.importorskip("trl")
 
-ROOT = Path(__file__).parents[2]
 RECIPE = ROOT / "recipes/rl"
 KILLED = Path(__file__).parent / "killed.py"
 STEPS = 5
 FIRST = ("cats", "dogs", "foxes", "owls")
-
-
-def run(*command, **environment):
-    own = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run(
-        [sys.executable, *map(str, command)],
-        cwd=ROOT,
-        env=os.environ | own | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +147,7 @@ def test_a_killed_run_goes_on_bit_for_bit(one_process, folder, tmp_path):
 def test_two_processes_train_as_one(one_process, folder, tmp_path):
     method, output = one_process
     options = [*OPTIONS[method], "training.per_device_train_batch_size=4", f"output={tmp_path / 'run'}"]
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
-    done = run(*launcher, *arguments(method, folder, *options))
+    done = torchrun(*arguments(method, folder, *options))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("| preference accuracy, all") == 1
     kept = ("loss", "kl", "grad_norm", "sgc_lambda", "learning_rate")
