@@ -158,8 +158,10 @@ def test_two_processes_train_as_one(one_process, folder, tmp_path):
     assert len(found) == STEPS
     for row, other in zip(found, expected, strict=True):
         assert row == pytest.approx(other, rel=1e-4, abs=1e-6)
-    for name, weight in weights(output).items():
-        assert torch.allclose(weights(tmp_path / "run")[name], weight, atol=1e-5), name
+    start = load_file(folder / "student/model.safetensors")
+    alone, together = weights(output), weights(tmp_path / "run")
+    for name, weight in alone.items():  # AdamW makes much of the last bits of small gradients
+        assert (together[name] - weight).norm() <= 1e-3 * (weight - start[name]).norm(), name
 
 
 def test_the_dense_control_takes_the_same_command(folder, tmp_path):
