@@ -148,9 +148,7 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
     )
     history = run(trainer, settings.resume)
     sources = [settings.data] if isinstance(settings.data, str) else list(settings.data)
-    # Trainer makes one step more, at a learning rate of 0, when a finished run is resumed
-    steps = min(trainer.state.global_step, trainer.state.max_steps)
-    tokens = steps * arguments.train_batch_size * arguments.world_size
+    tokens = trainer.state.global_step * arguments.train_batch_size * arguments.world_size
     tokens *= arguments.gradient_accumulation_steps * settings.length
     record = provenance(settings) | {
         "gpus_or_processes": arguments.world_size,

@@ -102,7 +102,11 @@ def read(table: Table) -> list[Row]:
         for seed in row.get("seeds", table.seeds):
             path = result_path(table, row, seed)
             if path.is_file():
-                run = json.loads(path.read_text())
+                try:
+                    run = json.loads(path.read_text())
+                    run["settings"], run["status"]
+                except (ValueError, TypeError, KeyError) as error:
+                    raise ValueError(f"{path} is no result of study.py: {error!r}") from error
                 wanted = {k: v for k, v in asdict(table.settings(row, seed)).items() if k not in OUTSIDE}
                 if run["settings"] == json.loads(json.dumps(wanted)):
                     found.append(run)
@@ -307,7 +311,7 @@ def draw(path: Path, rows: Sequence[Row]) -> bool:
 
 def write(settings: ResultsSettings) -> None:
     tables = []
-    for path in settings.tables:
+    for path in [settings.tables] if isinstance(settings.tables, str) else settings.tables:
         override = [] if settings.results is None else [f"results={settings.results}"]
         table = parse_settings(Table, [path, *override])
         tables.append((path, table, read(table)))
@@ -318,11 +322,13 @@ def write(settings: ResultsSettings) -> None:
             "What the source (SpikingMamba, arXiv 2510.04595) claims, measured on our own teacher as far "
             "as it can be seen at this scale. Written by recipes/ablate/results.py from the files in "
             "docs/results, one a run: there is no number without a run behind it."
+            + ("" if any(row.runs for row in rows) else " Nothing has been run yet: this is the plan.")
         ),
         *plan(tables),
         Paragraph(answer(rows)),
     ]
     image = Path(settings.page).with_name("frontier.png")
+    image.parent.mkdir(parents=True, exist_ok=True)
     if draw(image, rows):
         blocks.append(Picture(image, "Perplexity over the dense control's against energy gain"))
     blocks += [Heading("How to read the tables"), Paragraph(READING)]

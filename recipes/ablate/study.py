@@ -1,7 +1,7 @@
 """Distil the rows of a table, one student after another, and keep what each is worth.
 
 python recipes/ablate/study.py recipes/ablate/tables/frontier.yaml
-python recipes/ablate/study.py recipes/ablate/tables/frontier.yaml only='[learned*]' minutes=9
+python recipes/ablate/study.py recipes/ablate/tables/frontier.yaml only='*learned*' minutes=9
 """
 
 import copy
@@ -106,9 +106,11 @@ class Table:
         if not all(isinstance(name, str) and slug(name) for name in names) or len(set(slugs)) < len(slugs):
             raise ValueError(f"Every row of {self.name} needs a name of its own, got {names}.")
         self.only = [self.only] if isinstance(self.only, str) else self.only
+        if isinstance(self.only, dict) or not all(isinstance(pattern, str) for pattern in self.only or ()):
+            raise ValueError("only takes names; quote one with a colon or comma twice: only='\"4.76x: *\"'.")
         for pattern in self.only or ():
             if not fnmatch.filter(names, pattern):
-                raise ValueError(f"only={pattern!r} is none of the rows {', '.join(names)}.")
+                raise ValueError(f"only={pattern!r} is none of the rows {', '.join(map(repr, names))}.")
         for claim in self.claims:
             reject_unknown_keys(claim, ("claim", "rows", "verdict"), f"{self.name}: claims")
             reject_unknown_keys(dict.fromkeys(claim.get("rows", ())), names, f"{self.name}: claims")
@@ -372,7 +374,7 @@ def line(result: dict[str, Any], dense: float) -> str:
 
 
 def study(table: Table) -> int:
-    """Run what is not done yet; how many rows failed or diverged."""
+    """Run what is not done yet; how many rows failed. One that diverged is a result."""
     # rows of other lengths are other shapes, not shapes that change; a table has more than 8 variants
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 256
@@ -394,7 +396,7 @@ def study(table: Table) -> int:
             result = shared.run(row, seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(result, indent=1) + "\n")
-            bad += result["status"] != "done"
+            bad += result["status"] == "failed"
             print(f"{title}: {line(result, shared.dense['perplexity'])}", flush=True)
     if late:
         print(f"{late} rows did not fit into {table.minutes} minutes.")
@@ -409,7 +411,7 @@ def main() -> None:
             raise RunError(f"minutes must be positive, got {table.minutes}.")
         bad = study(table)
     if bad:
-        print(f"{bad} rows failed or diverged; their files say why.", file=sys.stderr)
+        sys.exit(f"{bad} rows failed; their files say why.")
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ class QuickstartSettings:
             ``spiking_mamba.distillation.DistillationSettings``.
         held_out: text that the teacher has not seen, and
         held_out_rows: how many rows of it give the perplexity.
-        tasks: zero-shot sets, see ``spiking_mamba.evaluation.CHANCE``.
+        tasks: zero-shot sets, see ``spiking_mamba.benchmarks``.
         limit: items of each set; null for all.
         seed: of data order and every random generator.
         resume, overwrite: go on with, or throw away, the run in ``output``.
@@ -60,6 +60,12 @@ class QuickstartSettings:
     seed: int = 0
     resume: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        counts = {"held_out_rows": self.held_out_rows} | ({} if self.limit is None else {"limit": self.limit})
+        for name, value in counts.items():
+            if type(value) is not int or value < 1:
+                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
 
     def distillation(self) -> DistillationSettings:
         names = {f.name for f in dataclasses.fields(DistillationSettings)}

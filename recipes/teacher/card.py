@@ -49,7 +49,10 @@ class CardSettings:
 def read(path: Path) -> Any:
     if not path.is_file():
         raise data.DataError(f"There is no {path}: see recipes/teacher/README.md.")
-    return json.loads(path.read_text())
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise data.DataError(f"{path} is damaged: {error}") from error
 
 
 def sample(model: Any, tokenizer: Any, seed: int) -> str:
@@ -99,8 +102,8 @@ def score_rows(tasks: dict[str, Any]) -> list[list[str]]:
 
 def sources(manifest: dict[str, Any]) -> list[list[str]]:
     return [
-        [f"{name} {of['version']}", of["licence"], str(of["documents"]), f"{of['tokens']:,}"]
-        for name, of in manifest["sources"].items()
+        [f"{of['package']} {of['version']}", of["licence"], str(of["documents"]), f"{of['tokens']:,}"]
+        for of in manifest["sources"].values()
     ]
 
 
@@ -113,6 +116,8 @@ def main() -> None:
         manifest, ngram = read(corpus / "manifest.json"), read(corpus / "ngram.json")
         paths = [settings.evaluation] if isinstance(settings.evaluation, str) else settings.evaluation
         every = [read(Path(path)) for path in paths]
+        if any(len(each.get("models", ())) != 1 for each in every):
+            raise ValueError(f"Each of {', '.join(map(str, paths))} must be an evaluation of one model.")
         results = every[0]
         (found,), *more = [each["models"] for each in every]
         for (other,) in more:
@@ -134,7 +139,7 @@ def main() -> None:
         held = [row for row in log if "eval_loss" in row]
         steps = held[-1]["step"]
         tokens_a_step = training["tokens_seen"] / steps
-        earlier = held[-5]
+        earlier = held[max(0, len(held) - 5)]
         draw(log, tokens_a_step, folder / "curve.png")
         hardware, settings_used = training["hardware"], training["settings"]
         card = TEMPLATE.read_text().format(
@@ -149,7 +154,8 @@ def main() -> None:
             length=length,
             dtype=found["dtype"],
             scores=markdown_table(["set", "items", "acc", "acc_norm", "chance"], score_rows(found["tasks"])),
-            evaluated=results["provenance"]["date"][:10],
+            evaluated=f"{results['provenance']['date'][:10]} on {results['provenance']['hardware']['cpu']}",
+            commands="\n".join(f"    {each['provenance']['command']}" for each in every),
             command=training["command"],
             processes=training["gpus_or_processes"],
             hardware=hardware["gpu"] or hardware["cpu"],

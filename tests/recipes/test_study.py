@@ -161,7 +161,7 @@ def test_what_goes_wrong_is_recorded_and_the_rest_goes_on(folder, monkeypatch):
         {"name": "fine"},
     ]
     rows[0] |= {"training.max_grad_norm": 0.0, "training.logging_steps": 5}
-    assert study.study(table(folder, rows)) == 2
+    assert study.study(table(folder, rows)) == 1  # to diverge is a result
     assert result(folder, "diverges-0")["status"] == "diverged"
     assert result(folder, "impossible-0")["status"] == "failed"
     assert "fewer than one batch" in result(folder, "impossible-0")["error"]
@@ -223,6 +223,7 @@ def test_two_processes_share_a_table(folder, monkeypatch, capsys):
         ({"rows": [{"name": "a"}, {"name": "a"}]}, "name of its own"),
         ({"rows": []}, "has no rows"),
         ({"only": "c*"}, "none of the rows"),
+        ({"only": {"a": "b*"}}, "quote one with a colon"),
         ({"claims": [{"claim": "so", "rows": ["c"]}]}, "Unknown key 'c'"),
     ],
 )

@@ -403,6 +403,20 @@ def test_the_tokenizer_may_lie_elsewhere(settings, teacher_folder, tmp_path):
     assert (folder / "tokenizer.json").is_file()
 
 
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_finished_run_that_is_resumed_stays_as_it_is(settings, schedule):
+    settings = replace(settings, training=TRAINING | {"lr_scheduler_type": schedule})
+    folder, expected = distill(settings)
+    before = load_file(folder / "model.safetensors")
+    checkpoints = sorted(path.name for path in folder.parent.glob("checkpoint-*"))
+    for _ in range(2):
+        _, history = distill(replace(settings, resume=True))
+        assert losses(history) == losses(expected)
+        after = load_file(folder / "model.safetensors")
+        assert all(torch.equal(weight, after[name]) for name, weight in before.items())
+        assert sorted(path.name for path in folder.parent.glob("checkpoint-*")) == checkpoints
+
+
 class Stop(TrainerCallback):
     """The power fails one step after a checkpoint."""
 
@@ -469,6 +483,7 @@ def test_a_finished_run_resumes_to_the_same(settings, tmp_path):
         ({"loss": {"tempreature": 2.0}}, ValueError, "did you mean 'temperature'"),
         ({"loss": {"temperature": -2.0}}, ValueError, "must be positive"),
         ({"training": {"learning_rat": 1}}, ValueError, "did you mean 'learning_rate'"),
+        ({"training": {"max_steps": "abc"}}, ValueError, "max_steps must be a number"),
         ({"teacher": "/absent"}, ValueError, "no checkpoint folder"),
         ({"data": "/absent.txt"}, DataError, "No such file"),
         ({"length": 10**6}, DataError, "more text"),
@@ -483,6 +498,11 @@ def test_bad_settings_write_nothing(settings, tmp_path, fields, error, message):
     with pytest.raises(error, match=message):
         distill(replace(settings, **fields))
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_that_yaml_takes_for_text(tmp_path):
+    arguments = training_arguments(tmp_path, {"learning_rate": "2e-3", "max_steps": "1e3", "bf16": False}, 0)
+    assert (arguments.learning_rate, arguments.max_steps) == (0.002, 1000)
 
 
 def test_an_empty_training_file_writes_nothing(settings, tmp_path):
