@@ -254,6 +254,15 @@ def tokenize(
     return datasets.Dataset(pa.table(columns))
 
 
+def draw_rows(
+    source: str | Sequence[str], tokenizer: transformers.PreTrainedTokenizerBase, length: int, rows: int
+) -> datasets.Dataset:
+    """At most `rows` rows of a text to measure on (see `load_text`, `tokenize`): the same ones whatever the
+    run's seed."""
+    found = tokenize(load_text(source), tokenizer, length)
+    return found.shuffle(seed=0).select(range(min(rows, len(found))))
+
+
 def document_stream(dataset: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase) -> np.ndarray:
     """Token ids of the documents of column `text`, end to end, each behind the end-of-text id; int32."""
     end = tokenizer.eos_token_id

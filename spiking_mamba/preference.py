@@ -16,9 +16,10 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from .checkpoint import load_model
 from .configuration import SpikingMambaConfig
+from .data import draw_rows
 from .modeling import SpikingMambaForCausalLM
 from .preference_data import Preference, RowReport, read_preferences
-from .preference_evaluation import compare, held_out_text, judge
+from .preference_evaluation import compare, judge
 from .provenance import provenance
 from .settings import reject_unknown_keys
 from .spikes import count_spikes
@@ -305,7 +306,7 @@ def optimise(settings: DPOSettings | KTOSettings) -> dict[str, Any] | None:
     if len(rows) < (batch := arguments.train_batch_size * arguments.world_size):
         raise RunError(f"The data make {len(rows)} rows, fewer than one batch of {batch}: {report}.")
     held_out, held_out_report = settings.read_held_out(tokenizer)
-    text = settings.text and held_out_text(settings.text, tokenizer, settings.text_length, settings.text_rows)
+    text = settings.text and draw_rows(settings.text, tokenizer, settings.text_length, settings.text_rows)
     compile_blocks(settings.compile, model)
     folder = start_run(settings, settings.resume, settings.overwrite)
     main = PartialState().is_main_process

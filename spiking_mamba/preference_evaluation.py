@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from .data import load_text, tokenize
 from .energy import projection_energy
 from .modeling import SpikingMambaForCausalLM
 from .preference_data import Preference
@@ -20,7 +19,7 @@ from .scoring import evaluating, perplexity
 from .spikes import count_spikes
 from .statistics import paired_gap
 
-__all__ = ["compare", "completion_log_probs", "held_out_text", "judge", "preference_scores", "summary"]
+__all__ = ["compare", "completion_log_probs", "judge", "preference_scores", "summary"]
 
 
 def completion_log_probs(
@@ -97,12 +96,6 @@ def _accuracy(scores: dict[str, list[float]]) -> dict[str, float]:
     """By task, and ``average``, the mean over tasks."""
     found = {task: math.fsum(values) / len(values) for task, values in scores.items()}
     return found | {"average": math.fsum(found.values()) / len(found)}
-
-
-def held_out_text(source: Any, tokenizer: Any, length: int, rows: int) -> datasets.Dataset:
-    """Rows of a text, the same ones whatever the run's seed."""
-    found = tokenize(load_text(source), tokenizer, length)
-    return found.shuffle(seed=0).select(range(min(rows, len(found))))
 
 
 def judge(

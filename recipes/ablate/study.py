@@ -26,7 +26,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import datasets
 import pyarrow.parquet
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, TrainerCallback
+from transformers import TrainerCallback
 
 from spiking_mamba import SpikingMambaForCausalLM, data
 from spiking_mamba.checkpoint import load_dense, load_model, locate
@@ -38,6 +38,7 @@ from spiking_mamba.provenance import provenance
 from spiking_mamba.scoring import perplexity
 from spiking_mamba.settings import parse_settings, reject_unknown_keys, set_dotted
 from spiking_mamba.spikes import SpikeCounts, count_spikes
+from spiking_mamba.tokenizer import load_tokenizer
 from spiking_mamba.training import RunError, fail_clearly, quiet, write_whole
 
 VERSION = 1  # of what a row measures: another number, and every row is run again
@@ -173,7 +174,7 @@ class Study:
     def __init__(self, table: Table) -> None:
         self.table = table
         folder = locate(table.teacher)[0]
-        self.tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+        self.tokenizer = load_tokenizer(folder)
         self.teacher = load_dense(folder).to("cuda" if torch.cuda.is_available() else "cpu")
         files = [path for name in ("*.safetensors", "*.bin", "tokenizer.json") for path in folder.glob(name)]
         self.depends = {

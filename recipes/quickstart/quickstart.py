@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from spiking_mamba import SpikingMambaForCausalLM, data, evaluation
 from spiking_mamba.checkpoint import load_dense
@@ -20,6 +20,7 @@ from spiking_mamba.energy import projection_energy
 from spiking_mamba.report import write_report
 from spiking_mamba.settings import parse_settings
 from spiking_mamba.spikes import count_spikes
+from spiking_mamba.tokenizer import load_tokenizer
 from spiking_mamba.training import device_name, fail_clearly, quiet, start_run
 
 PROMPT = "The city of"
@@ -79,11 +80,10 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
     # what is wrong is an error now, not after the training
     folder, distillation = Path(settings.output), settings.distillation()
     teacher = load_dense(settings.teacher)
-    tokenizer = AutoTokenizer.from_pretrained(settings.teacher)
+    tokenizer = load_tokenizer(settings.teacher)
     distillation.check(teacher.config)
     tasks = evaluation.zero_shot_tasks(settings.tasks)
-    held_out = data.tokenize(data.load_text(settings.held_out), tokenizer, settings.length)
-    held_out = held_out.shuffle(seed=0).select(range(min(settings.held_out_rows, len(held_out))))
+    held_out = data.draw_rows(settings.held_out, tokenizer, settings.length, settings.held_out_rows)
     start_run(settings, settings.resume, settings.overwrite)
 
     print("1/3  Distilling the spiking student")

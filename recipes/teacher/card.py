@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from transformers import AutoTokenizer
 
 from spiking_mamba import data
 from spiking_mamba.benchmarks import zero_shot_tasks
@@ -21,6 +20,7 @@ from spiking_mamba.checkpoint import load_dense
 from spiking_mamba.report import markdown_table, save_picture
 from spiking_mamba.scoring import perplexity
 from spiking_mamba.settings import parse_settings
+from spiking_mamba.tokenizer import load_tokenizer
 from spiking_mamba.training import fail_clearly, quiet, write_whole
 
 TEMPLATE = Path(__file__).with_name("card.md")
@@ -125,7 +125,7 @@ def main() -> None:
                 raise ValueError("The evaluations are of different weights.")
             found["perplexity"] |= other["perplexity"]
             found["tasks"] |= other["tasks"]
-        model, tokenizer = load_dense(folder), AutoTokenizer.from_pretrained(folder)
+        model, tokenizer = load_dense(folder), load_tokenizer(folder)
         length = results["provenance"]["settings"]["length"]
         texts = found["perplexity"] | {"LAMBADA": lambada(model, tokenizer, length)}
         rows = []
