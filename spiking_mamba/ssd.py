@@ -73,6 +73,13 @@ def _conv_kernels() -> Any | None:
     return importlib.import_module("causal_conv1d") if importlib.util.find_spec("causal_conv1d") else None
 
 
+def _conv_kernel_takes(x: torch.Tensor, weight: torch.Tensor, activation: str) -> bool:
+    """Whether causal-conv1d has a kernel for this; side by side, it reads eight channels at a time."""
+    side_by_side = x.stride(2) == 1 and x.stride(1) > 1
+    aligned = all(size % 8 == 0 for size in (x.shape[2], x.stride(0), x.stride(1)))
+    return 2 <= weight.shape[1] <= 4 and activation in ("silu", "swish") and (aligned or not side_by_side)
+
+
 def causal_conv1d(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
@@ -83,7 +90,7 @@ def causal_conv1d(
         y = sum(padded[:, k : k + length] * weight[:, k] for k in range(taps))
         return ACT2FN[activation](y if bias is None else y + bias).to(x.dtype)
     function = _conv_torch
-    if x.is_cuda and (kernels := _conv_kernels()) is not None:
+    if x.is_cuda and (kernels := _conv_kernels()) is not None and _conv_kernel_takes(x, weight, activation):
         function = kernels.causal_conv1d_fn
     return function(x.transpose(1, 2), weight, bias, activation=activation).transpose(1, 2)
 

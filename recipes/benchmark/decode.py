@@ -95,6 +95,7 @@ def main() -> None:
     )
     parser.add_argument("--size", default="130m", help="130m, 370m, 780m, 1.3b or 2.7b")
     parser.add_argument("--layers", type=int, help="fewer layers, for a trial")
+    parser.add_argument("--only", nargs="+", choices=("plain", "captured", "generate()"), help="of our ways")
     for name, default in {"batch": 1, "prompt": 64, "tokens": 256, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -106,25 +107,31 @@ def main() -> None:
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     prompt = torch.randint(0, config.vocab_size, (args.batch, args.prompt), device=args.device)
 
+    wanted = args.only or ("plain", "captured", "generate()")
     ways: dict[str, Callable[[torch.Tensor, int], None]] = {}
     if cuda and importlib.util.find_spec("mamba_ssm"):
         ways["mamba-ssm, CUDA graph"] = rival(config, args)
     for kind, neuron in (("dense", None), ("spiking", NEURON)):
-        model = make(config, args, neuron)
-        ways[f"{kind}, plain"] = lambda p, n, model=model: loop(model, p, n)
+        if "plain" in wanted:
+            model = make(config, args, neuron)
+            ways[f"{kind}, plain"] = lambda p, n, model=model: loop(model, p, n)
         captured = make(config, args, neuron)
         captured.capture_decoding()
-        ways[f"{kind}, captured"] = lambda p, n, model=captured: loop(model, p, n)
-        ways[f"{kind}, captured, generate()"] = lambda p, n, model=captured: generate(model, p, n)
+        if "captured" in wanted:
+            ways[f"{kind}, captured"] = lambda p, n, model=captured: loop(model, p, n)
+        if "generate()" in wanted:
+            ways[f"{kind}, captured, generate()"] = lambda p, n, model=captured: generate(model, p, n)
 
-    weights = 2 * sum(p.numel() for p in model.parameters())
+    weights = 2 * sum(p.numel() for p in captured.parameters())
     floor = weights / copy_bytes_per_second() if cuda else float("nan")
     times: dict[str, list[float]] = {}
     with torch.no_grad():
         for name, run in ways.items():
+            start = time.perf_counter()
             try:
                 run(prompt, 4)
                 times[name] = []
+                print(f"{name}: the first call took {time.perf_counter() - start:.0f} s", file=sys.stderr)
             except Exception as error:
                 print(f"{name} does not run here and is left out: {type(error).__name__}: {str(error)[:200]}")
         for _ in range(args.repeats):

@@ -238,17 +238,24 @@ def draw(report: dict[str, Any], path: Path) -> None:
         2, len(panels), figsize=(5.5 * len(panels), 6), layout="constrained", sharey="row", squeeze=False
     )
     for (key, chosen), (rate, memory) in zip(panels, axes.T, strict=True):
+        fixed = chosen[0]["length"]
+        if key == "batch":  # a point that the sweep over lengths went through
+            chosen += [run for run in runs if run["sweep"] != key and run["length"] == fixed]
+        chosen.sort(key=lambda run: run[key])
         for name in dict.fromkeys(name for run in chosen for name in run["found"]):
             mine = [run for run in chosen if name in run["found"]]
             at = [run[key] for run in mine]
             tokens = [run["batch"] * run["length"] / run["found"][name]["seconds"] for run in mine]
-            rate.plot(at, tokens, marker="o", label=name)
-            memory.plot(at, [run["found"][name]["peak"] / 2**30 for run in mine], marker="o")
-        rate.set_xscale("log", base=2)
-        memory.set_xscale("log", base=2)
-        rate.set_ylim(0, None)
-        rows = f"rows of {chosen[0]['length']} tokens a step"
-        memory.set(xlabel="tokens a row, about as many a step" if key == "length" else rows, ylim=(0, None))
+            style = {"marker": "o", "linestyle": "--" if name.startswith("spiking") else "-"}
+            rate.plot(at, tokens, label=name, **style)
+            memory.plot(at, [run["found"][name]["peak"] / 2**30 for run in mine], **style)
+        for panel in (rate, memory):
+            panel.set_xscale("log", base=2)
+            panel.set_ylim(0, None)
+            panel.set_xticks([run[key] for run in chosen], [f"{run[key]:,}" for run in chosen])
+        memory.set_xlabel(
+            "tokens a row, about as many a step" if key == "length" else f"rows of {fixed:,} tokens a step"
+        )
     axes[0, 0].set_ylabel("tokens/s, forward and backward")
     axes[1, 0].set_ylabel("peak GiB of a step")
     axes[0, 0].legend()

@@ -13,7 +13,7 @@ import torch
 from spikingjelly.activation_based import functional
 
 from neurons import set_backend
-from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
+from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, ssd
 
 pytestmark = [
     pytest.mark.gpu,
@@ -21,6 +21,10 @@ pytestmark = [
 ]
 needs_mamba_ssm = pytest.mark.skipif(
     importlib.util.find_spec("mamba_ssm") is None, reason="compares with mamba-ssm's kernels: make gpu"
+)
+needs_causal_conv1d = pytest.mark.skipif(
+    importlib.util.find_spec("causal_conv1d") is None,
+    reason="compares with causal-conv1d: make gpu",
 )
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
 
@@ -50,6 +54,36 @@ def untuned():
     takes minutes."""
     if importlib.util.find_spec("mamba_ssm") is not None:
         scans.spare_tuning()
+
+
+def convolve(x, weight, bias):
+    """``[B, L, C]``, tap by tap, in float64."""
+    x, weight, bias = (tensor.double() for tensor in (x, weight, bias))
+    padded = torch.nn.functional.pad(x, (0, 0, weight.shape[1] - 1, 0))
+    y = sum(padded[:, k : k + x.shape[1]] * weight[:, k] for k in range(weight.shape[1])) + bias
+    return y * y.sigmoid()
+
+
+@needs_causal_conv1d
+@pytest.mark.parametrize("width", [176, 171])  # the kernel reads eight channels at a time; torch takes any
+@pytest.mark.parametrize("length", [1, 2, 63, 300])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])
+def test_the_convolution_is_causal_conv1ds(dtype, bound, length, width, monkeypatch):
+    calls, fn = [], ssd._conv_kernels().causal_conv1d_fn
+    monkeypatch.setattr(
+        ssd._conv_kernels(), "causal_conv1d_fn", lambda *a, **k: calls.append(1) or fn(*a, **k)
+    )
+    torch.manual_seed(0)
+    projected = torch.randn(2, length, width, device="cuda").to(dtype).requires_grad_()
+    weight, bias = (torch.randn(*size, device="cuda").requires_grad_() for size in ((128, 4), (128,)))
+    upstream = torch.randn(2, length, 128, device="cuda").to(dtype)
+    leaves, found = (projected, weight, bias), []
+    for function in (lambda *args: ssd.causal_conv1d(*args, "silu"), convolve):
+        y = function(projected[..., 16:144], weight, bias)
+        found.append([y, *torch.autograd.grad(y, leaves, upstream.to(y.dtype))])
+    assert len(calls) == (width % 8 == 0)
+    for ours, right in zip(*found, strict=True):
+        assert (ours - right).abs().max() <= bound * right.abs().max()
 
 
 @needs_mamba_ssm
