@@ -19,11 +19,10 @@ from spiking_mamba.settings import parse_settings
 from spiking_mamba.statistics import interval
 from spiking_mamba.training import fail_clearly, write_whole
 
-GUESS = 500_000  # tokens a second of a student step with its teacher, on an H100: until a row was measured
+RATE = 500_000  # tokens a second of student steps with their teacher on an H200, two processes together
 AROUND = 10.0  # seconds a row takes besides training
 TARGET_GAIN, TARGET_GAP = 4.76, 0.03
 WIDEST = 20.0  # gain that is drawn
-NOT_RUN = "not run"
 PERPLEXITY = ("after", "perplexity")
 
 
@@ -133,7 +132,7 @@ def spread(values: Sequence[float], form: str, scale: float = 1.0) -> str:
 def cells(row: Row, controls: Sequence[Row]) -> list[str]:
     control = best_control(controls, row.tokens) if row.tokens else None
     troubles = sorted({run["status"] for run in row.runs if run["status"] != "done"})
-    state = f"{len(row.done)} of {len(row.seeds)}" if row.runs else NOT_RUN
+    state = f"{len(row.done)} of {len(row.seeds)}"
     of_control = spread(row.over(control), "+.2f", 100.0) if control is not None else ""
     return [
         row.name,
@@ -174,7 +173,10 @@ HEADER = [
 def section(table: Table, rows: Sequence[Row], everything: Sequence[Row], path: str) -> list[Block]:
     blocks: list[Block] = [Heading(table.title), Paragraph(table.about)]
     blocks.append(Code(f"python recipes/ablate/study.py {path}"))
-    blocks.append(Cells(HEADER, [cells(row, everything) for row in rows]))
+    if body := [cells(row, everything) for row in rows if row.runs]:
+        blocks.append(Cells(HEADER, body))
+    if missing := [f"{row.name} ({row.tokens / 1e6:.1f}M tokens)" for row in rows if not row.runs]:
+        blocks.append(Paragraph(f"Planned, not run: {'; '.join(missing)}."))
     checked = [(row, name) for row in rows for name in row.row.get("checks", table.checks) if row.done]
     if checked:
         body = [
@@ -217,26 +219,19 @@ def verdict(claim: dict[str, Any], rows: Sequence[Row]) -> str:
 def plan(tables: Sequence[tuple[str, Table, list[Row]]]) -> list[Block]:
     body, total = [], 0.0
     for path, _, rows in tables:
-        minutes = sum(len(row.seeds) * (row.tokens / GUESS + AROUND) for row in rows) / 60
+        minutes = sum(len(row.seeds) * (row.tokens / RATE + AROUND) for row in rows) / 60
         spent = sum(run["seconds"] for row in rows for run in row.runs) / 60
         wanted, done = sum(len(row.seeds) for row in rows), sum(len(row.runs) for row in rows)
         total += minutes
         tokens = sum(len(row.seeds) * row.tokens for row in rows) / 1e6
         body.append([path, f"{wanted}", f"{tokens:.0f}", f"{minutes:.0f}", f"{done}", f"{spent:.1f}"])
     header = ["table", "runs planned", "M tokens", "minutes planned", "runs made", "minutes taken"]
-    rates = [
-        run["tokens"] / run["train_seconds"]
-        for _, _, rows in tables
-        for row in rows
-        for run in row.runs
-        if run.get("train_seconds") and run["hardware"]["gpu"]
-    ]
-    measured = f" Measured so far: up to {max(rates) / 1e3:.0f}k tokens/s." if rates else ""
     text = (
-        f"GPU time is short, so every run is small. Planned: {total:.0f} minutes of one H100, from a guess "
-        f"of {GUESS // 1000}k tokens/s (student step with its teacher's forward pass, 7.1M parameters) and "
-        f"{AROUND:.0f} seconds around each run.{measured} Tables stand in the order of their importance, "
-        "and so do the rows of each."
+        f"GPU time is short, so every run is small. Planned: {total:.0f} minutes of one H200, at "
+        f"{RATE // 1000}k tokens/s (student steps with the teacher's forward passes, 7.1M parameters; two "
+        f"processes on it saw as many together) and {AROUND:.0f} seconds around each run. Minutes taken are "
+        "those of processes that shared a GPU. Tables stand in the order of their importance, and so do the "
+        "rows of each."
     )
     return [Heading("Plan"), Paragraph(text), Cells(header, body)]
 

@@ -37,6 +37,7 @@ class CardSettings:
         corpus: folder of its corpus, with ``ngram.json``.
         evaluation: ``results.json`` of ``recipes/evaluate`` for that model, or several of them.
         samples: how many.
+        notes: a paragraph for the end of "How it was made", Markdown.
     """
 
     model: str
@@ -44,6 +45,7 @@ class CardSettings:
     corpus: str
     evaluation: Any
     samples: int = 10
+    notes: str = ""
 
 
 def read(path: Path) -> Any:
@@ -171,6 +173,7 @@ def main() -> None:
             held_loss=held[-1]["eval_loss"],
             rest=(steps - earlier["step"]) * tokens_a_step / 1e6,
             before=earlier["eval_loss"],
+            notes=f"\n{settings.notes.strip()}\n" if settings.notes.strip() else "",
             data=markdown_table(["package", "licence", "documents", "tokens"], sources(manifest)),
             count=settings.samples,
             last=settings.samples - 1,
