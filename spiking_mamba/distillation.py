@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from . import data
+from .calibration import asks_for_calibration, resolve_threshold
 from .checkpoint import load_dense
 from .configuration import SpikingMambaConfig
 from .distillation_loss import DistillationLoss
@@ -119,7 +120,8 @@ class DistillationSettings:
             ``loss: {kl: 0, cross_entropy: 1}`` trains like the teacher.
         sgc: Smoothed Gradient Compensation, see ``SpikingMambaConfig``; null for none.
         membrane: token or sequence.
-        threshold: V_th: a number, or per projection, or a list per layer.
+        threshold: V_th: a number, or per projection, or a list per layer; or ``{"mean_abs": number}``, which
+            calibrates one for each projection on the first rows, see ``spiking_mamba.calibration``.
         learn_threshold: train V_th.
         loss: fields of ``DistillationLoss``.
         freeze_embeddings: keep the teacher's embeddings.
@@ -168,6 +170,8 @@ class DistillationSettings:
             name: getattr(self, name)
             for name in ("neuron", "sgc", "membrane", "threshold", "learn_threshold")
         }
+        if asks_for_calibration(self.threshold):
+            del spiking["threshold"]
         SpikingMambaConfig.from_dict(teacher.to_dict() | spiking)
 
 
@@ -196,18 +200,19 @@ def distill(
     teacher = load_dense(settings.teacher) if teacher is None else teacher
     if tokenizer is None and rows is None:
         tokenizer = load_tokenizer(settings.teacher, settings.tokenizer)
-    student = SpikingMambaForCausalLM.from_dense(
-        teacher,
-        neuron=settings.neuron,
-        sgc=settings.sgc,
-        membrane=settings.membrane,
-        threshold=settings.threshold,
-        learn_threshold=settings.learn_threshold,
-    )
+    settings.check(teacher.config)
     arguments = settings.make_arguments()
     if rows is None:
         rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)
     check_rows(rows, arguments, teacher.config.vocab_size)
+    about = {"neuron": settings.neuron, "membrane": settings.membrane}
+    student = SpikingMambaForCausalLM.from_dense(
+        teacher,
+        **about,
+        sgc=settings.sgc,
+        threshold=resolve_threshold(settings.threshold, teacher, rows, **about),
+        learn_threshold=settings.learn_threshold,
+    )
     compile_blocks(settings.compile, student, teacher)
     folder = start_run(settings, settings.resume, settings.overwrite)
     trainer = DistillationTrainer(

@@ -111,7 +111,7 @@ def judge(
         ``perplexity``, ``mean_abs`` and ``energy`` (see ``projection_energy``); None where there is nothing
         to measure, for a dense model the last two.
     """
-    with count_spikes(model) as counts:
+    with count_spikes(model, histogram=False) as counts:
         scores = None if preferences is None else preference_scores(model, preferences, batch_size)
         nll = None if text is None else perplexity(model, text, batch_size=min(batch_size, 16))
     spiking = bool(counts.projections)

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ import torch
 from transformers import TrainerCallback
 
 from spiking_mamba import SpikingMambaForCausalLM, data
+from spiking_mamba.calibration import asks_for_calibration, resolve_threshold
 from spiking_mamba.checkpoint import load_dense, load_model, locate
 from spiking_mamba.distillation import DistillationSettings, distill
 from spiking_mamba.energy import model_energy, projection_energy
@@ -187,6 +188,7 @@ class Study:
         held_out = self.rows(table.held_out, self.depends["held_out"], 512)
         self.held_out = held_out.select(range(min(table.held_out_rows or len(held_out), len(held_out))))
         self.measured: dict[str, dict[str, Any]] = {}
+        self.thresholds: dict[str, Any] = {}
         self.dense = self.measure(self.teacher)
         self.rate = 0.0  # training tokens a second, the best so far: the first row of a shape compiles
 
@@ -237,16 +239,31 @@ class Study:
             "mean_abs_by_projection": {name: p.mean_abs for name, p in spikes.projections.items()},
         }
 
-    def converted(self, settings: DistillationSettings) -> dict[str, Any]:
-        """The student before distillation, measured once for all rows that start alike."""
+    def student(self, settings: DistillationSettings) -> SpikingMambaForCausalLM:
+        """The student before distillation."""
         own = ("neuron", "membrane", "threshold")
         about = {name: getattr(settings, name) for name in own}
-        name = fingerprint(about)
+        return SpikingMambaForCausalLM.from_dense(self.teacher, **about).eval()
+
+    def converted(self, settings: DistillationSettings) -> dict[str, Any]:
+        """What it is worth, measured once for all rows that start alike."""
+        name = fingerprint([settings.neuron, settings.membrane, settings.threshold])
         if settings.neuron is None:
             return self.dense
         if name not in self.measured:
-            self.measured[name] = self.measure(SpikingMambaForCausalLM.from_dense(self.teacher, **about))
+            self.measured[name] = self.measure(self.student(settings))
         return self.measured[name]
+
+    def calibrated(self, settings: DistillationSettings) -> Any:
+        """V_th, calibrated once for all rows that ask for the same."""
+        if not asks_for_calibration(settings.threshold):
+            return settings.threshold
+        about = {"neuron": settings.neuron, "membrane": settings.membrane}
+        name = fingerprint([settings.threshold, settings.length, about])
+        if name not in self.thresholds:
+            rows = self.rows(self.table.data, self.depends["data"], settings.length)
+            self.thresholds[name] = resolve_threshold(settings.threshold, self.teacher, rows, **about)
+        return self.thresholds[name]
 
     def check(self, name: str, model: SpikingMambaForCausalLM) -> dict[str, float]:
         """Perplexity of the changed model and, on the same rows, of the model as it is."""
@@ -287,15 +304,17 @@ class Study:
         return result | about
 
     def train(self, row: dict[str, Any], settings: DistillationSettings) -> dict[str, Any]:
+        calibrated = asks_for_calibration(settings.threshold)
+        settings = replace(settings, threshold=self.calibrated(settings))
         before = self.converted(settings)
         result: dict[str, Any] = {"before": before, "held_out_tokens": len(self.held_out) * 511}
+        if calibrated:
+            result["threshold"] = settings.threshold
         model, checks = None, row.get("checks", self.table.checks)
         if not steps(settings):
             result["after"] = before
             if checks:
-                own = ("neuron", "membrane", "threshold")
-                about = {name: getattr(settings, name) for name in own}
-                model = SpikingMambaForCausalLM.from_dense(self.teacher, **about).eval()
+                model = self.student(settings)
         else:
             rows = self.rows(self.table.data, self.depends["data"], settings.length)
             resumed, watch = any(Path(settings.output).glob("checkpoint-*")), StopWhenNotFinite()
