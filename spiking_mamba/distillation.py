@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import (
     PreTrainedTokenizerBase,
@@ -205,12 +207,12 @@ def distill(
     if rows is None:
         rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)
     check_rows(rows, arguments, teacher.config.vocab_size)
-    about = {"neuron": settings.neuron, "membrane": settings.membrane}
     student = SpikingMambaForCausalLM.from_dense(
         teacher,
-        **about,
+        neuron=settings.neuron,
         sgc=settings.sgc,
-        threshold=resolve_threshold(settings.threshold, teacher, rows, **about),
+        membrane=settings.membrane,
+        threshold=_threshold(settings, teacher, rows, arguments.device),
         learn_threshold=settings.learn_threshold,
     )
     compile_blocks(settings.compile, student, teacher)
@@ -227,3 +229,17 @@ def distill(
     )
     history = run(trainer, settings.resume)
     return finish_run(whole_model(trainer), tokenizer, folder), history
+
+
+def _threshold(
+    settings: DistillationSettings, teacher: SpikingMambaForCausalLM, rows: Dataset, device: torch.device
+) -> Any:
+    """What the settings say, calibrated if they ask for it: by the first process, for all."""
+    if not asks_for_calibration(settings.threshold):
+        return settings.threshold
+    found, home = [None], teacher.device
+    if PartialState().is_main_process:
+        about = {"neuron": settings.neuron, "membrane": settings.membrane}
+        found = [resolve_threshold(settings.threshold, teacher.to(device), rows, **about)]
+        teacher.to(home)
+    return broadcast_object_list(found)[0]

@@ -532,16 +532,24 @@ def test_bad_models_write_nothing(model, text, tmp_path):
 
 
 def test_two_processes(settings, tmp_path):
-    """Data parallel over gloo: one folder, one student, and every process ends well."""
+    """Data parallel over gloo: one folder, one student, and every process ends well, with the first one's
+    thresholds."""
     script = tmp_path / "script.py"
     script.write_text(
         "import json, sys\n"
         "from spiking_mamba.distillation import DistillationSettings, distill\n"
         "if __name__ == '__main__':\n"
+        "    import spiking_mamba.distillation as module\n"
+        "    made = module.SpikingMambaForCausalLM.from_dense\n"
+        "    def watched(*args, **more):\n"
+        "        print('V_th', more.get('threshold'))\n"
+        "        return made(*args, **more)\n"
+        "    module.SpikingMambaForCausalLM.from_dense = watched\n"
         "    folder, history = distill(DistillationSettings(**json.loads(sys.argv[1])))\n"
         "    print('ended', folder)\n"
     )
     fields = {**settings.__dict__, "training": TRAINING | {"ddp_backend": "gloo", "max_steps": 2}}
+    fields["threshold"] = {"mean_abs": 0.5}
     command = [
         sys.executable,
         "-m",
@@ -561,6 +569,9 @@ def test_two_processes(settings, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("ended") == 2
+    thresholds = [line for line in done.stdout.splitlines() if line.startswith("V_th [{'in_proj': ")]
+    assert len(thresholds) == 2
+    assert len(set(thresholds)) == 1
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert names >= {"settings.yaml", "log.json", "model"}
     assert not any(name.endswith(".part") for name in names)
