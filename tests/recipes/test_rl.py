@@ -73,6 +73,7 @@ def arguments(method, folder, *more):
         "training.learning_rate=1e-2",
         "training.bf16=false",
         "training.per_device_train_batch_size=8",
+        "objective.beta=0.1",
         *more,
     ]
 
