@@ -202,7 +202,7 @@ def chunk_scan(
         if torch.compiler.is_compiling() and initial_states is None and not return_final_states:
             return _scan_operator(x, dt, A, B, C, D, dt_bias, chunk_size, *map(float, dt_limit))
         function = _triton_kernels().chunk_scan
-    else:  # which pads to whole chunks: at 24 tokens, chunks of 64 take a model 1.8 times as long as one of 32
+    else:  # which pads to whole chunks: at 24 tokens, chunks of 64 take 1.8 times as long as one of 32
         chunk_size = min(chunk_size, 16 * max(1, -(-x.shape[1] // 16)))  # rounded, to depend less on padding
     return function(
         x,
