@@ -168,13 +168,14 @@ class DistillationSettings:
         """Raise what :func:`distill` would raise about these settings, before there is a teacher."""
         self.make_loss()
         self.make_arguments()
-        spiking = {
-            name: getattr(self, name)
-            for name in ("neuron", "sgc", "membrane", "threshold", "learn_threshold")
-        }
+        self.check_student(teacher)
+
+    def check_student(self, teacher: SpikingMambaConfig) -> None:
+        """Raise what a student of such a teacher would raise."""
+        names = ["neuron", "sgc", "membrane", "threshold", "learn_threshold"]
         if asks_for_calibration(self.threshold):
-            del spiking["threshold"]
-        SpikingMambaConfig.from_dict(teacher.to_dict() | spiking)
+            names.remove("threshold")
+        SpikingMambaConfig.from_dict(teacher.to_dict() | {name: getattr(self, name) for name in names})
 
 
 def distill(
@@ -202,7 +203,7 @@ def distill(
     teacher = load_dense(settings.teacher) if teacher is None else teacher
     if tokenizer is None and rows is None:
         tokenizer = load_tokenizer(settings.teacher, settings.tokenizer)
-    settings.check(teacher.config)
+    settings.check_student(teacher.config)  # tokenizing takes long
     arguments = settings.make_arguments()
     if rows is None:
         rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)

@@ -241,8 +241,7 @@ class Study:
 
     def student(self, settings: DistillationSettings) -> SpikingMambaForCausalLM:
         """The student before distillation."""
-        own = ("neuron", "membrane", "threshold")
-        about = {name: getattr(settings, name) for name in own}
+        about = {name: getattr(settings, name) for name in ("neuron", "membrane", "threshold")}
         return SpikingMambaForCausalLM.from_dense(self.teacher, **about).eval()
 
     def converted(self, settings: DistillationSettings) -> dict[str, Any]:
@@ -256,8 +255,6 @@ class Study:
 
     def calibrated(self, settings: DistillationSettings) -> Any:
         """V_th, calibrated once for all rows that ask for the same."""
-        if not asks_for_calibration(settings.threshold):
-            return settings.threshold
         about = {"neuron": settings.neuron, "membrane": settings.membrane}
         name = fingerprint([settings.threshold, settings.length, about])
         if name not in self.thresholds:
@@ -304,12 +301,11 @@ class Study:
         return result | about
 
     def train(self, row: dict[str, Any], settings: DistillationSettings) -> dict[str, Any]:
-        calibrated = asks_for_calibration(settings.threshold)
-        settings = replace(settings, threshold=self.calibrated(settings))
-        before = self.converted(settings)
-        result: dict[str, Any] = {"before": before, "held_out_tokens": len(self.held_out) * 511}
-        if calibrated:
-            result["threshold"] = settings.threshold
+        result: dict[str, Any] = {"held_out_tokens": len(self.held_out) * 511}
+        if asks_for_calibration(settings.threshold):
+            result["threshold"] = self.calibrated(settings)
+            settings = replace(settings, threshold=result["threshold"])
+        before = result["before"] = self.converted(settings)
         model, checks = None, row.get("checks", self.table.checks)
         if not steps(settings):
             result["after"] = before

@@ -28,6 +28,7 @@ from spiking_mamba.report import markdown_table  # noqa: E402
 from spiking_mamba.training import device_name, quiet  # noqa: E402
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
+WAYS = ("plain", "captured", "generate()")
 
 
 def make(
@@ -95,7 +96,7 @@ def main() -> None:
     )
     parser.add_argument("--size", default="130m", help="130m, 370m, 780m, 1.3b or 2.7b")
     parser.add_argument("--layers", type=int, help="fewer layers, for a trial")
-    parser.add_argument("--only", nargs="+", choices=("plain", "captured", "generate()"), help="of our ways")
+    parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS, help="of our ways")
     for name, default in {"batch": 1, "prompt": 64, "tokens": 256, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -107,22 +108,22 @@ def main() -> None:
     synchronize = torch.cuda.synchronize if cuda else lambda: None
     prompt = torch.randint(0, config.vocab_size, (args.batch, args.prompt), device=args.device)
 
-    wanted = args.only or ("plain", "captured", "generate()")
     ways: dict[str, Callable[[torch.Tensor, int], None]] = {}
     if cuda and importlib.util.find_spec("mamba_ssm"):
         ways["mamba-ssm, CUDA graph"] = rival(config, args)
     for kind, neuron in (("dense", None), ("spiking", NEURON)):
-        if "plain" in wanted:
+        if "plain" in args.only:
             model = make(config, args, neuron)
             ways[f"{kind}, plain"] = lambda p, n, model=model: loop(model, p, n)
-        captured = make(config, args, neuron)
-        captured.capture_decoding()
-        if "captured" in wanted:
-            ways[f"{kind}, captured"] = lambda p, n, model=captured: loop(model, p, n)
-        if "generate()" in wanted:
-            ways[f"{kind}, captured, generate()"] = lambda p, n, model=captured: generate(model, p, n)
+        if set(args.only) - {"plain"}:
+            model = make(config, args, neuron)
+            model.capture_decoding()
+        if "captured" in args.only:
+            ways[f"{kind}, captured"] = lambda p, n, model=model: loop(model, p, n)
+        if "generate()" in args.only:
+            ways[f"{kind}, captured, generate()"] = lambda p, n, model=model: generate(model, p, n)
 
-    weights = 2 * sum(p.numel() for p in captured.parameters())
+    weights = 2 * sum(p.numel() for p in model.parameters())
     floor = weights / copy_bytes_per_second() if cuda else float("nan")
     times: dict[str, list[float]] = {}
     with torch.no_grad():
