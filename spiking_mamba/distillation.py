@@ -100,7 +100,7 @@ class DistillationTrainer(SpikingTrainer, Trainer):
             output = model(**arguments)
         with autocast(self):
             with torch.no_grad():
-                teacher_output = self.teacher(**arguments)
+                teacher_output = self.teacher(**arguments) if self.loss.needs_teacher else None
             loss, parts = self.loss(self.student, self.teacher, output, teacher_output, **inputs)
         if model.training:
             self._note(**parts)

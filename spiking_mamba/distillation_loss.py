@@ -90,12 +90,17 @@ class DistillationLoss:
         if self.hidden_states not in ("block", "mixer"):
             raise ValueError(f"loss.hidden_states must be block or mixer, got {self.hidden_states!r}.")
 
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything is compared with the teacher: not in a dense control on the data alone."""
+        return bool(self.kl or self.hidden)
+
     def __call__(
         self,
         student: SpikingMambaForCausalLM,
         teacher: torch.nn.Module,
         student_output: Mamba2CausalLMOutput,
-        teacher_output: Mamba2CausalLMOutput,
+        teacher_output: Mamba2CausalLMOutput | None,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -104,14 +109,16 @@ class DistillationLoss:
 
         Args:
             student_output, teacher_output: made with ``output_hidden_states``; their last hidden states
-                are what the heads turn into logits here, a piece at a time.
+                are what the heads turn into logits here, a piece at a time. The teacher's is used where
+                ``needs_teacher`` says so.
             input_ids, attention_mask, labels: ``[B, L]``; labels are needed for the cross-entropy.
 
         A sparsity term needs the student's ``keep_spike_sizes()`` before the forward pass.
         """
         mask = token_mask(input_ids, attention_mask, labels)
-        own, theirs = student_output.hidden_states[-1][mask], teacher_output.hidden_states[-1][mask]
-        targets = None
+        own, theirs, targets = student_output.hidden_states[-1][mask], None, None
+        if self.kl:
+            theirs = teacher_output.hidden_states[-1][mask], teacher.lm_head.weight
         if self.cross_entropy:
             if labels is None:
                 raise ValueError("loss.cross_entropy needs labels.")
@@ -119,7 +126,7 @@ class DistillationLoss:
         loss, parts = head_loss(
             own,
             student.lm_head.weight,
-            teacher=(theirs, teacher.lm_head.weight),
+            teacher=theirs,
             targets=targets,
             kl=self.kl,
             cross_entropy=self.cross_entropy,
