@@ -19,7 +19,7 @@ from spiking_mamba.settings import parse_settings
 from spiking_mamba.statistics import interval
 from spiking_mamba.training import fail_clearly, write_whole
 
-RATE = 500_000  # tokens a second of student steps with their teacher on an H200, two processes together
+RATE = 500_000  # tokens a second of student steps with their teacher on an H200, processes together
 AROUND = 10.0  # seconds a row takes besides training
 TARGET_GAIN, TARGET_GAP = 4.76, 0.03
 WIDEST = 20.0  # gain that is drawn
@@ -177,6 +177,10 @@ def section(table: Table, rows: Sequence[Row], everything: Sequence[Row], path: 
         blocks.append(Cells(HEADER, body))
     if missing := [f"{row.name} ({row.tokens / 1e6:.1f}M tokens)" for row in rows if not row.runs]:
         blocks.append(Paragraph(f"Planned, not run: {'; '.join(missing)}."))
+    if table.levers and (body := levers(table, rows)):
+        blocks.append(Cells(["change", "against", "perplexity, %", "gain fp32"], body))
+    run = {row.name for row in rows if row.runs}
+    blocks += [Paragraph(found["text"]) for found in table.findings if run.issuperset(found["rows"])]
     checked = [(row, name) for row in rows for name in row.row.get("checks", table.checks) if row.done]
     if checked:
         body = [
@@ -206,6 +210,19 @@ def section(table: Table, rows: Sequence[Row], everything: Sequence[Row], path: 
     return blocks
 
 
+def levers(table: Table, rows: Sequence[Row]) -> list[list[str]]:
+    """What each change gave: by how much the mean perplexity is higher, and the gain before and after."""
+    by_name, body = {row.name: row for row in rows}, []
+    for lever in table.levers:
+        row, against = by_name[lever["row"]], by_name[lever["against"]]
+        if row.done and against.done:
+            other = interval(against.values(*PERPLEXITY))["mean"]
+            change = spread([value / other - 1 for value in row.values(*PERPLEXITY)], "+.2f", 100.0)
+            gains = (one(r.values("after", "gain", "fp32"), ".2f") for r in (against, row))
+            body.append([lever["change"], against.name, change, " to ".join(gains)])
+    return body
+
+
 def verdict(claim: dict[str, Any], rows: Sequence[Row]) -> str:
     """What the table says of a claim: nothing before every row that it rests on was run."""
     by_name = {row.name: row for row in rows}
@@ -228,10 +245,10 @@ def plan(tables: Sequence[tuple[str, Table, list[Row]]]) -> list[Block]:
     header = ["table", "runs planned", "M tokens", "minutes planned", "runs made", "minutes taken"]
     text = (
         f"GPU time is short, so every run is small. Planned: {total:.0f} minutes of one H200, at "
-        f"{RATE // 1000}k tokens/s (student steps with the teacher's forward passes, 7.1M parameters; two "
-        f"processes on it saw as many together) and {AROUND:.0f} seconds around each run. Minutes taken are "
-        "those of processes that shared a GPU. Tables stand in the order of their importance, and so do the "
-        "rows of each."
+        f"{RATE // 1000}k tokens/s (student steps with the teacher's forward passes, 7.1M parameters; what "
+        f"processes that share it see together) and {AROUND:.0f} seconds around each run. Minutes taken are "
+        "those of up to four processes on a GPU, each by itself. Tables stand in the order of their "
+        "importance, and so do the rows of each."
     )
     return [Heading("Plan"), Paragraph(text), Cells(header, body)]
 
@@ -252,8 +269,13 @@ def answer(rows: Sequence[Row]) -> str:
         f"The target, at most {TARGET_GAP:.0%} above the dense control's perplexity at a projection-energy "
         f"gain of at least {TARGET_GAIN}x (fp32 table), is {reached}: '{row.name}' stands {100 * gap:+.2f} "
         f"% from '{control.name}' at {interval(row.values('after', 'gain', 'fp32'))['mean']:.2f}x, "
-        f"{len(row.done)} seed(s)."
+        f"{len(row.done)} seed(s). The control itself stands {100 * of_teacher(control):+.2f} % from the "
+        f"teacher that both start from, the student {100 * of_teacher(row):+.2f} %."
     )
+
+
+def of_teacher(row: Row) -> float:
+    return interval(row.over(None))["mean"]
 
 
 def draw(path: Path, rows: Sequence[Row]) -> bool:

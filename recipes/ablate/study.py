@@ -66,6 +66,9 @@ class Table:
             ``neuron: null`` is a dense control.
         claims: of the source: ``claim``, the ``rows`` it is judged by, and the ``verdict``, which is shown
             when these are there.
+        levers: what single changes gave: ``change``, the ``row`` that has it, and the one it is held
+            ``against``.
+        findings: what follows: ``text``, shown when the ``rows`` that it rests on were run.
         seeds: of rows that name none. All rows get their first seed before any gets its second.
         checks: perplexities measured beside every student, unless its row says otherwise. bf16: with all
             weights rounded to bfloat16, as a student may be shipped. int8: with projection weights rounded to
@@ -88,6 +91,8 @@ class Table:
     title: str = ""
     about: str = ""
     claims: Any = ()
+    levers: Any = ()
+    findings: Any = ()
     seeds: Any = (0,)
     checks: Any = ()
     held_out_rows: Any = None
@@ -116,6 +121,13 @@ class Table:
         for claim in self.claims:
             reject_unknown_keys(claim, ("claim", "rows", "verdict"), f"{self.name}: claims")
             reject_unknown_keys(dict.fromkeys(claim.get("rows", ())), names, f"{self.name}: claims")
+        for finding in self.findings:
+            reject_unknown_keys(finding, ("rows", "text"), f"{self.name}: findings")
+            reject_unknown_keys(dict.fromkeys(finding.get("rows", [None])), names, f"{self.name}: findings")
+        for lever in self.levers:
+            reject_unknown_keys(lever, ("change", "row", "against"), f"{self.name}: levers")
+            both = dict.fromkeys([lever.get("row"), lever.get("against")])
+            reject_unknown_keys(both, names, f"{self.name}: levers")
         for row in self.rows:
             reject_unknown_keys(
                 dict.fromkeys(row.get("checks", self.checks)), CHECKS, f"{row['name']}: checks"

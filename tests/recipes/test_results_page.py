@@ -32,6 +32,14 @@ CLAIMS = [
     {"claim": "It is good.", "rows": ["fine", "never run"], "verdict": "SHOWN TOO EARLY"},
     {"claim": "It is pretty.", "verdict": "Cannot be seen at this scale."},
 ]
+LEVERS = [
+    {"change": "fewer spikes", "row": "coarse", "against": "fine"},
+    {"change": "nothing", "row": "never run", "against": "fine"},
+]
+FINDINGS = [
+    {"text": "Fine is better than coarse.", "rows": ["fine", "coarse"]},
+    {"text": "FOUND TOO EARLY", "rows": ["fine", "never run"]},
+]
 
 
 @pytest.fixture
@@ -48,6 +56,8 @@ def settings(tmp_path):
         "common": {"length": 100, "neuron": neuron, "training": training},
         "rows": ROWS,
         "claims": CLAIMS,
+        "levers": LEVERS,
+        "findings": FINDINGS,
         "results": str(tmp_path / "results"),
     }
     path = tmp_path / "small.yaml"
@@ -96,6 +106,7 @@ def test_without_runs_there_are_no_numbers(settings, tmp_path):
     assert f"Planned, not run: {names}." in text
     assert not any(line.startswith(f"| {row['name']} ") for row in ROWS for line in text.splitlines())
     assert "SHOWN TOO EARLY" not in text
+    assert "Fine is better" not in text
     assert text.count("Not yet run.") == 2
     assert "Cannot be seen at this scale." in text
     assert not (tmp_path / "frontier.png").exists()
@@ -133,7 +144,14 @@ def test_numbers_by_hand(settings, tmp_path):
     assert "Planned, not run: never run (0.0M tokens)." in text
     assert "Reproduced at this scale." in text
     assert "SHOWN TOO EARLY" not in text
+    # 11.0 over the mean of 10.2, and the rows' gains; the row never run has no line
+    assert cells(text, "fewer spikes") == ["fewer spikes", "fine", "+7.84", "5.00 to 9.00"]
+    assert "| nothing " not in text
+    assert "Fine is better than coarse." in text
+    assert "FOUND TOO EARLY" not in text
     assert "is met: 'fine' stands +2.00 % from 'control' at 5.00x, 3 seed" in text
+    assert "The control itself stands +0.00 % from the teacher" in text
+    assert "the student +2.00 %." in text
     assert "8 runs, 4.0 minutes on NVIDIA H100; 2026-11-23 to 2026-11-23; torch 2.11.0; 12,345" in text
     picture = (tmp_path / "frontier.png").read_bytes()
     width, height = struct.unpack(">II", picture[16:24])

@@ -225,6 +225,9 @@ def test_two_processes_share_a_table(folder, monkeypatch, capsys):
         ({"only": "c*"}, "none of the rows"),
         ({"only": {"a": "b*"}}, "quote one with a colon"),
         ({"claims": [{"claim": "so", "rows": ["c"]}]}, "Unknown key 'c'"),
+        ({"levers": [{"change": "so", "row": "a", "against": "c"}]}, "Unknown key 'c'"),
+        ({"levers": [{"change": "so", "row": "a"}]}, "Unknown key None"),
+        ({"findings": [{"text": "so", "rows": ["c"]}]}, "Unknown key 'c'"),
     ],
 )
 def test_bad_tables(folder, wrong, said):
