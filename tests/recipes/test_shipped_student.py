@@ -1,0 +1,63 @@
+"""The student beside the quickstart's teacher is what its card says."""
+
+import json
+import re
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+
+from spiking_mamba import spike_driven
+from spiking_mamba.checkpoint import load_dense, load_model
+from spiking_mamba.energy import projection_energy
+from spiking_mamba.packages import file_sha256
+from spiking_mamba.scoring import perplexity
+from spiking_mamba.spikes import count_spikes
+from spiking_mamba.tokenizer import load_tokenizer
+
+ROOT = Path(__file__).parents[2]
+STUDENT, TEACHER = (ROOT / "recipes/quickstart" / name for name in ("student", "teacher"))
+CARD = (STUDENT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def text():
+    """``[2, 256]`` tokens of a page of this project, which nobody was trained on."""
+    ids = load_tokenizer(STUDENT)((ROOT / "docs/energy.md").read_text())["input_ids"]
+    return torch.tensor(ids[:512]).view(2, 256)
+
+
+def test_both_fit_32_megabytes_and_share_a_tokenizer():
+    assert sum(path.stat().st_size for folder in (STUDENT, TEACHER) for path in folder.iterdir()) <= 32e6
+    assert (STUDENT / "tokenizer.json").read_bytes() == (TEACHER / "tokenizer.json").read_bytes()
+
+
+def test_its_spikes_and_its_distance_from_the_teacher(text):
+    student, teacher = load_model(STUDENT).eval(), load_dense(TEACHER).eval()
+    rows = datasets.Dataset.from_dict({"input_ids": text.tolist()})
+    with count_spikes(student) as spikes:
+        mine = perplexity(student, rows, progress=False)["perplexity"]
+    assert projection_energy(spikes)["fp32"] == pytest.approx(4.76, rel=0.1)  # on another text
+    assert mine == pytest.approx(perplexity(teacher, rows, progress=False)["perplexity"], rel=0.15)
+
+
+def test_fed_ternary_micro_steps_it_says_the_same(text):
+    student = load_model(STUDENT).eval()
+    with torch.no_grad():
+        torch.testing.assert_close(
+            spike_driven(student)(text[:1, :64]).logits, student(text[:1, :64]).logits, rtol=1e-3, atol=1e-3
+        )
+
+
+def test_the_card_has_the_numbers_of_its_run():
+    run = json.loads((ROOT / "docs/results/frontier/4.76x_D=64_75M_tokens-0.json").read_text())
+    assert f"{run['checks']['bf16']['perplexity']:.2f}" in CARD
+    assert f"{run['after']['gain']['fp32']:.2f}x" in CARD
+    assert run["depends"]["teacher"]["model.safetensors"] == file_sha256(TEACHER / "model.safetensors")
+
+
+def test_the_cards_code_runs(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (code,) = re.findall(r"```python\n(.*?)```", CARD, flags=re.DOTALL)
+    exec(compile(code, "README.md", "exec"), {"__name__": "card"})
