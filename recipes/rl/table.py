@@ -33,6 +33,7 @@ class TableSettings:
         tasks: zero-shot sets that were not trained on.
         corpora: texts for the perplexity.
         limit: items of each task and rows of each text; null for all.
+        batch_size: sequences a forward pass of the evaluation.
     """
 
     teacher: str
@@ -47,6 +48,7 @@ class TableSettings:
     )
     corpora: list = field(default_factory=lambda: ["openwebtext-passages", "wikipedia-passages"])
     limit: Any = None
+    batch_size: int = 16
 
 
 def folder(settings: TableSettings, column: str, seed: Any) -> Path:
@@ -119,6 +121,7 @@ def make_table(settings: TableSettings) -> dict[str, Any]:
             tasks=settings.tasks,
             corpora=settings.corpora,
             limit=settings.limit,
+            batch_size=settings.batch_size,
         )
     )
     quantities = accuracies(runs)
