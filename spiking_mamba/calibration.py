@@ -1,6 +1,7 @@
 """Thresholds that let a student start as close to its teacher as its spikes allow."""
 
 import math
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ __all__ = ["asks_for_calibration", "calibrate_thresholds", "resolve_threshold"]
 TOKENS = 4096  # that a calibration looks at, where a recipe asks for one
 _BATCH = 2048  # tokens at a time
 _HALVINGS = 20
+_CLIPPED = 0.05  # share of the counts at -D and D above which a calibration warns
 _CLOSE = 0.002  # of the mean |s| asked for
 
 
@@ -82,11 +84,27 @@ def calibrate_thresholds(
             scale = (low + high) / 2 if high < math.inf else 2 * low
     else:
         raise ValueError(f"No threshold gives a mean |s| of {mean_abs}; the last try gave {mean:.4g}.")
+    _warn_of_clipping(model, batches[0])
     layers: list[dict[str, float]] = [{} for _ in range(teacher.config.num_hidden_layers)]
     for name, value in shape.items():
         _, _, layer, _, projection = name.split(".")
         layers[int(layer)][projection] = float(f"{scale * value:.4g}")
     return layers
+
+
+def _warn_of_clipping(model: SpikingMambaForCausalLM, input_ids: torch.Tensor) -> None:
+    """A mean |s| that is reached by cutting counts off is hardly what was wanted."""
+    with torch.no_grad(), count_spikes(model) as spikes:
+        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+    counted = [p.histogram for p in spikes.projections.values() if p.histogram is not None]
+    counted = [levels for levels in counted if len(levels) > 3]  # of ternary spikes all are the largest
+    clipped = sum(int(n[0] + n[-1]) for n in counted) / max(1, sum(int(n.sum()) for n in counted))
+    if clipped > _CLIPPED:
+        warnings.warn(
+            f"{clipped:.0%} of the counts are cut off at the largest that the neuron has: with so few "
+            "levels, ask for a smaller mean |s|, or give thresholds.",
+            stacklevel=3,
+        )
 
 
 def resolve_threshold(threshold: Any, teacher: SpikingMambaForCausalLM, rows: Any, **student: Any) -> Any:

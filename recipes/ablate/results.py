@@ -154,6 +154,7 @@ def one(values: Sequence[float], form: str) -> str:
     return f"{interval(values)['mean']:{form}}" if values else ""
 
 
+CHECKED = {"bf16": "bf16", "int8": "int8", "spike_driven": "spike_driven, 8 rows"}
 HEADER = [
     "row",
     "seeds run",
@@ -186,7 +187,7 @@ def section(table: Table, rows: Sequence[Row], everything: Sequence[Row], path: 
         body = [
             [
                 row.name,
-                name,
+                CHECKED[name],
                 *(one(row.values("checks", name, key), ".4f") for key in ("without", "perplexity")),
             ]
             for row, name in checked
@@ -269,9 +270,15 @@ def answer(rows: Sequence[Row]) -> str:
         f"The target, at most {TARGET_GAP:.0%} above the dense control's perplexity at a projection-energy "
         f"gain of at least {TARGET_GAIN}x (fp32 table), is {reached}: '{row.name}' stands {100 * gap:+.2f} "
         f"% from '{control.name}' at {interval(row.values('after', 'gain', 'fp32'))['mean']:.2f}x, "
-        f"{len(row.done)} seed(s). The control itself stands {100 * of_teacher(control):+.2f} % from the "
-        f"teacher that both start from, the student {100 * of_teacher(row):+.2f} %."
+        f"{seeds(row)} against {seeds(control)} of the control. Over the teacher as it is, from which both "
+        f"start, the control stands {100 * of_teacher(control):+.2f} %, the student "
+        f"{100 * of_teacher(row):+.2f} %: over that dense model the target would be "
+        f"{'met' if of_teacher(row) <= TARGET_GAP else 'missed'}."
     )
+
+
+def seeds(row: Row) -> str:
+    return f"{len(row.done)} seed{'s' if len(row.done) > 1 else ''}"
 
 
 def of_teacher(row: Row) -> float:
@@ -358,12 +365,14 @@ def write(settings: ResultsSettings) -> None:
 READING = (
     "Perplexity is that of the held-out documents, in float32. The control is the dense teacher trained "
     "further on as many tokens, the best of those with as many; 'over' is by how much a perplexity is "
-    "higher. Mean abs s is weighted by output width. Gains are dense MACs over accumulations, counted in "
-    "the very same forward passes (docs/energy.md): at fp32 5.11 over mean abs s; at fp16 3.75 and at "
-    "int8 7.67 over it, hypothetical, since the accuracy is that of float32. 'Over quantised, sparse' is "
-    "against a network of the same 2D + 1 levels with int8 weights that skips zeros, int8 table. Of "
-    "several seeds: mean ± standard deviation [95 % interval by Student's t]. 'Before' is converted and "
-    "not trained."
+    "higher. Mean abs s is weighted by output width. Gains are dense MACs over accumulations, counted "
+    "in the very same forward passes (docs/energy.md): at fp32 5.11 over mean abs s; at fp16 3.75 and "
+    "at int8 7.67 over it, hypothetical, since the accuracy is that of float32. 'Over quantised, "
+    "sparse' is against a network of the same 2D + 1 levels with int8 weights that skips zeros, int8 "
+    "table. Of several seeds: mean ± standard deviation [95 % interval by Student's t] of the row's own "
+    "seeds; what it is held against is taken at its mean. Seeds of one row differ by 0.03 to 0.2 %, so "
+    "of rows with one seed each, smaller differences mean nothing. 'Before' is converted and not "
+    "trained."
 )
 
 

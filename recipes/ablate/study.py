@@ -14,7 +14,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -118,21 +118,35 @@ class Table:
         for pattern in self.only or ():
             if not fnmatch.filter(names, pattern):
                 raise ValueError(f"only={pattern!r} is none of the rows {', '.join(map(repr, names))}.")
+        self._check_entries("claims", ("claim",), ("rows", "verdict"))
+        self._check_entries("findings", ("text", "rows"))
+        self._check_entries("levers", ("change", "row", "against"))
         for claim in self.claims:
-            reject_unknown_keys(claim, ("claim", "rows", "verdict"), f"{self.name}: claims")
-            reject_unknown_keys(dict.fromkeys(claim.get("rows", ())), names, f"{self.name}: claims")
+            self._check_rows(claim.get("rows", []), "claims")
         for finding in self.findings:
-            reject_unknown_keys(finding, ("rows", "text"), f"{self.name}: findings")
-            reject_unknown_keys(dict.fromkeys(finding.get("rows", [None])), names, f"{self.name}: findings")
+            self._check_rows(finding["rows"], "findings")
         for lever in self.levers:
-            reject_unknown_keys(lever, ("change", "row", "against"), f"{self.name}: levers")
-            both = dict.fromkeys([lever.get("row"), lever.get("against")])
-            reject_unknown_keys(both, names, f"{self.name}: levers")
+            self._check_rows([lever["row"], lever["against"]], "levers")
         for row in self.rows:
             reject_unknown_keys(
                 dict.fromkeys(row.get("checks", self.checks)), CHECKS, f"{row['name']}: checks"
             )
             self.settings(row)
+
+    def _check_entries(self, key: str, needed: Sequence[str], others: Sequence[str] = ()) -> None:
+        """Raise a ValueError unless ``key`` is a list of mappings with these keys."""
+        entries = getattr(self, key)
+        if not isinstance(entries, list | tuple) or not all(isinstance(entry, dict) for entry in entries):
+            raise ValueError(f"{self.name}: {key} must be a list of mappings, got {entries!r}.")
+        for entry in entries:
+            reject_unknown_keys(entry, (*needed, *others), f"{self.name}: {key}")
+            if missing := [name for name in needed if name not in entry]:
+                raise ValueError(f"{self.name}: {key}: {entry} must set {', '.join(missing)}.")
+
+    def _check_rows(self, rows: Any, key: str) -> None:
+        if not isinstance(rows, list):
+            raise ValueError(f"{self.name}: {key}: rows must be a list of names, got {rows!r}.")
+        reject_unknown_keys(dict.fromkeys(rows), [row["name"] for row in self.rows], f"{self.name}: {key}")
 
     def settings(self, row: dict[str, Any], seed: int = 0) -> DistillationSettings:
         """The settings of a row; the paths are the runner's to fill in."""

@@ -226,8 +226,12 @@ def test_two_processes_share_a_table(folder, monkeypatch, capsys):
         ({"only": {"a": "b*"}}, "quote one with a colon"),
         ({"claims": [{"claim": "so", "rows": ["c"]}]}, "Unknown key 'c'"),
         ({"levers": [{"change": "so", "row": "a", "against": "c"}]}, "Unknown key 'c'"),
-        ({"levers": [{"change": "so", "row": "a"}]}, "Unknown key None"),
+        ({"levers": [{"change": "so", "row": "a"}]}, "must set against"),
+        ({"levers": {"change": "so"}}, "a list of mappings"),
         ({"findings": [{"text": "so", "rows": ["c"]}]}, "Unknown key 'c'"),
+        ({"findings": [{"rows": ["a"]}]}, "must set text"),
+        ({"findings": [{"text": "so", "rows": "a"}]}, "a list of names"),
+        ({"findings": None}, "a list of mappings"),
     ],
 )
 def test_bad_tables(folder, wrong, said):

@@ -152,3 +152,12 @@ def test_a_recipe_asks_for_it(tmp_path):
         kinds.append(SpikingMambaForCausalLM.from_pretrained(folder).state_dict())
     assert kinds[0].keys() == kinds[1].keys()
     assert all(torch.equal(value, kinds[1][name]) for name, value in kinds[0].items())
+
+
+@pytest.mark.parametrize(("levels", "warns"), [(4, True), (64, False)])
+def test_a_mean_that_only_clipping_reaches_is_warned_of(levels, warns, recwarn):
+    teacher = load_dense(TEACHER)
+    ids = torch.tensor([load_tokenizer(TEACHER)(TEXT)["input_ids"]])
+    neuron = {"class": "neurons.SILIFNode", "args": {"max_spike_count": levels}}
+    calibrate_thresholds(teacher, ids, 1.2, neuron)
+    assert any("cut off" in str(warning.message) for warning in recwarn) == warns
