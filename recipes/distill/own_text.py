@@ -1,0 +1,130 @@
+"""Text that a teacher writes itself, to distil on: it was trained on none of it, and there is no end of it.
+
+python recipes/distill/own_text.py recipes/distill/own_text.yaml
+"""
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from spiking_mamba import data
+from spiking_mamba.checkpoint import load_dense
+from spiking_mamba.settings import parse_settings
+from spiking_mamba.tokenizer import load_tokenizer
+from spiking_mamba.training import RunError, fail_clearly, quiet, write_whole
+
+
+@dataclass
+class OwnTextSettings:
+    """Settings of the text; every field is a key of the YAML file.
+
+    Attributes:
+        teacher: folder or hub name of a dense Mamba2 checkpoint.
+        output: the ``.jsonl`` file to write, a document a line, ``{"text": ...}``.
+        data: text whose passages the teacher goes on with, see ``spiking_mamba.data.load_text``.
+        tokens: how many to write, passages included, in whole batches; a document that the teacher ends
+            early is shorter.
+        tokenizer: folder or hub name of its tokenizer; null where it lies beside the teacher.
+        passage: tokens of a passage.
+        length: tokens of a document, its passage included.
+        batch_size: documents at a time.
+        temperature: of the sampling; 1 draws from the teacher's own distribution.
+        seed: of passages and sampling.
+    """
+
+    teacher: str
+    output: str
+    data: Any
+    tokens: int
+    tokenizer: Any = None
+    passage: int = 16
+    length: int = 512
+    batch_size: int = 64
+    temperature: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.passage < self.length:
+            raise ValueError(f"passage must lie between 0 and length={self.length}, got {self.passage}.")
+        if self.tokens < 1 or self.batch_size < 1:
+            raise ValueError("tokens and batch_size must be at least 1.")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+        if Path(self.output).suffix != ".jsonl":
+            raise ValueError(f"output must be a .jsonl file, got {self.output}.")
+
+
+def documents(ids: list[int], end: int) -> Iterator[list[int]]:
+    """What stands between the end-of-text tokens."""
+    start = 0
+    for place, token in enumerate([*ids, end]):
+        if token == end:
+            if place > start:
+                yield ids[start:place]
+            start = place + 1
+
+
+def write_part(settings: OwnTextSettings, part: int, teacher: Any, tokenizer: Any, passages: Any) -> str:
+    """The lines of a part: ``batch_size`` passages, and what the teacher makes of them."""
+    torch.manual_seed(1_000_003 * settings.seed + part)  # of every device
+    chosen = torch.randint(len(passages), (settings.batch_size,)).tolist()
+    prompts = torch.tensor([passages[place]["input_ids"] for place in chosen], device=teacher.device)
+    written = teacher.generate(
+        prompts,
+        attention_mask=torch.ones_like(prompts),
+        max_new_tokens=settings.length - settings.passage,
+        do_sample=True,
+        temperature=settings.temperature,
+        top_k=0,  # nothing is left out
+        pad_token_id=tokenizer.eos_token_id,
+    )
+    texts = [
+        tokenizer.decode(document)
+        for ids in written.tolist()
+        for document in documents(ids, tokenizer.eos_token_id)
+    ]
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts if text.strip())
+
+
+def write(settings: OwnTextSettings) -> None:
+    """Write the file, in parts with a seed each, so that a stopped run goes on where it was."""
+    target = Path(settings.output)
+    if target.exists():
+        raise RunError(f"{target} is there already: delete it, or choose another output.")
+    folder = target.with_name(f"{target.name}.parts")
+    folder.mkdir(parents=True, exist_ok=True)
+    # more tokens are more parts, and none of them another
+    about, record = folder / "settings.json", json.dumps(asdict(settings) | {"tokens": None}, indent=1)
+    if about.exists() and about.read_text() != record:
+        raise RunError(f"{folder} was begun with other settings: delete it, or choose another output.")
+    write_whole(about, record)
+
+    teacher = load_dense(settings.teacher).eval()
+    tokenizer = load_tokenizer(settings.teacher, settings.tokenizer)
+    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    passages = data.tokenize(data.load_text(settings.data), tokenizer, settings.passage)
+    parts = -(-settings.tokens // (settings.batch_size * settings.length))
+    paths = [folder / f"{part:06d}.jsonl" for part in range(parts)]
+    for part, path in enumerate(tqdm(paths, desc="Writing", unit="part")):
+        if not path.is_file():
+            write_whole(path, write_part(settings, part, teacher, tokenizer, passages))
+    write_whole(target, "".join(path.read_text() for path in paths))
+    shutil.rmtree(folder)
+
+
+def main() -> None:
+    settings = parse_settings(OwnTextSettings, description=__doc__)
+    quiet()
+    with fail_clearly():
+        write(settings)
+    print(f"The text is in {settings.output}.")
+
+
+if __name__ == "__main__":
+    main()
