@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from study import OUTSIDE, Table, result_path, tokens_seen
+from study import DRIVEN_ROWS, OUTSIDE, Table, result_path, tokens_seen
 
 from spiking_mamba.document import Block, Code, Heading, Paragraph, Picture, to_markdown
 from spiking_mamba.document import Table as Cells
@@ -86,7 +86,7 @@ class Row:
         return found
 
     def over(self, control: "Row | None") -> list[float]:
-        """Perplexity over the control's mean, less 1; over the teacher's for ``None``."""
+        """Perplexity over the mean of a control or any other row, less 1; over the teacher's for ``None``."""
         if control is None:
             return [r["after"]["perplexity"] / r["teacher"]["perplexity"] - 1 for r in self.done]
         mean = interval(control.values(*PERPLEXITY))["mean"]
@@ -154,7 +154,6 @@ def one(values: Sequence[float], form: str) -> str:
     return f"{interval(values)['mean']:{form}}" if values else ""
 
 
-CHECKED = {"bf16": "bf16", "int8": "int8", "spike_driven": "spike_driven, 8 rows"}
 HEADER = [
     "row",
     "seeds run",
@@ -178,7 +177,7 @@ def section(table: Table, rows: Sequence[Row], everything: Sequence[Row], path: 
         blocks.append(Cells(HEADER, body))
     if missing := [f"{row.name} ({row.tokens / 1e6:.1f}M tokens)" for row in rows if not row.runs]:
         blocks.append(Paragraph(f"Planned, not run: {'; '.join(missing)}."))
-    if table.levers and (body := levers(table, rows)):
+    if body := changes(table, rows):
         blocks.append(Cells(["change", "against", "perplexity, %", "gain fp32"], body))
     run = {row.name for row in rows if row.runs}
     blocks += [Paragraph(found["text"]) for found in table.findings if run.issuperset(found["rows"])]
@@ -187,7 +186,7 @@ def section(table: Table, rows: Sequence[Row], everything: Sequence[Row], path: 
         body = [
             [
                 row.name,
-                CHECKED[name],
+                f"{name}, {DRIVEN_ROWS} rows" if name == "spike_driven" else name,
                 *(one(row.values("checks", name, key), ".4f") for key in ("without", "perplexity")),
             ]
             for row, name in checked
@@ -211,15 +210,14 @@ def section(table: Table, rows: Sequence[Row], everything: Sequence[Row], path: 
     return blocks
 
 
-def levers(table: Table, rows: Sequence[Row]) -> list[list[str]]:
+def changes(table: Table, rows: Sequence[Row]) -> list[list[str]]:
     """What each change gave: by how much the mean perplexity is higher, and the gain before and after."""
     by_name, body = {row.name: row for row in rows}, []
     for lever in table.levers:
         row, against = by_name[lever["row"]], by_name[lever["against"]]
         if row.done and against.done:
-            other = interval(against.values(*PERPLEXITY))["mean"]
-            change = spread([value / other - 1 for value in row.values(*PERPLEXITY)], "+.2f", 100.0)
             gains = (one(r.values("after", "gain", "fp32"), ".2f") for r in (against, row))
+            change = spread(row.over(against), "+.2f", 100.0)
             body.append([lever["change"], against.name, change, " to ".join(gains)])
     return body
 

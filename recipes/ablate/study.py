@@ -44,6 +44,7 @@ from spiking_mamba.training import RunError, fail_clearly, quiet, write_whole
 
 VERSION = 1  # of what a row measures: another number, and every row is run again
 CHECKS = ("bf16", "int8", "spike_driven")
+DRIVEN_ROWS = 8  # that spike_driven is measured on
 _OWN = ("name", "seeds", "checks", "lever")  # of a row; its other keys are settings
 # Of the settings, what the runner fills in or a number does not depend on.
 OUTSIDE = ("teacher", "output", "data", "seed", "resume", "overwrite", "dry_run", "compile")
@@ -292,7 +293,7 @@ class Study:
         """Perplexity of the changed model and, on the same rows, of the model as it is."""
         rows = self.held_out
         if name == "spike_driven":  # D products instead of one, for what must come out equal
-            rows = rows.select(range(min(8, len(rows))))
+            rows = rows.select(range(min(DRIVEN_ROWS, len(rows))))
         changes = {"bf16": with_bf16_weights, "int8": with_int8_projections, "spike_driven": spike_driven}
         found = {"perplexity": changes[name](model), "without": model}
         return {k: perplexity(m, rows, batch_size=8, progress=False)["perplexity"] for k, m in found.items()}

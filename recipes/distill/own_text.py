@@ -5,8 +5,8 @@ python recipes/distill/own_text.py recipes/distill/own_text.yaml
 
 import json
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -60,18 +60,9 @@ class OwnTextSettings:
             raise ValueError(f"output must be a .jsonl file, got {self.output}.")
 
 
-def documents(ids: list[int], end: int) -> Iterator[list[int]]:
-    """What stands between the end-of-text tokens."""
-    start = 0
-    for place, token in enumerate([*ids, end]):
-        if token == end:
-            if place > start:
-                yield ids[start:place]
-            start = place + 1
-
-
 def write_part(settings: OwnTextSettings, part: int, teacher: Any, tokenizer: Any, passages: Any) -> str:
     """The lines of a part: ``batch_size`` passages, and what the teacher makes of them."""
+    end = tokenizer.eos_token_id
     torch.manual_seed(1_000_003 * settings.seed + part)  # of every device
     chosen = torch.randint(len(passages), (settings.batch_size,)).tolist()
     prompts = torch.tensor([passages[place]["input_ids"] for place in chosen], device=teacher.device)
@@ -82,12 +73,13 @@ def write_part(settings: OwnTextSettings, part: int, teacher: Any, tokenizer: An
         do_sample=True,
         temperature=settings.temperature,
         top_k=0,  # nothing is left out
-        pad_token_id=tokenizer.eos_token_id,
+        pad_token_id=end,
     )
     texts = [
-        tokenizer.decode(document)
+        tokenizer.decode(list(document))
         for ids in written.tolist()
-        for document in documents(ids, tokenizer.eos_token_id)
+        for ended, document in groupby(ids, lambda token: token == end)
+        if not ended
     ]
     return "".join(json.dumps({"text": text}) + "\n" for text in texts if text.strip())
 
