@@ -194,12 +194,13 @@ def section(table: Table, rows: Sequence[Row], everything: Sequence[Row], path: 
         blocks.append(Cells(["row", "check", "perplexity as it is", "so changed"], body))
     if found := [run for row in rows for run in row.runs]:
         machines = sorted({run["hardware"]["device"] for run in found})
-        dates = sorted(run["date"][:10] for run in found)
+        dates = sorted({run["date"][:10] for run in found})
+        when = " to ".join(dates[:1] + dates[1:][-1:])
         torches = sorted({str(run["versions"]["torch"]) for run in found})
         minutes = sum(run["seconds"] for run in found) / 60
         tokens = {run["held_out_tokens"] for run in found if "held_out_tokens" in run}
         text = (
-            f"{len(found)} runs, {minutes:.1f} minutes on {', '.join(machines)}; {dates[0]} to {dates[-1]}; "
+            f"{len(found)} runs, {minutes:.1f} minutes on {', '.join(machines)}; {when}; "
             f"torch {', '.join(torches)}; {', '.join(f'{n:,}' for n in sorted(tokens))} held-out tokens."
         )
         blocks.append(Paragraph(text))

@@ -120,8 +120,13 @@ def fill(settings):
     put(settings, "control", 0, 9.9)
     put(settings, "control", 1, 10.1)
     put(settings, "worse control", 0, 11.0)
-    put(settings, "coarse", 0, 11.0, gain=9.0)
+    put(settings, "coarse", 0, 11.0, gain=9.0, date="2026-11-25T10:00:00+00:00")
     put(settings, "blown up", 0, None, status="diverged", error="NaN")
+
+
+def test_a_single_day_is_named_once(settings):
+    put(settings, "fine", 0, 10.1, gain=5.0)
+    assert "minutes on NVIDIA H100; 2026-11-23; torch" in page(settings)
 
 
 def test_numbers_by_hand(settings, tmp_path):
@@ -154,7 +159,7 @@ def test_numbers_by_hand(settings, tmp_path):
         "the control stands +0.00 %, the student +2.00 %: over that dense model the target would be met"
         in text
     )
-    assert "8 runs, 4.0 minutes on NVIDIA H100; 2026-11-23 to 2026-11-23; torch 2.11.0; 12,345" in text
+    assert "8 runs, 4.0 minutes on NVIDIA H100; 2026-11-23 to 2026-11-25; torch 2.11.0; 12,345" in text
     picture = (tmp_path / "frontier.png").read_bytes()
     width, height = struct.unpack(">II", picture[16:24])
     assert (width, height) > (800, 500)
