@@ -284,6 +284,15 @@ def of_teacher(row: Row) -> float:
     return interval(row.over(None))["mean"]
 
 
+def non_dominated(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Of ``(gain, gap)`` those that no other has a larger gain and a smaller gap than, by their gains."""
+    best: list[tuple[float, float]] = []
+    for gain, gap in sorted(points, key=lambda point: (-point[0], point[1])):
+        if not best or gap < best[-1][1]:
+            best.append((gain, gap))
+    return best[::-1]
+
+
 def draw(path: Path, rows: Sequence[Row]) -> bool:
     """Perplexity over the control's against the energy gain, a colour a lever; whether there was a point."""
     points = []
@@ -310,12 +319,14 @@ def draw(path: Path, rows: Sequence[Row]) -> bool:
                     markersize=size, label=label, **look, **fill,
                 )  # fmt: skip
                 label = None
+        best = non_dominated([(interval(x)["mean"], interval(y)["mean"]) for _, y, x, _ in points])
+        axes.plot(*zip(*best, strict=True), color="silver", linewidth=1.5, zorder=0, label="the frontier")
         axes.axvline(TARGET_GAIN, color="grey", linewidth=0.8, linestyle="--")
         axes.axhline(100 * TARGET_GAP, color="grey", linewidth=0.8, linestyle="--")
         axes.axhline(0.0, color="black", linewidth=0.8)
         # a row that went wrong would squeeze all others into a line
         heights = sorted(interval(gaps)["mean"] for _, gaps, _, _ in points)
-        top = 1.15 * min(heights[-1], 4 * max(3.0, heights[len(heights) // 2]))
+        top = 1.15 * max(100 * TARGET_GAP, min(heights[-1], 3 * heights[len(heights) // 2]))
         right = 1.1 * max((g for _, _, gains, _ in points for g in gains if g <= WIDEST), default=WIDEST)
         axes.set(xlim=(0.0, right), ylim=(min(-0.5, 1.1 * heights[0]), top))
         axes.text(TARGET_GAIN, top, f" {TARGET_GAIN}x", color="grey", va="top")

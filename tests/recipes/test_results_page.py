@@ -124,6 +124,15 @@ def fill(settings):
     put(settings, "blown up", 0, None, status="diverged", error="NaN")
 
 
+def test_the_frontier_is_what_nothing_else_dominates():
+    points = [(2.0, 1.0), (3.0, 2.0), (2.5, 3.0), (4.0, 2.0), (5.0, 9.0), (5.0, 8.0), (6.0, 20.0)]
+    best = results.non_dominated(points)
+    assert best == [(2.0, 1.0), (4.0, 2.0), (5.0, 8.0), (6.0, 20.0)]
+    for point in points:  # by the definition
+        beaten = any(p[0] >= point[0] and p[1] <= point[1] and p != point for p in points)
+        assert beaten == (point not in best)
+
+
 def test_a_single_day_is_named_once(settings):
     put(settings, "fine", 0, 10.1, gain=5.0)
     assert "minutes on NVIDIA H100; 2026-11-23; torch" in page(settings)
