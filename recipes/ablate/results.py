@@ -247,7 +247,7 @@ def plan(tables: Sequence[tuple[str, Table, list[Row]]]) -> list[Block]:
         f"GPU time is short, so every run is small. Planned: {total:.0f} minutes of one H200, at "
         f"{RATE // 1000}k tokens/s (student steps with the teacher's forward passes, 7.1M parameters; what "
         f"processes that share it see together) and {AROUND:.0f} seconds around each run. Minutes taken are "
-        "those of up to four processes on a GPU, each by itself. Tables stand in the order of their "
+        "those of up to six processes on a GPU, each by itself. Tables stand in the order of their "
         "importance, and so do the rows of each."
     )
     return [Heading("Plan"), Paragraph(text), Cells(header, body)]
