@@ -151,6 +151,10 @@ def device_name() -> str:
     return f"{torch.get_num_threads()} CPU threads"
 
 
+# of a recipe's ``training``
+TRAINING_KEYS = tuple(field.name for field in dataclasses.fields(TrainingArguments) if field.init)
+
+
 def training_arguments(
     folder: Path,
     given: dict[str, Any],
@@ -167,8 +171,7 @@ def training_arguments(
     Raises:
         ValueError: an unknown key; the nearest known one is named.
     """
-    known = [f.name for f in dataclasses.fields(TrainingArguments) if f.init]
-    reject_unknown_keys(given, known, "training")
+    reject_unknown_keys(given, TRAINING_KEYS, "training")
     defaults = {
         "report_to": "none",
         "logging_steps": 10,

@@ -40,10 +40,11 @@ from spiking_mamba.scoring import perplexity
 from spiking_mamba.settings import parse_settings, reject_unknown_keys, set_dotted
 from spiking_mamba.spikes import SpikeCounts, count_spikes
 from spiking_mamba.tokenizer import load_tokenizer
-from spiking_mamba.training import RunError, fail_clearly, quiet, write_whole
+from spiking_mamba.training import TRAINING_KEYS, fail_clearly, quiet, write_whole
 
 VERSION = 1  # of what a row measures: another number, and every row is run again
 CHECKS = ("bf16", "int8", "spike_driven")
+MEASURED = ("done", "diverged")  # a row that failed is run again
 DRIVEN_ROWS = 8  # that spike_driven is measured on
 _OWN = ("name", "seeds", "checks", "lever")  # of a row; its other keys are settings
 # Of the settings, what the runner fills in or a number does not depend on.
@@ -61,8 +62,8 @@ class Table:
         teacher: folder of a dense checkpoint with its tokenizer, what every student starts from.
         data, held_out: text to train on and to measure on, see ``spiking_mamba.data.load_text``.
         common: settings of every row: fields of ``spiking_mamba.distillation.DistillationSettings``.
-        rows: the most important first. Each has a ``name``, perhaps ``seeds`` and ``checks`` of its own, a
-            ``lever`` by which the picture groups it, and settings, with dots: ``training.max_steps: 500``.
+        rows: in the order in which they run. Each has a ``name``, perhaps ``seeds`` and ``checks`` of its
+            own, a ``lever`` by which the picture groups it, and settings: ``training.max_steps: 500``.
             A row without steps (``training.max_steps: 0``) is converted and measured, not trained. One with
             ``neuron: null`` is a dense control.
         claims: of the source: ``claim``, the ``rows`` it is judged by, and the ``verdict``, which is shown
@@ -76,7 +77,8 @@ class Table:
             int8, as in the equal-level quantised network. spike_driven: of 8 rows, fed ternary micro-steps.
         held_out_rows: rows of 512 tokens to measure on, from the first; null for all.
         results: folder of the results, a small JSON file for each row and seed.
-        output: folder of the students and of the tokenised data.
+        output: folder of the students, of the tokenised data, and of what is said of a row that failed where
+            an earlier result of it stays.
         only: patterns of the rows to run, as of file names; null for all.
         rehearse: every row once, two steps of two rows, measured on four, results beside the students in
             ``output``: whether all of it runs on this machine.
@@ -114,11 +116,18 @@ class Table:
         if not all(isinstance(name, str) and slug(name) for name in names) or len(set(slugs)) < len(slugs):
             raise ValueError(f"Every row of {self.name} needs a name of its own, got {names}.")
         self.only = [self.only] if isinstance(self.only, str) else self.only
-        if isinstance(self.only, dict) or not all(isinstance(pattern, str) for pattern in self.only or ()):
+        names_only = isinstance(self.only, list) and all(isinstance(name, str) for name in self.only)
+        if self.only is not None and not names_only:
             raise ValueError("only takes names; quote one with a colon or comma twice: only='\"4.76x: *\"'.")
         for pattern in self.only or ():
             if not fnmatch.filter(names, pattern):
                 raise ValueError(f"only={pattern!r} is none of the rows {', '.join(map(repr, names))}.")
+        number = isinstance(self.minutes, int | float) and not isinstance(self.minutes, bool)
+        if self.minutes is not None and not (number and self.minutes > 0):
+            raise ValueError(f"minutes must be a positive number or null, got {self.minutes!r}.")
+        for seeds in (self.seeds, *(row.get("seeds", ()) for row in self.rows)):
+            if not isinstance(seeds, list | tuple) or not all(type(seed) is int for seed in seeds):
+                raise ValueError(f"seeds must be a list of integers, got {seeds!r}.")
         self._check_entries("claims", ("claim",), ("rows", "verdict"))
         self._check_entries("findings", ("text", "rows"))
         self._check_entries("levers", ("change", "row", "against"))
@@ -159,6 +168,7 @@ class Table:
         reject_unknown_keys(given, known, row["name"])
         if self.rehearse and given["training"].get("max_steps"):
             given["training"] |= {"max_steps": 2, "per_device_train_batch_size": 2}
+        reject_unknown_keys(given.get("training", {}), TRAINING_KEYS, f"{row['name']}: training")
         settings = DistillationSettings(teacher=self.teacher, output="", data=self.data, seed=seed, **given)
         settings.make_loss()
         return settings
@@ -183,6 +193,15 @@ def slug(name: str) -> str:
 
 def result_path(table: Table, row: dict[str, Any], seed: int) -> Path:
     return Path(table.results, table.name, f"{slug(row['name'])}-{seed}.json")
+
+
+def kept(path: Path) -> dict[str, Any]:
+    """The result in a file; empty where there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def fingerprint(value: Any) -> str:
@@ -214,6 +233,11 @@ class Study:
         }
         held_out = self.rows(table.held_out, self.depends["held_out"], 512)
         self.held_out = held_out.select(range(min(table.held_out_rows or len(held_out), len(held_out))))
+        for row, seed in table.runs():  # text that is not there is no fault of a row's
+            settings = table.settings(row, seed)
+            if steps(settings) or asks_for_calibration(settings.threshold):
+                self.rows(table.data, self.depends["data"], settings.length)
+                break
         self.measured: dict[str, dict[str, Any]] = {}
         self.thresholds: dict[str, Any] = {}
         self.dense = self.measure(self.teacher)
@@ -239,12 +263,9 @@ class Study:
         return fingerprint([self.depends, settings, checks, seed])
 
     def done(self, row: dict[str, Any], seed: int) -> bool:
-        """Whether a result for exactly these settings is there; a row that failed is run again."""
-        try:
-            kept = json.loads(result_path(self.table, row, seed).read_text())
-            return kept["key"] == self.key(row, seed) and kept["status"] in ("done", "diverged")
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
+        """Whether a result for exactly these settings is there."""
+        found = kept(result_path(self.table, row, seed))
+        return found.get("key") == self.key(row, seed) and found.get("status") in MEASURED
 
     def measure(self, model: SpikingMambaForCausalLM) -> dict[str, Any]:
         """Held-out perplexity, spikes and energy of the very same forward passes, in float32."""
@@ -437,6 +458,8 @@ def study(table: Table) -> int:
                 continue
             print(title, flush=True)
             result = shared.run(row, seed)
+            if result["status"] == "failed" and kept(path).get("status") in MEASURED:
+                path = Path(table.output, table.name, f"{path.stem}.failed.json")
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, json.dumps(result, indent=1) + "\n")
             bad += result["status"] == "failed"
@@ -450,11 +473,9 @@ def main() -> None:
     quiet()
     with fail_clearly():
         table = parse_settings(Table, description=__doc__)
-        if table.minutes is not None and not float(table.minutes) > 0:
-            raise RunError(f"minutes must be positive, got {table.minutes}.")
         bad = study(table)
     if bad:
-        sys.exit(f"{bad} rows failed; their files say why.")
+        sys.exit(f"{bad} row{'s' if bad > 1 else ''} failed, for the reason given above.")
 
 
 if __name__ == "__main__":

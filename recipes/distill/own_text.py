@@ -4,6 +4,7 @@ python recipes/distill/own_text.py recipes/distill/own_text.yaml
 """
 
 import json
+import math
 import shutil
 from dataclasses import asdict, dataclass
 from itertools import groupby
@@ -54,8 +55,8 @@ class OwnTextSettings:
             raise ValueError(f"passage must lie between 0 and length={self.length}, got {self.passage}.")
         if self.tokens < 1 or self.batch_size < 1:
             raise ValueError("tokens and batch_size must be at least 1.")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}.")
+        if not 0 < self.temperature < math.inf:
+            raise ValueError(f"temperature must be positive and finite, got {self.temperature}.")
         if Path(self.output).suffix != ".jsonl":
             raise ValueError(f"output must be a .jsonl file, got {self.output}.")
 
@@ -89,6 +90,11 @@ def write(settings: OwnTextSettings) -> None:
     target = Path(settings.output)
     if target.exists():
         raise RunError(f"{target} is there already: delete it, or choose another output.")
+    teacher = load_dense(settings.teacher).eval()
+    tokenizer = load_tokenizer(settings.teacher, settings.tokenizer)
+    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
+    passages = data.tokenize(data.load_text(settings.data), tokenizer, settings.passage)
+
     folder = target.with_name(f"{target.name}.parts")
     folder.mkdir(parents=True, exist_ok=True)
     # more tokens are more parts, and none of them another
@@ -97,10 +103,6 @@ def write(settings: OwnTextSettings) -> None:
         raise RunError(f"{folder} was begun with other settings: delete it, or choose another output.")
     write_whole(about, record)
 
-    teacher = load_dense(settings.teacher).eval()
-    tokenizer = load_tokenizer(settings.teacher, settings.tokenizer)
-    teacher.to("cuda" if torch.cuda.is_available() else "cpu")
-    passages = data.tokenize(data.load_text(settings.data), tokenizer, settings.passage)
     parts = -(-settings.tokens // (settings.batch_size * settings.length))
     paths = [folder / f"{part:06d}.jsonl" for part in range(parts)]
     for part, path in enumerate(tqdm(paths, desc="Writing", unit="part")):

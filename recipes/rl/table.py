@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spiking_mamba.evaluation import EvaluationSettings, evaluate
+from spiking_mamba.checkpoint import locate
+from spiking_mamba.evaluation import EvaluationSettings, evaluate, zero_shot_tasks
 from spiking_mamba.preference import DPOSettings, KTOSettings, optimise
 from spiking_mamba.report import markdown_table
 from spiking_mamba.settings import parse_settings
@@ -50,20 +51,32 @@ class TableSettings:
     limit: Any = None
     batch_size: int = 16
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.seeds, list) or not all(type(seed) is int for seed in self.seeds or [None]):
+            raise ValueError(f"seeds must be a list of integers, got {self.seeds!r}.")
+        if not isinstance(self.changes, list) or not all(isinstance(change, str) for change in self.changes):
+            raise ValueError(f"changes must be a list such as ['limit=100'], got {self.changes!r}.")
+
 
 def folder(settings: TableSettings, column: str, seed: Any) -> Path:
     method, start = COLUMNS[column]
     return Path(settings.output, f"{start}-{method}-{seed}")
 
 
-def run(settings: TableSettings, column: str, seed: int) -> dict[str, Any]:
-    """The results of one optimisation, made now unless they are there."""
+def planned(settings: TableSettings, column: str, seed: int) -> DPOSettings | KTOSettings:
+    """The settings of one optimisation."""
     method, start = COLUMNS[column]
     target = folder(settings, column, seed)
     model = getattr(settings, start).replace("{seed}", str(seed))
     arguments = [getattr(settings, method), f"model={model}", f"output={target}", f"seed={seed}"]
     one = parse_settings({"dpo": DPOSettings, "kto": KTOSettings}[method], arguments + settings.changes)
     one.resume = target.exists()
+    return one
+
+
+def run(one: DPOSettings | KTOSettings) -> dict[str, Any]:
+    """The results of one optimisation, made now unless they are there."""
+    target = Path(one.output)
     if (results := target / "results.json").is_file():
         found = json.loads(results.read_text())
         free = {"resume", "overwrite"}
@@ -72,7 +85,7 @@ def run(settings: TableSettings, column: str, seed: int) -> dict[str, Any]:
             raise RunError(f"{target} holds a run with other settings: choose another output.")
         print(f"{target}: done before.")
         return found
-    print(f"{target}: {method.upper()} from {model}", flush=True)
+    print(f"{target}: from {one.model}", flush=True)
     found = optimise(one)
     assert found is not None, "the table is made by one process"
     return found
@@ -109,21 +122,26 @@ def accuracies(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dic
 
 def make_table(settings: TableSettings) -> dict[str, Any]:
     """Run what is missing, evaluate, and return what ``table.json`` holds."""
-    runs = {column: [run(settings, column, seed) for seed in settings.seeds] for column in COLUMNS}
     models = {"teacher": settings.teacher, "student": settings.student}
     models |= {column: str(folder(settings, column, "{seed}") / "model") for column in COLUMNS}
-    evaluation = evaluate(
-        EvaluationSettings(
-            models=models,
-            seeds=settings.seeds,
-            reference="student",
-            output=str(Path(settings.output) / "evaluation"),
-            tasks=settings.tasks,
-            corpora=settings.corpora,
-            limit=settings.limit,
-            batch_size=settings.batch_size,
-        )
+    # what is wrong with the last step is said before the first
+    wanted = EvaluationSettings(
+        models=models,
+        seeds=settings.seeds,
+        reference="student",
+        output=str(Path(settings.output) / "evaluation"),
+        tasks=settings.tasks,
+        corpora=settings.corpora,
+        limit=settings.limit,
+        batch_size=settings.batch_size,
     )
+    for model in (settings.teacher, settings.student):
+        locate(model.replace("{seed}", str(settings.seeds[0])))
+    if settings.tasks:
+        zero_shot_tasks(settings.tasks)
+    plan = {column: [planned(settings, column, seed) for seed in settings.seeds] for column in COLUMNS}
+    runs = {column: [run(one) for one in of_column] for column, of_column in plan.items()}
+    evaluation = evaluate(wanted)
     quantities = accuracies(runs)
     for column, group in evaluation["groups"].items():
         for name, values in group.items():

@@ -244,3 +244,28 @@ def test_the_table_over_seeds(folder, tmp_path):
     other = run(*command[:-1], "limit=20", f"changes={json.dumps([*changes, 'objective.beta=0.5'])}")
     assert other.returncode != 0
     assert "holds a run with other settings" in other.stderr
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("batch_size=0", "batch_size must be at least 1"),
+        ("tasks=[arc_esy]", "arc_easy"),
+        ("kto=nosuch.yaml", "nosuch.yaml"),
+        ("teacher=nosuch", "no checkpoint folder nosuch"),
+        ("seeds=3", "seeds must be a list of integers"),
+        ("changes=x", "changes must be a list"),
+        ("changes=[objective.beta=-1,treshold=1]", "treshold"),
+    ],
+)
+def test_the_table_says_what_is_wrong_before_its_first_run(folder, tmp_path, wrong, said):
+    models = [
+        f"teacher={folder / 'teacher'}",
+        f"student={folder / 'student'}",
+        f"output={tmp_path / 'table'}",
+    ]
+    done = run(RECIPE / "table.py", RECIPE / "table.yaml", *models, "tasks=[]", wrong)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / "table").exists()

@@ -171,6 +171,22 @@ def test_what_goes_wrong_is_recorded_and_the_rest_goes_on(folder, monkeypatch):
     assert len(counted.take()) == 1  # to diverge is a result, to fail is not
 
 
+def test_a_row_that_fails_takes_no_earlier_result_away(folder):
+    study.study(table(folder, [{"name": "a"}]))
+    before = (folder / "results/small/a-0.json").read_text()
+    impossible = {"name": "a", "training.per_device_train_batch_size": 10_000}
+    assert study.study(table(folder, [impossible])) == 1
+    assert (folder / "results/small/a-0.json").read_text() == before
+    said = json.loads((folder / "runs/small/a-0.failed.json").read_text())
+    assert "fewer than one batch" in said["error"]
+    # text that is missing is said at once, for all rows
+    (folder / "train.txt").unlink()
+    with pytest.raises(data.DataError, match=r"train\.txt"):
+        study.study(table(folder, [{"name": "a"}]))
+    assert (folder / "results/small/a-0.json").read_text() == before
+    assert study.study(table(folder, [{"name": "converted", "training.max_steps": 0}])) == 0  # wants none
+
+
 def test_no_row_starts_that_would_end_too_late(folder, monkeypatch, capsys):
     rows = [{"name": "a"}, {"name": "long", "training.max_steps": 10**7}, {"name": "b", "threshold": 0.5}]
     monkeypatch.setattr(study, "_START", time.monotonic())
@@ -223,7 +239,14 @@ def test_two_processes_share_a_table(folder, monkeypatch, capsys):
         ({"rows": [{"name": "a"}, {"name": "a"}]}, "name of its own"),
         ({"rows": []}, "has no rows"),
         ({"only": "c*"}, "none of the rows"),
+        ({"rows": [{"name": "a", "training.learning_rte": 1e-3}]}, "did you mean 'learning_rate'"),
         ({"only": {"a": "b*"}}, "quote one with a colon"),
+        ({"only": 3}, "only takes names"),
+        ({"minutes": "abc"}, "minutes must be a positive number"),
+        ({"minutes": True}, "minutes must be a positive number"),
+        ({"minutes": 0}, "minutes must be a positive number"),
+        ({"seeds": "abc"}, "seeds must be a list of integers"),
+        ({"rows": [{"name": "a", "seeds": 1}]}, "seeds must be a list of integers"),
         ({"claims": [{"claim": "so", "rows": ["c"]}]}, "Unknown key 'c'"),
         ({"levers": [{"change": "so", "row": "a", "against": "c"}]}, "Unknown key 'c'"),
         ({"levers": [{"change": "so", "row": "a"}]}, "must set against"),
