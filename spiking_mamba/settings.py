@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-__all__ = ["load_yaml", "parse_settings", "reject_unknown_keys", "set_dotted"]
+__all__ = ["is_list_of", "load_yaml", "parse_settings", "reject_unknown_keys", "set_dotted"]
 
 T = TypeVar("T")
 
@@ -37,6 +37,11 @@ def reject_unknown_keys(given: Mapping[str, Any], known: Iterable[str], where: s
             near = difflib.get_close_matches(str(key), known, n=1, cutoff=0.4)
             hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}."
             raise ValueError(f"Unknown key {key!r} in {where}; {hint}")
+
+
+def is_list_of(value: Any, kind: type) -> bool:
+    """Whether ``value`` is a list or tuple, perhaps empty, of nothing but ``kind``; true is no ``int``."""
+    return isinstance(value, list | tuple) and all(type(each) is kind for each in value)
 
 
 def set_dotted(settings: dict[str, Any], dotted: str, value: Any) -> None:

@@ -15,7 +15,7 @@ from study import DRIVEN_ROWS, OUTSIDE, Table, result_path, tokens_seen
 from spiking_mamba.document import Block, Code, Heading, Paragraph, Picture, to_markdown
 from spiking_mamba.document import Table as Cells
 from spiking_mamba.figures import COLOURS, MARKERS, picture
-from spiking_mamba.settings import parse_settings
+from spiking_mamba.settings import is_list_of, parse_settings
 from spiking_mamba.statistics import interval
 from spiking_mamba.training import fail_clearly, write_whole
 
@@ -42,7 +42,7 @@ class ResultsSettings:
 
     def __post_init__(self) -> None:
         self.tables = [self.tables] if isinstance(self.tables, str) else self.tables
-        if not isinstance(self.tables, list) or not all(isinstance(path, str) for path in self.tables):
+        if not is_list_of(self.tables, str):
             raise ValueError(f"tables must be a list of YAML files, got {self.tables!r}.")
 
 
@@ -199,8 +199,8 @@ def section(table: Table, rows: Sequence[Row], everything: Sequence[Row], path: 
         blocks.append(Cells(["row", "check", "perplexity as it is", "so changed"], body))
     if found := [run for row in rows for run in row.runs]:
         machines = sorted({run["hardware"]["device"] for run in found})
-        dates = sorted({run["date"][:10] for run in found})
-        when = " to ".join(dates[:1] + dates[1:][-1:])
+        dates = {run["date"][:10] for run in found}
+        when = " to ".join(sorted({min(dates), max(dates)}))
         torches = sorted({str(run["versions"]["torch"]) for run in found})
         minutes = sum(run["seconds"] for run in found) / 60
         tokens = {run["held_out_tokens"] for run in found if "held_out_tokens" in run}
@@ -324,23 +324,23 @@ def draw(path: Path, rows: Sequence[Row]) -> bool:
                     markersize=size, label=label, **look, **fill,
                 )  # fmt: skip
                 label = None
-        best = non_dominated([(interval(x)["mean"], interval(y)["mean"]) for _, y, x, _ in points])
+        means = [(interval(gains)["mean"], interval(gaps)["mean"]) for _, gaps, gains, _ in points]
         # steps: between two students nothing was run
         axes.step(
-            *zip(*best, strict=True), where="pre", color="silver", linewidth=1.5, zorder=0,
+            *zip(*non_dominated(means), strict=True), where="pre", color="silver", linewidth=1.5, zorder=0,
             label="best with that gain or more",
         )  # fmt: skip
         axes.axvline(TARGET_GAIN, color="grey", linewidth=0.8, linestyle="--")
         axes.axhline(100 * TARGET_GAP, color="grey", linewidth=0.8, linestyle="--")
         axes.axhline(0.0, color="black", linewidth=0.8)
         # a row that went wrong would squeeze all others into a line
-        heights = sorted(interval(gaps)["mean"] for _, gaps, _, _ in points)
+        heights = sorted(gap for _, gap in means)
         top = 1.15 * max(100 * TARGET_GAP, min(heights[-1], 3 * heights[len(heights) // 2]))
         right = 1.1 * max((g for _, _, gains, _ in points for g in gains if g <= WIDEST), default=WIDEST)
         axes.set(xlim=(0.0, right), ylim=(min(-0.5, 1.1 * heights[0]), top))
         axes.text(TARGET_GAIN, top, f" {TARGET_GAIN}x", color="grey", va="top")
         axes.text(right, 100 * TARGET_GAP, f"{TARGET_GAP:.0%}", color="grey", ha="right", va="bottom")
-        outside = sum(interval(y)["mean"] > top or interval(x)["mean"] > right for _, y, x, _ in points)
+        outside = sum(gap > top or gain > right for gain, gap in means)
         note = "Larger marks: more tokens. Conversions are not shown"
         axes.set_title(note + (f"; {outside} rows lie outside." if outside else "."), fontsize=9)
         axes.grid(color="#e5e5e5")

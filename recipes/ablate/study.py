@@ -37,7 +37,7 @@ from spiking_mamba.modeling import spike_driven
 from spiking_mamba.packages import file_sha256
 from spiking_mamba.provenance import provenance
 from spiking_mamba.scoring import perplexity
-from spiking_mamba.settings import parse_settings, reject_unknown_keys, set_dotted
+from spiking_mamba.settings import is_list_of, parse_settings, reject_unknown_keys, set_dotted
 from spiking_mamba.spikes import SpikeCounts, count_spikes
 from spiking_mamba.tokenizer import load_tokenizer
 from spiking_mamba.training import TRAINING_KEYS, fail_clearly, quiet, write_whole
@@ -116,8 +116,7 @@ class Table:
         if not all(isinstance(name, str) and slug(name) for name in names) or len(set(slugs)) < len(slugs):
             raise ValueError(f"Every row of {self.name} needs a name of its own, got {names}.")
         self.only = [self.only] if isinstance(self.only, str) else self.only
-        names_only = isinstance(self.only, list) and all(isinstance(name, str) for name in self.only)
-        if self.only is not None and not names_only:
+        if self.only is not None and not is_list_of(self.only, str):
             raise ValueError("only takes names; quote one with a colon or comma twice: only='\"4.76x: *\"'.")
         for pattern in self.only or ():
             if not fnmatch.filter(names, pattern):
@@ -126,7 +125,7 @@ class Table:
         if self.minutes is not None and not (number and self.minutes > 0):
             raise ValueError(f"minutes must be a positive number or null, got {self.minutes!r}.")
         for seeds in (self.seeds, *(row.get("seeds", ()) for row in self.rows)):
-            if not isinstance(seeds, list | tuple) or not all(type(seed) is int for seed in seeds):
+            if not is_list_of(seeds, int):
                 raise ValueError(f"seeds must be a list of integers, got {seeds!r}.")
         self._check_entries("claims", ("claim",), ("rows", "verdict"))
         self._check_entries("findings", ("text", "rows"))
@@ -146,7 +145,7 @@ class Table:
     def _check_entries(self, key: str, needed: Sequence[str], others: Sequence[str] = ()) -> None:
         """Raise a ValueError unless ``key`` is a list of mappings with these keys."""
         entries = getattr(self, key)
-        if not isinstance(entries, list | tuple) or not all(isinstance(entry, dict) for entry in entries):
+        if not is_list_of(entries, dict):
             raise ValueError(f"{self.name}: {key} must be a list of mappings, got {entries!r}.")
         for entry in entries:
             reject_unknown_keys(entry, (*needed, *others), f"{self.name}: {key}")

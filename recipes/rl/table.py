@@ -12,7 +12,7 @@ from spiking_mamba.checkpoint import locate
 from spiking_mamba.evaluation import EvaluationSettings, evaluate, zero_shot_tasks
 from spiking_mamba.preference import DPOSettings, KTOSettings, optimise
 from spiking_mamba.report import markdown_table
-from spiking_mamba.settings import parse_settings
+from spiking_mamba.settings import is_list_of, parse_settings
 from spiking_mamba.statistics import interval
 from spiking_mamba.training import RunError, fail_clearly, keep_freed_memory, quiet, write_whole
 
@@ -52,9 +52,9 @@ class TableSettings:
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if not isinstance(self.seeds, list) or not all(type(seed) is int for seed in self.seeds or [None]):
+        if not self.seeds or not is_list_of(self.seeds, int):
             raise ValueError(f"seeds must be a list of integers, got {self.seeds!r}.")
-        if not isinstance(self.changes, list) or not all(isinstance(change, str) for change in self.changes):
+        if not is_list_of(self.changes, str):
             raise ValueError(f"changes must be a list such as ['limit=100'], got {self.changes!r}.")
 
 
@@ -135,11 +135,11 @@ def make_table(settings: TableSettings) -> dict[str, Any]:
         limit=settings.limit,
         batch_size=settings.batch_size,
     )
-    for model in (settings.teacher, settings.student):
-        locate(model.replace("{seed}", str(settings.seeds[0])))
     if settings.tasks:
         zero_shot_tasks(settings.tasks)
     plan = {column: [planned(settings, column, seed) for seed in settings.seeds] for column in COLUMNS}
+    for model in dict.fromkeys(one.model for of_column in plan.values() for one in of_column):
+        locate(model)
     runs = {column: [run(one) for one in of_column] for column, of_column in plan.items()}
     evaluation = evaluate(wanted)
     quantities = accuracies(runs)

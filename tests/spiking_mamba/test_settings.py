@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import yaml
 
-from spiking_mamba.settings import parse_settings
+from spiking_mamba.settings import is_list_of, parse_settings
 from spiking_mamba.training import RunError, start_run, training_arguments
 
 
@@ -209,3 +209,22 @@ def test_training_arguments(tmp_path):
     with pytest.raises(ValueError, match="'learning_rat' in training; did you mean 'learning_rate'"):
         training_arguments(tmp_path / "run", {"learning_rat": 1e-3}, 0)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("value", "kind", "is_one"),
+    [
+        ([], int, True),
+        ([1, 2], int, True),
+        ((1,), int, True),
+        ([True], int, False),
+        ([1.0], int, False),
+        (["a", 1], str, False),
+        ("ab", str, False),
+        ({"a": 1}, str, False),
+        (None, int, False),
+        (3, int, False),
+    ],
+)
+def test_lists_of_one_kind(value, kind, is_one):
+    assert is_list_of(value, kind) is is_one
