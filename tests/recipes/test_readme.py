@@ -4,7 +4,6 @@ import re
 from pathlib import Path
 
 import pytest
-import yaml
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -33,14 +32,3 @@ def test_files_exist():
     missing = [name for name in named if not (ROOT / name).exists()]
     assert named
     assert not missing
-
-
-def test_environment_names_all_dependencies():
-    import tomllib
-
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = project["dependencies"] + project["optional-dependencies"]["recipes"]
-    wanted += project["optional-dependencies"]["gpu"]
-    conda = yaml.safe_load((ROOT / "environment.yml").read_text())["dependencies"]
-    assert set(wanted) <= set(conda[-1]["pip"])
-    assert "nodefaults" not in (ROOT / "environment.yml").read_text()
