@@ -207,10 +207,10 @@ def test_opcheck() -> None:
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_torch_compile_without_graph_breaks(dynamic: bool) -> None:
-    surrogate = SignedSpikeCount()
+    surrogate, node = SignedSpikeCount(), SILIFNode(tau=3.0, step_mode="m", backend="cupy")
 
     def function(x: torch.Tensor) -> torch.Tensor:
-        node = SILIFNode(tau=3.0, step_mode="m", backend="cupy")
+        node.reset()
         return node(x).sum() + node.v.sum() + ops.signed_spike_count(x, 1.0, surrogate).sum()
 
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager", dynamic=dynamic)
