@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import random
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -318,10 +319,14 @@ def describe(task: Task, data: str) -> dict[str, Any]:
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
     """Whatever lm-eval does inside, the random generators stay as they were (a training run that evaluates
-    in between must not notice), and of its log and of `datasets`' bars only errors and its own bars show."""
+    in between must not notice); of its log only errors show, and no bar of items, nor of `datasets`."""
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     python, numpy = random.getstate(), np.random.get_state()
+    lm_tasks = sys.modules.get("lm_eval.api.task")
+    bar = getattr(lm_tasks, "tqdm", None)  # which has no switch
+    if bar is not None:
+        lm_tasks.tqdm = partial(bar, disable=True)
     logger.setLevel(logging.ERROR)
     datasets.disable_progress_bars()
     try:
@@ -331,5 +336,7 @@ def undisturbed() -> Iterator[None]:
         random.setstate(python)
         np.random.set_state(numpy)
         logger.setLevel(level)
+        if bar is not None:
+            lm_tasks.tqdm = bar
         if not bars:
             datasets.enable_progress_bars()

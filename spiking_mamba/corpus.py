@@ -232,7 +232,7 @@ def build_corpus(
     work = _Progress()
     seen: set[bytes] = set()
     repeated: Counter[str] = Counter()
-    for source in tqdm(settings.sources, desc="reading", unit="package"):
+    for source in tqdm(settings.sources, desc="reading", unit="package", disable=None):
         try:
             facts[source.name], documents = _documents(source, settings.section)
         except MissingError as error:
@@ -307,7 +307,7 @@ def _remove_evaluated(work: _Progress, settings: CorpusSettings, evaluated) -> d
     every, owner = every[order], owner[order]
     found: Counter[str] = Counter(dict.fromkeys(sets, 0))
     clean = []
-    for text in tqdm(work.text, desc="overlap with what is evaluated", unit="document"):
+    for text in tqdm(work.text, desc="overlap with what is evaluated", unit="document", disable=None):
         mine = ngram_hashes(ids(text), n)
         first, last = np.searchsorted(every, mine), np.searchsorted(every, mine, side="right")
         hit = {
@@ -349,7 +349,7 @@ def _count_tokens(texts: list[str], held_out: list[bool], vocab_size: int) -> li
 
     tokenizer = train_tokenizer((t for t, h in zip(texts, held_out, strict=True) if not h), vocab_size)
     counts = []
-    for i in tqdm(range(0, len(texts), 500), desc="counting tokens", unit="batch"):
+    for i in tqdm(range(0, len(texts), 500), desc="counting tokens", unit="batch", disable=None):
         counts += map(len, tokenizer.backend_tokenizer.encode_batch_fast(texts[i : i + 500]))
     return counts
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from .benchmarks import undisturbed
 from .checkpoint import load_model
+from .progress import Share
 from .settings import reject_unknown_keys
 from .tokenizer import check_vocabulary, load_tokenizer
 
@@ -87,6 +88,8 @@ class SpikingMambaLM(HFLM):
         check_vocabulary(tokenizer, model)
         # lengths of inputs whose last token is id 0 itself, by what stands before their last zeros
         self._ending_in_zero: dict[tuple[int, ...], int] = {}
+        self.share: Share | None = None  # told how far a task is
+        self._asked = self._answered = 0  # requests
         with undisturbed():  # it warns of every model in memory
             super().__init__(
                 pretrained=model,
@@ -109,10 +112,14 @@ class SpikingMambaLM(HFLM):
         mask = mask.to(inps.device)
         kind, precision = self.device.type, self.mixed_precision_dtype
         with torch.no_grad(), torch.autocast(kind, dtype=precision, enabled=precision is not None):
-            return self.model(input_ids=inps, attention_mask=mask, use_cache=False).logits
+            logits = self.model(input_ids=inps, attention_mask=mask, use_cache=False).logits
+        self._answered += len(inps)
+        if self.share is not None and self._asked:
+            self.share(self._answered / self._asked)
+        return logits
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> list[Any]:
-        self._ending_in_zero = {}
+        self._ending_in_zero, self._asked, self._answered = {}, len(requests), 0
         for _, context, continuation in requests:
             tokens = [*context, *continuation][-self.max_length - 1 : -1]  # as lm-eval cuts them
             if tokens and tokens[-1] == 0:
@@ -126,7 +133,8 @@ class SpikingMambaLM(HFLM):
         Raises:
             FloatingPointError: the first request whose logits are NaN, by task and item.
         """
-        answers = super().loglikelihood(requests, disable_tqdm=disable_tqdm)
+        hidden = disable_tqdm or self.share is not None
+        answers = super().loglikelihood(requests, disable_tqdm=hidden)
         for request, (score, _) in zip(requests, answers, strict=True):
             if math.isnan(score):
                 raise FloatingPointError(

@@ -62,7 +62,7 @@ def near_duplicates(
     salts = _mix(np.arange(1, bands * rows + 1, dtype=np.uint64) * _MULTIPLIER)
     buckets: list[dict[bytes, list[int]]] = [defaultdict(list) for _ in range(bands)]
     dropped: set[int] = set()
-    for index, words in enumerate(tqdm(documents, desc="near-duplicates", unit="document")):
+    for index, words in enumerate(tqdm(documents, desc="near-duplicates", unit="document", disable=None)):
         grams = np.unique(ngram_hashes(words, n))
         if not len(grams):
             continue

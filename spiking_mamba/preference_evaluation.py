@@ -9,11 +9,11 @@ from typing import Any
 import datasets
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from .energy import projection_energy
 from .modeling import SpikingMambaForCausalLM
 from .preference_data import Preference
+from .progress import Share, Stage, part_of, reporting
 from .report import markdown_table
 from .scoring import evaluating, perplexity
 from .spikes import count_spikes
@@ -23,12 +23,16 @@ __all__ = ["compare", "completion_log_probs", "judge", "preference_scores", "sum
 
 
 def completion_log_probs(
-    model: SpikingMambaForCausalLM, rows: Sequence[tuple[list[int], list[int]]], batch_size: int = 32
+    model: SpikingMambaForCausalLM,
+    rows: Sequence[tuple[list[int], list[int]]],
+    batch_size: int = 32,
+    progress: bool | Share = True,
 ) -> torch.Tensor:
     """Summed log-probability of each completion given its prompt, in nats; float64 ``[rows]``.
 
     Args:
         rows: prompts, at least one token each, and completions, as token ids.
+        progress: whether to show a bar, or whom to tell the share that is done.
 
     Raises:
         FloatingPointError: the model's logits are NaN.
@@ -37,8 +41,8 @@ def completion_log_probs(
     sums = torch.zeros(len(rows), dtype=torch.float64)
     lengths = [len(prompt) + len(completion) for prompt, completion in rows]
     order = sorted(range(len(rows)), key=lengths.__getitem__)  # little padding
-    with torch.no_grad(), evaluating(model):
-        for start in tqdm(range(0, len(rows), batch_size), desc="Preferences"):
+    with torch.no_grad(), evaluating(model), reporting(progress, "preferences") as share:
+        for start in range(0, len(rows), batch_size):
             batch = order[start : start + batch_size]
             width = max(lengths[index] for index in batch)
             ids = torch.zeros(len(batch), width, dtype=torch.long)
@@ -57,13 +61,17 @@ def completion_log_probs(
                 logits[:, :-1][counts].float(), labels[:, 1:][counts], reduction="none"
             ).double()
             sums[batch] = -nll.sum(-1).cpu()
+            share((start + len(batch)) / len(rows))
     if sums.isnan().any():
         raise FloatingPointError("The model's logits are NaN on the held-out preferences.")
     return sums
 
 
 def preference_scores(
-    model: SpikingMambaForCausalLM, preferences: Sequence[Preference], batch_size: int = 32
+    model: SpikingMambaForCausalLM,
+    preferences: Sequence[Preference],
+    batch_size: int = 32,
+    progress: bool | Share = True,
 ) -> dict[str, dict[str, list[float]]]:
     """How often the model gives the chosen completion more probability than the rejected one.
 
@@ -75,7 +83,7 @@ def preference_scores(
     rows = [(p.prompt, completion) for p in preferences for completion in p.completions]
     distinct = {(tuple(prompt), tuple(completion)): row for row in rows for prompt, completion in [row]}
     places = {key: place for place, key in enumerate(distinct)}
-    found = completion_log_probs(model, list(distinct.values()), batch_size)
+    found = completion_log_probs(model, list(distinct.values()), batch_size, progress)
     wins: dict[str, dict[str, dict[Any, list[bool]]]] = {"sum": {}, "per_token": {}}
     for number, p in enumerate(preferences):
         chosen, rejected = (float(found[places[tuple(p.prompt), tuple(c)]]) for c in p.completions)
@@ -103,8 +111,12 @@ def judge(
     preferences: Sequence[Preference] | None,
     text: datasets.Dataset | None,
     batch_size: int = 32,
+    stage: Stage | None = None,
 ) -> dict[str, Any]:
     """Measure one model; the spikes are those of the very same forward passes.
+
+    Args:
+        stage: whose bar to move; it has a part for each of ``preferences`` and ``text``.
 
     Returns:
         ``scores`` (see :func:`preference_scores`), ``accuracy`` ``{kind: {task or "average": share}}``,
@@ -112,8 +124,13 @@ def judge(
         to measure, for a dense model the last two.
     """
     with count_spikes(model, histogram=False) as counts:
-        scores = None if preferences is None else preference_scores(model, preferences, batch_size)
-        nll = None if text is None else perplexity(model, text, batch_size=min(batch_size, 16))
+        scores = nll = None
+        if preferences is not None:
+            with part_of(stage, "preferences") as progress:
+                scores = preference_scores(model, preferences, batch_size, progress)
+        if text is not None:
+            with part_of(stage, "perplexity") as progress:
+                nll = perplexity(model, text, batch_size=min(batch_size, 16), progress=progress)
     spiking = bool(counts.projections)
     return {
         "accuracy": scores and {kind: _accuracy(of_kind) for kind, of_kind in scores.items()},

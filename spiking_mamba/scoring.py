@@ -16,10 +16,10 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from .benchmarks import BENCHMARK_SETS, undisturbed
 from .packages import DataError
+from .progress import Share, Stage, part_of, reporting
 
 if TYPE_CHECKING:
     import transformers
@@ -29,13 +29,14 @@ if TYPE_CHECKING:
 __all__ = ["perplexity", "score", "zero_shot"]
 
 
-def score(lm: LM, task: Task, limit: int | None = None) -> dict[str, Any]:
+def score(lm: LM, task: Task, limit: int | None = None, progress: bool | Share = True) -> dict[str, Any]:
     """Zero-shot scores of one task, by lm-eval, with those of every item.
 
     Args:
         lm: lm-eval's model, see ``spiking_mamba.harness.SpikingMambaLM``.
         task: one of ``zero_shot_tasks``.
         limit: how many items, from the first; None for all.
+        progress: whether to show a bar, or whom to tell the share that is done.
 
     Returns:
         ``n``, ``main`` and ``chance`` (see ``Benchmark``); ``metrics``, ``{name: {"value", "stderr"}}``: the
@@ -46,10 +47,10 @@ def score(lm: LM, task: Task, limit: int | None = None) -> dict[str, Any]:
     from lm_eval.evaluator import evaluate
 
     name = task.config.task
-    with undisturbed():
-        found = evaluate(
-            lm, {"tasks": {name: task}, "groups": {}, "group_map": {}}, limit=limit, bootstrap_iters=0
-        )
+    lm_tasks = {"tasks": {name: task}, "groups": {}, "group_map": {}}
+    with undisturbed(), reporting(progress, name) as lm.share:
+        found = evaluate(lm, lm_tasks, limit=limit, bootstrap_iters=0)
+    lm.share = None
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     metrics, items = {}, {}
     for metric in samples[0]["metrics"]:
@@ -83,10 +84,12 @@ def zero_shot(
     tasks: Mapping[str, Task],
     limit: int | None = None,
     batch_size: int = 16,
+    stage: Stage | None = None,
 ) -> dict[str, dict[str, float | None]]:
     """Zero-shot scores of a causal language model, by lm-eval, on the device the model is on.
 
-    `tasks` come from `zero_shot_tasks`; `limit` takes that many items of each. Returns for each task `acc`,
+    `tasks` come from `zero_shot_tasks`; `limit` takes that many items of each. A `stage`, whose
+    bar is moved, has a part for each task; without it each has a bar. Returns for each task `acc`,
     `acc_stderr`, `acc_norm`, `acc_norm_stderr` (shares of 1; None where the stock task has no such metric),
     `chance` and `n`, the number of items. The model's train/eval modes are left as they were. Raises
     FloatingPointError naming the first item with NaN logits, ImportError without lm-eval.
@@ -97,7 +100,8 @@ def zero_shot(
     with evaluating(model):
         lm = SpikingMambaLM(model, tokenizer, batch_size=batch_size)
         for name, task in tasks.items():
-            found = score(lm, task, limit)
+            with part_of(stage, name) as progress:
+                found = score(lm, task, limit, progress)
             scores[name] = {"chance": found["chance"], "n": found["n"]}
             for metric in ("acc", "acc_norm"):
                 known = found["metrics"].get(metric, {"value": None, "stderr": None})
@@ -110,16 +114,17 @@ def perplexity(
     dataset: datasets.Dataset,
     batch_size: int = 8,
     device: torch.device | str | None = None,
-    progress: bool = True,
+    progress: bool | Share = True,
     bytes: int | None = None,
 ) -> dict[str, float]:
     """How well a causal language model predicts rows of token ids, each row on its own.
 
     `dataset` has `input_ids`, equally long rows (see `data.tokenize`), and perhaps `labels`, -100 where a
     token is not to be predicted. A row's first token is not predicted. `device` is where the model is moved
-    to, None leaves it where it is. Returns `perplexity`, `nll_per_token` (nats, summed in float64) and
-    `tokens` (the number predicted); with `bytes`, the UTF-8 bytes that the rows' tokens stand for
-    (`data.count_bytes(rows, tokenizer)`), also `bits_per_byte`, in which the first tokens cost the mean.
+    to, None leaves it where it is; `progress` shows a bar, or is told the share that is done. Returns
+    `perplexity`, `nll_per_token` (nats, summed in float64) and `tokens` (the number predicted); with `bytes`,
+    the UTF-8 bytes that the rows' tokens stand for (`data.count_bytes(rows, tokenizer)`), also
+    `bits_per_byte`, in which the first tokens cost the mean.
     Raises DataError for unusable rows, FloatingPointError naming the first row with NaN logits.
     """
     if "input_ids" not in dataset.column_names or not len(dataset):
@@ -128,9 +133,8 @@ def perplexity(
         model.to(device)
     device = next(model.parameters()).device
     total, predicted, spelled = 0.0, 0, 0
-    starts = tqdm(range(0, len(dataset), batch_size), desc="Perplexity", disable=not progress)
-    with torch.no_grad(), evaluating(model):
-        for start in starts:
+    with torch.no_grad(), evaluating(model), reporting(progress, "perplexity") as share:
+        for start in range(0, len(dataset), batch_size):
             rows = dataset[start : start + batch_size]
             if len(lengths := set(map(len, rows["input_ids"]))) != 1 or min(lengths) < 2:
                 raise DataError(
@@ -149,6 +153,7 @@ def perplexity(
                 total += loss
                 predicted += int((target != -100).sum())
                 spelled += int((labels[offset] != -100).sum())
+            share((start + len(ids)) / len(dataset))
     if not predicted:
         raise DataError("No token is to be predicted: every label is -100.")
     mean = total / predicted
