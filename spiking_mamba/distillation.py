@@ -22,6 +22,7 @@ from .calibration import asks_for_calibration, resolve_threshold
 from .checkpoint import load_dense
 from .configuration import SpikingMambaConfig
 from .distillation_loss import DistillationLoss
+from .interruption import interruptible
 from .modeling import SpikingMambaForCausalLM
 from .settings import reject_unknown_keys
 from .spikes import count_spikes
@@ -33,6 +34,7 @@ from .training import (
     collate,
     compile_blocks,
     finish_run,
+    kept_in,
     run,
     start_run,
     training_arguments,
@@ -217,19 +219,20 @@ def distill(
         learn_threshold=settings.learn_threshold,
     )
     compile_blocks(settings.compile, student, teacher)
-    folder = start_run(settings, settings.resume, settings.overwrite)
-    trainer = DistillationTrainer(
-        student,
-        teacher,
-        loss=loss,
-        freeze_embeddings=settings.freeze_embeddings,
-        args=arguments,
-        train_dataset=rows,
-        data_collator=collate,
-        callbacks=list(callbacks),
-    )
-    history = run(trainer, settings.resume)
-    return finish_run(whole_model(trainer), tokenizer, folder), history
+    with interruptible(lambda: kept_in(Path(settings.output))):
+        folder = start_run(settings, settings.resume, settings.overwrite)
+        trainer = DistillationTrainer(
+            student,
+            teacher,
+            loss=loss,
+            freeze_embeddings=settings.freeze_embeddings,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=list(callbacks),
+        )
+        history = run(trainer, settings.resume)
+        return finish_run(whole_model(trainer), tokenizer, folder), history
 
 
 def _threshold(

@@ -25,8 +25,10 @@ from .checkpoint import locate
 from .data import count_bytes, load_text, tokenize
 from .energy import COSTS_45NM, Costs, load_costs, model_energy
 from .evaluation_settings import RESULTS, Checkpoint, EvaluationSettings, claim
+from .interruption import interruptible
 from .joules import JouleMeter, NoEnergyCounter
 from .packages import file_sha256
+from .progress import Share, Stage, say
 from .provenance import package_versions, provenance
 from .results_cache import ResultsCache
 from .scoring import perplexity, score, zero_shot
@@ -76,20 +78,28 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     texts = {str(corpus): load_text(str(corpus)) for corpus in settings.corpora}
     costs = COSTS_45NM | (load_costs(settings.costs) if settings.costs else {})
     output = claim(settings)
-    models = []
-    for checkpoint, folder, tokenizer in zip(checkpoints, folders, tokenizers, strict=True):
-        measured = _Measured(settings, checkpoint, folder, tokenizer, ResultsCache(output / "cache"), costs)
-        models.append(measured.everything(tasks, texts))
-    results = {
-        "schema": SCHEMA,
-        "provenance": provenance(settings),
-        "models": models,
-        "groups": groups(models),
-        "gaps": gaps(models),
-    }
-    results = _finite(results)
-    write_whole(output / RESULTS, json.dumps(results, indent=1, allow_nan=False))
+    cache = ResultsCache(output / "cache")
+    with interruptible(lambda: _kept_in(cache)):
+        models = []
+        with Stage(len(checkpoints) * (len(tasks) + len(texts)), "evaluating") as stage:
+            for checkpoint, folder, tokenizer in zip(checkpoints, folders, tokenizers, strict=True):
+                measured = _Measured(settings, checkpoint, folder, tokenizer, cache, costs, stage)
+                models.append(measured.everything(tasks, texts))
+        results = {
+            "schema": SCHEMA,
+            "provenance": provenance(settings),
+            "models": models,
+            "groups": groups(models),
+            "gaps": gaps(models),
+        }
+        results = _finite(results)
+        write_whole(output / RESULTS, json.dumps(results, indent=1, allow_nan=False))
     return results
+
+
+def _kept_in(cache: ResultsCache) -> str:
+    number = len(list(cache.folder.glob("*.json")))
+    return f"the cache {cache.folder} keeps what is measured ({number} so far); the same command goes on."
 
 
 # One model ----------------------------------------------------------------------------------------------
@@ -106,10 +116,11 @@ class _Measured:
         tokenizer: PreTrainedTokenizerBase,
         cache: ResultsCache,
         costs: Mapping[str, Costs],
+        stage: Stage,
     ) -> None:
         from .harness import SpikingMambaLM
 
-        self.settings, self.checkpoint, self.cache = settings, checkpoint, cache
+        self.settings, self.checkpoint, self.cache, self.stage = settings, checkpoint, cache, stage
         self.lm = SpikingMambaLM(folder, tokenizer, dtype=settings.dtype, batch_size=settings.batch_size)
         self.weights = weights_sha256(folder)
         self.costs = costs
@@ -170,9 +181,9 @@ class _Measured:
     def _task(self, name: str, task: Task) -> dict[str, Any]:
         data = describe(task, self.settings.data)
 
-        def measure() -> dict[str, Any]:
+        def measure(share: Share) -> dict[str, Any]:
             with count_spikes(self.lm.model) as counts, self._metered() as joules:
-                found = score(self.lm, task, self.settings.limit)
+                found = score(self.lm, task, self.settings.limit, share)
             return {"result": found, "spikes": _pack(counts), "joules": joules}
 
         return self._kept(name, {"task": name, "data": data["sha256"]}, measure) | {"data": data}
@@ -181,7 +192,7 @@ class _Measured:
         length, limit, tokenizer = self.settings.length, self.settings.limit, self.lm.tokenizer
         data = {"source": name, "documents": len(text), "sha256": digest(text["text"])}
 
-        def measure() -> dict[str, Any]:
+        def measure(share: Share) -> dict[str, Any]:
             rows = tokenize(text, tokenizer, length)
             rows = rows.select(range(min(limit or len(rows), len(rows))))
             bf16 = torch.autocast(
@@ -189,7 +200,9 @@ class _Measured:
             )
             spelled = count_bytes(rows, tokenizer)
             with count_spikes(self.lm.model) as counts, bf16, self._metered() as joules:
-                found = perplexity(self.lm.model, rows, self.settings.batch_size, bytes=spelled)
+                found = perplexity(
+                    self.lm.model, rows, self.settings.batch_size, progress=share, bytes=spelled
+                )
             return {"result": found, "spikes": _pack(counts), "joules": joules}
 
         key = {"corpus": name, "data": data["sha256"], "length": length}
@@ -208,19 +221,20 @@ class _Measured:
         if meter is not None:
             found |= meter.result()
 
-    def _kept(self, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> dict[str, Any]:
+    def _kept(self, name: str, key: dict[str, Any], measure: Callable[[Share], Any]) -> dict[str, Any]:
         label, key = f"{self.checkpoint.name}: {name}", self.identity | key
+        with self.stage.part(label) as share:
 
-        def report_and_measure() -> Any:
-            print(label, flush=True)
-            return measure()
+            def report_and_measure() -> Any:
+                say(label)
+                return measure(share)
 
-        try:
-            found, kept = self.cache.get(name, key, report_and_measure)
-        except FloatingPointError as error:
-            raise RunError(f"{label}: {error} No result was written for it.") from error
-        if kept:
-            print(f"{label}: measured before, see {self.cache.path(name, key)}", flush=True)
+            try:
+                found, before = self.cache.get(name, key, report_and_measure)
+            except FloatingPointError as error:
+                raise RunError(f"{label}: {error} No result was written for it.") from error
+            if before:
+                say(f"{label}: measured before, see {self.cache.path(name, key)}")
         return found
 
 

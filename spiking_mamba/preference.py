@@ -17,9 +17,11 @@ from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 from .checkpoint import load_model
 from .configuration import SpikingMambaConfig
 from .data import draw_rows
+from .interruption import interruptible
 from .modeling import SpikingMambaForCausalLM
 from .preference_data import Preference, RowReport, read_preferences
 from .preference_evaluation import compare, judge
+from .progress import Stage
 from .provenance import provenance
 from .settings import reject_unknown_keys
 from .spikes import count_spikes
@@ -29,6 +31,7 @@ from .training import (
     RunError,
     compile_blocks,
     finish_run,
+    kept_in,
     run,
     start_run,
     training_arguments,
@@ -308,44 +311,61 @@ def optimise(settings: DPOSettings | KTOSettings) -> dict[str, Any] | None:
     held_out, held_out_report = settings.read_held_out(tokenizer)
     text = settings.text and draw_rows(settings.text, tokenizer, settings.text_length, settings.text_rows)
     compile_blocks(settings.compile, model)
-    folder = start_run(settings, settings.resume, settings.overwrite)
-    main = PartialState().is_main_process
-    if main:
-        print(f"{settings.data}: {report}.")
-    if settings.reference == "precomputed":
-        rows = _on_disk(rows, folder / "rows")
-    trainer = settings.trainer(
-        model,
-        reference=settings.reference,
-        freeze_embeddings=settings.freeze_embeddings,
-        args=arguments,
-        train_dataset=rows,
-        processing_class=tokenizer,
-    )
-    history = run(trainer, settings.resume)
-    trained = finish_run(whole_model(trainer), tokenizer, folder)
-    if not main:
-        return None
-    seconds = time.time() - start
-    del trainer, model  # room for the two to be measured
-    before, after = (
-        judge(load_model(name).to(arguments.device), held_out, text, arguments.per_device_eval_batch_size)
-        for name in (settings.model, trained)
-    )
-    results = {
-        "method": settings.method,
-        "model": str(trained),
-        "rows": report.to_dict(),
-        "held_out": held_out_report and held_out_report.to_dict(),
-        "before": before,
-        "after": after,
-        "change": compare(before, after),
-        "log": history,
-        "seconds": {"training": seconds, "all": time.time() - start},
-        "provenance": provenance(settings),
-    }
-    write_whole(folder / "results.json", json.dumps(results, indent=1))
+    with interruptible(lambda: kept_in(Path(settings.output))):
+        folder = start_run(settings, settings.resume, settings.overwrite)
+        main = PartialState().is_main_process
+        if main:
+            print(f"{settings.data}: {report}.")
+        if settings.reference == "precomputed":
+            rows = _on_disk(rows, folder / "rows")
+        trainer = settings.trainer(
+            model,
+            reference=settings.reference,
+            freeze_embeddings=settings.freeze_embeddings,
+            args=arguments,
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+        history = run(trainer, settings.resume)
+        trained = finish_run(whole_model(trainer), tokenizer, folder)
+        if not main:
+            return None
+        seconds = time.time() - start
+        del trainer, model  # room for the two to be measured
+        results = {
+            "method": settings.method,
+            "model": str(trained),
+            "rows": report.to_dict(),
+            "held_out": held_out_report and held_out_report.to_dict(),
+            **_measured(settings.model, trained, held_out, text, arguments),
+            "log": history,
+            "seconds": {"training": seconds, "all": time.time() - start},
+            "provenance": provenance(settings),
+        }
+        write_whole(folder / "results.json", json.dumps(results, indent=1))
     return results
+
+
+def _measured(
+    before: str,
+    after: Path,
+    held_out: list[Preference] | None,
+    text: datasets.Dataset | None,
+    arguments: TrainingArguments,
+) -> dict[str, Any]:
+    """What the two models are worth, and what changed between them."""
+    found: dict[str, Any] = {}
+    with Stage(2 * ((held_out is not None) + (text is not None)), "evaluating") as stage:
+        for stage.label, name in (("before", before), ("after", after)):
+            # one model at a time: no variable of it
+            found[stage.label] = judge(
+                load_model(name).to(arguments.device),
+                held_out,
+                text,
+                arguments.per_device_eval_batch_size,
+                stage,
+            )
+    return found | {"change": compare(found["before"], found["after"])}
 
 
 def _on_disk(rows: datasets.Dataset, folder: Path) -> datasets.Dataset:

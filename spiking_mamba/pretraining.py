@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
 from . import data
 from .configuration import SpikingMambaConfig
 from .head_loss import head_loss
+from .interruption import interruptible
 from .modeling import SpikingMambaForCausalLM
 from .packages import file_sha256
 from .provenance import provenance
@@ -20,6 +21,7 @@ from .training import (
     collate,
     compile_blocks,
     finish_run,
+    kept_in,
     run,
     start_run,
     training_arguments,
@@ -142,23 +144,24 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
         held_out = data.tokenize(held_out_text, tokenizer, settings.length)
     model = SpikingMambaForCausalLM(config)
     compile_blocks(settings.compile, model)
-    folder = start_run(settings, settings.resume, settings.overwrite)
-    trainer = PretrainingTrainer(
-        model=model, args=arguments, train_dataset=rows, eval_dataset=held_out, data_collator=collate
-    )
-    history = run(trainer, settings.resume)
-    sources = [settings.data] if isinstance(settings.data, str) else list(settings.data)
-    tokens = trainer.state.global_step * arguments.train_batch_size * arguments.world_size
-    tokens *= arguments.gradient_accumulation_steps * settings.length
-    record = provenance(settings) | {
-        "gpus_or_processes": arguments.world_size,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "corpus_tokens": len(rows) * settings.length,
-        "tokens_seen": tokens,
-        "epochs": tokens / (len(rows) * settings.length),
-        "data_sha256": {name: file_sha256(Path(name)) for name in sources if Path(name).is_file()},
-    }
-    trained = whole_model(trainer)
-    if trained is not None:
-        trained.to(getattr(torch, settings.save_dtype))
-    return finish_run(trained, tokenizer, folder, record=record), history
+    with interruptible(lambda: kept_in(Path(settings.output))):
+        folder = start_run(settings, settings.resume, settings.overwrite)
+        trainer = PretrainingTrainer(
+            model=model, args=arguments, train_dataset=rows, eval_dataset=held_out, data_collator=collate
+        )
+        history = run(trainer, settings.resume)
+        sources = [settings.data] if isinstance(settings.data, str) else list(settings.data)
+        tokens = trainer.state.global_step * arguments.train_batch_size * arguments.world_size
+        tokens *= arguments.gradient_accumulation_steps * settings.length
+        record = provenance(settings) | {
+            "gpus_or_processes": arguments.world_size,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "corpus_tokens": len(rows) * settings.length,
+            "tokens_seen": tokens,
+            "epochs": tokens / (len(rows) * settings.length),
+            "data_sha256": {name: file_sha256(Path(name)) for name in sources if Path(name).is_file()},
+        }
+        trained = whole_model(trainer)
+        if trained is not None:
+            trained.to(getattr(torch, settings.save_dtype))
+        return finish_run(trained, tokenizer, folder, record=record), history

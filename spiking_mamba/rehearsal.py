@@ -8,6 +8,7 @@ import torch
 
 from .configuration import SpikingMambaConfig
 from .distillation import DistillationSettings, distill
+from .interruption import interruptible
 from .modeling import SpikingMambaForCausalLM
 
 __all__ = ["PUBLISHED", "estimate", "published_config", "rehearse"]
@@ -93,4 +94,5 @@ def rehearse(settings: DistillationSettings) -> tuple[Path, list[dict[str, float
     ids = torch.randint(config.vocab_size, (count, length), generator=generator)
     rows = datasets.Dataset.from_dict({"input_ids": ids.tolist()})
     torch.manual_seed(settings.seed)
-    return distill(settings, SpikingMambaForCausalLM(config).eval(), rows=rows)
+    with interruptible(lambda: "a rehearsal is not gone on with; the same command starts it again."):
+        return distill(settings, SpikingMambaForCausalLM(config).eval(), rows=rows)

@@ -9,7 +9,6 @@ import json
 import os
 import shutil
 import sys
-import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ import datasets
 import numpy as np
 import pyarrow.compute as pc
 import torch
-import transformers
 import yaml
 from huggingface_hub.errors import StrictDataclassError
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -27,8 +25,10 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, Trai
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from .checkpoint import CheckpointError, export
+from .interruption import end_interrupted
 from .modeling import SpikingMambaForCausalLM
 from .packages import DataError
+from .progress import quiet
 from .settings import reject_unknown_keys
 
 __all__ = [
@@ -36,6 +36,7 @@ __all__ = [
     "autocast",
     "collate",
     "finish_run",
+    "kept_in",
     "quiet",
     "run",
     "start_run",
@@ -273,6 +274,18 @@ def _last_checkpoint(folder: Path) -> str | None:
     return last
 
 
+def kept_in(folder: Path) -> str:
+    """What a training that is interrupted now leaves in its folder, and how to go on, in a sentence."""
+    marks = folder.glob(f"{PREFIX_CHECKPOINT_DIR}-*/{_COMPLETE}")
+    complete = [int(mark.parent.name.rpartition("-")[2]) for mark in marks]
+    if (model := folder / "model").is_dir():  # a finished run has one
+        way = "resume=true does the rest" if complete else "without a checkpoint: resume=true trains it again"
+        return f"{model} is trained and stays; {way}."
+    if complete:
+        return f"{folder} holds the checkpoint of step {max(complete)}; resume=true goes on from there."
+    return f"nothing trained is kept in {folder}; start again with overwrite=true."
+
+
 def _discard(checkpoint: Path) -> None:
     print(f"{checkpoint} is incomplete: the run was stopped while it wrote. Going back.", file=sys.stderr)
     shutil.rmtree(checkpoint)
@@ -342,12 +355,6 @@ def finish_run(
     return target
 
 
-def quiet() -> None:
-    """Silence what transformers says about this machine at every start (missing kernels and the like)."""
-    transformers.logging.set_verbosity_error()
-    warnings.filterwarnings("ignore", module="transformers|torch|multiprocess|accelerate")
-
-
 def check_rows(rows: datasets.Dataset, arguments: TrainingArguments, vocab_size: int) -> None:
     """Raise a RunError when the data do not fill one batch, or hold a token that the model does not know."""
     batch = arguments.per_device_train_batch_size
@@ -363,9 +370,11 @@ def check_rows(rows: datasets.Dataset, arguments: TrainingArguments, vocab_size:
 
 @contextlib.contextmanager
 def fail_clearly() -> Iterator[None]:
-    """End a recipe with one line instead of a traceback when its input is at fault."""
+    """End a recipe with one line instead of a traceback when its input is at fault, or at Ctrl-C."""
     try:
         yield
+    except KeyboardInterrupt as interrupt:
+        end_interrupted(interrupt)
     except (CheckpointError, DataError, RunError, StrictDataclassError, ValueError, TypeError) as error:
         if os.environ.get("SPIKING_MAMBA_TRACEBACK"):
             raise

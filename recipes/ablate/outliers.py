@@ -19,6 +19,7 @@ from spiking_mamba import SpikingMambaForCausalLM, data, evaluation
 from spiking_mamba.checkpoint import load_model, locate
 from spiking_mamba.configuration import PROJECTIONS
 from spiking_mamba.figures import COLOURS, picture
+from spiking_mamba.interruption import interruptible
 from spiking_mamba.outliers import SCOPES, number_of_outliers, replace_outliers
 from spiking_mamba.report import markdown_table
 from spiking_mamba.settings import parse_settings
@@ -151,29 +152,31 @@ def run(settings: OutlierSettings) -> dict[str, Any]:
     }
     widths = {name: getattr(model.backbone.layers[0].mixer, name).in_features for name in PROJECTIONS}
     todo = conditions(settings)
-    for number, condition in enumerate(todo, 1):
-        site = condition["site"]
-        row = dict(condition)
-        if site is not None and settings.per == "token":
-            row["channels"] = [number_of_outliers(condition["fraction"], widths[site]), widths[site]]
-        if any(all(old[key] == condition[key] for key in condition) for old in results["rows"]):
-            continue
-        print(f"{number}/{len(todo)}  {title(row)}", flush=True)
-        if (same := _same_change(row, results["rows"])) is not None:
-            row |= {key: same[key] for key in ("perplexity", "zero_shot")} | {"seconds": 0.0}
-        else:
-            start = time.time()
-            with replace_outliers(
-                model, site or PROJECTIONS[0], row["value"] or 0.0, row["fraction"], settings.per
-            ):
-                try:
-                    row |= measure(model, tokenizer, texts, tasks, settings)
-                except FloatingPointError as error:
-                    raise RunError(f"{title(row)}: {error} Finished rows are kept.") from error
-            row["seconds"] = time.time() - start
-        results["rows"].append(row)
-        write_whole(path, json.dumps(results, indent=1))  # a row that is here is never measured again
-    report(folder, results, settings)
+    keeps = f"rows are kept in {folder}; resume=true goes on."
+    with interruptible(lambda: f"{len(results['rows'])} of {len(todo)} {keeps}"):
+        for number, condition in enumerate(todo, 1):
+            site = condition["site"]
+            row = dict(condition)
+            if site is not None and settings.per == "token":
+                row["channels"] = [number_of_outliers(condition["fraction"], widths[site]), widths[site]]
+            if any(all(old[key] == condition[key] for key in condition) for old in results["rows"]):
+                continue
+            print(f"{number}/{len(todo)}  {title(row)}", flush=True)
+            if (same := _same_change(row, results["rows"])) is not None:
+                row |= {key: same[key] for key in ("perplexity", "zero_shot")} | {"seconds": 0.0}
+            else:
+                start = time.time()
+                with replace_outliers(
+                    model, site or PROJECTIONS[0], row["value"] or 0.0, row["fraction"], settings.per
+                ):
+                    try:
+                        row |= measure(model, tokenizer, texts, tasks, settings)
+                    except FloatingPointError as error:
+                        raise RunError(f"{title(row)}: {error} Finished rows are kept.") from error
+                row["seconds"] = time.time() - start
+            results["rows"].append(row)
+            write_whole(path, json.dumps(results, indent=1))  # a row that is here is never measured again
+        report(folder, results, settings)
     return results
 
 
@@ -284,11 +287,11 @@ def report(folder: Path, results: dict[str, Any], settings: OutlierSettings) -> 
     print(f"\n{table(results)}\n\nReport: {folder / 'report.md'}")
 
 
+@fail_clearly()
 def main() -> None:
     settings = parse_settings(OutlierSettings, description=__doc__)
     quiet()
-    with fail_clearly():
-        run(settings)
+    run(settings)
 
 
 if __name__ == "__main__":

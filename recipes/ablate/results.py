@@ -15,6 +15,7 @@ from study import DRIVEN_ROWS, OUTSIDE, Table, result_path, tokens_seen
 from spiking_mamba.document import Block, Code, Heading, Paragraph, Picture, to_markdown
 from spiking_mamba.document import Table as Cells
 from spiking_mamba.figures import COLOURS, MARKERS, picture
+from spiking_mamba.interruption import interruptible
 from spiking_mamba.settings import is_list_of, parse_settings
 from spiking_mamba.statistics import interval
 from spiking_mamba.training import fail_clearly, write_whole
@@ -395,9 +396,10 @@ READING = (
 )
 
 
+@fail_clearly()
 def main() -> None:
-    with fail_clearly():
-        settings = parse_settings(ResultsSettings, description=__doc__)
+    settings = parse_settings(ResultsSettings, description=__doc__)
+    with interruptible(lambda: f"{settings.page} is as it was; the same command writes it."):
         write(settings)
 
 

@@ -33,6 +33,7 @@ from spiking_mamba.calibration import asks_for_calibration, resolve_threshold
 from spiking_mamba.checkpoint import load_dense, load_model, locate
 from spiking_mamba.distillation import DistillationSettings, distill
 from spiking_mamba.energy import model_energy, projection_energy
+from spiking_mamba.interruption import interruptible
 from spiking_mamba.modeling import spike_driven
 from spiking_mamba.packages import file_sha256
 from spiking_mamba.provenance import provenance
@@ -441,9 +442,22 @@ def study(table: Table) -> int:
     # rows of other lengths are other shapes, not shapes that change; a table has more than 8 variants
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 256
-    shared, bad, late = Study(table), 0, 0
+    with interruptible(lambda: "no row was begun; the same command starts again."):
+        shared = Study(table)
     print(f"teacher: perplexity {shared.dense['perplexity']:.3f}, {len(shared.held_out)} rows", flush=True)
     runs = list(table.runs())
+    with interruptible(lambda: finished(shared, runs)):
+        return run_rows(shared, runs)
+
+
+def finished(shared: Study, runs: Sequence[tuple[dict[str, Any], int]]) -> str:
+    done, folder = sum(shared.done(*run) for run in runs), Path(shared.table.results, shared.table.name)
+    return f"{done} of {len(runs)} rows are finished and kept in {folder}; the same command goes on."
+
+
+def run_rows(shared: Study, runs: Sequence[tuple[dict[str, Any], int]]) -> int:
+    """Run these rows; how many failed."""
+    table, bad, late = shared.table, 0, 0
     for number, (row, seed) in enumerate(runs, 1):
         title = f"{number}/{len(runs)}  {row['name']}, seed {seed}"
         path = result_path(table, row, seed)
@@ -468,11 +482,11 @@ def study(table: Table) -> int:
     return bad
 
 
+@fail_clearly()
 def main() -> None:
     quiet()
-    with fail_clearly():
-        table = parse_settings(Table, description=__doc__)
-        bad = study(table)
+    table = parse_settings(Table, description=__doc__)
+    bad = study(table)
     if bad:
         sys.exit(f"{bad} row{'s' if bad > 1 else ''} failed, for the reason given above.")
 

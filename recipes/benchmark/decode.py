@@ -25,7 +25,7 @@ from neurons import set_backend  # noqa: E402
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, ssd  # noqa: E402
 from spiking_mamba.rehearsal import published_config  # noqa: E402
 from spiking_mamba.report import markdown_table  # noqa: E402
-from spiking_mamba.training import device_name, quiet  # noqa: E402
+from spiking_mamba.training import device_name, fail_clearly, quiet  # noqa: E402
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
 WAYS = ("plain", "captured", "generate()")
@@ -90,6 +90,7 @@ def copy_bytes_per_second() -> float:
     return 2 * source.numel() / statistics.median(times)
 
 
+@fail_clearly()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

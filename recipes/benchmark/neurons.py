@@ -34,6 +34,8 @@ from spikingjelly.activation_based import neuron as sj_neuron  # noqa: E402
 
 from neurons import SignedSpikeCount, SILIFNode, compensation  # noqa: E402
 from neurons.cupy import kernel, ops  # noqa: E402
+from spiking_mamba.interruption import interruptible, measured_so_far  # noqa: E402
+from spiking_mamba.training import fail_clearly  # noqa: E402
 
 MI = 2**20
 COUNT = SignedSpikeCount(4)
@@ -281,6 +283,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+@fail_clearly()
 def main() -> None:
     parser = argparse.ArgumentParser(description="Benchmark of the neurons (needs an NVIDIA GPU).")
     parser.add_argument("--out", type=Path, help="folder for neurons.json and neurons.png")
@@ -319,6 +322,16 @@ def main() -> None:
         "rows": [],
     }
     print(f"{report['device']}, {versions}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+    with interruptible(lambda: measured_so_far(report["rows"], args.out, "neurons.json")):
+        run(args, report, timer, bandwidth)
+    for row in report["rows"]:
+        result = row["results"]["SI-LIF, cupy"]
+        reached = "skipped" if "skipped" in result else f"{result['ms']:.3f} ms"
+        print(f"{row['name']:<32} target {row['target_ms'] or '-':<5} measured {reached}")
+
+
+def run(args: argparse.Namespace, report: dict[str, Any], timer: Timer, bandwidth: float) -> None:
+    """Measure every row, print it and add it to the report."""
     for row in ROWS:
         floor_ms = row.floor_bytes / bandwidth * 1e3
         results = {name: measure(row, make, timer, args.limit) for name, make in contenders(row).items()}
@@ -345,10 +358,6 @@ def main() -> None:
     if args.out:
         (args.out / "neurons.json").write_text(json.dumps(report, indent=1))
         draw(report, args.out / "neurons.png")
-    for row in report["rows"]:
-        result = row["results"]["SI-LIF, cupy"]
-        reached = "skipped" if "skipped" in result else f"{result['ms']:.3f} ms"
-        print(f"{row['name']:<32} target {row['target_ms'] or '-':<5} measured {reached}")
 
 
 if __name__ == "__main__":

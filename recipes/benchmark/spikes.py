@@ -24,11 +24,12 @@ from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM  # noqa: E
 from spiking_mamba.pretraining import PretrainingSettings  # noqa: E402
 from spiking_mamba.report import markdown_table  # noqa: E402
 from spiking_mamba.spikes import count_spikes  # noqa: E402
-from spiking_mamba.training import keep_freed_memory, quiet  # noqa: E402
+from spiking_mamba.training import fail_clearly, keep_freed_memory, quiet  # noqa: E402
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
 
 
+@fail_clearly()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter

@@ -37,10 +37,11 @@ from transformers import Mamba2Config, Mamba2ForCausalLM  # noqa: E402
 from neurons import set_backend  # noqa: E402
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, ssd  # noqa: E402
 from spiking_mamba.head_loss import head_loss  # noqa: E402
+from spiking_mamba.interruption import interruptible, measured_so_far  # noqa: E402
 from spiking_mamba.pretraining import PretrainingSettings  # noqa: E402
 from spiking_mamba.rehearsal import published_config  # noqa: E402
 from spiking_mamba.report import markdown_table, save_picture  # noqa: E402
-from spiking_mamba.training import device_name, keep_freed_memory, quiet  # noqa: E402
+from spiking_mamba.training import device_name, fail_clearly, keep_freed_memory, quiet  # noqa: E402
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
 SGC = {"mode": "blend", "schedule": "constant"}
@@ -263,6 +264,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     save_picture(figure, path, dpi=110)
 
 
+@fail_clearly()
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -294,18 +296,19 @@ def main() -> None:
     shapes = [("length", max(1, args.batch * length // each), each) for each in args.lengths or []]
     shapes += [("batch", batch, length) for batch in args.batches or []]
     report: dict[str, Any] = {"device": device_name(), "arguments": sys.argv[1:], "runs": []}
-    for sweep, batch, each in shapes or [("batch", args.batch, length)]:
-        found = measure(config, args, batch, each)
-        if int(os.environ.get("RANK", 0)):
-            continue
-        report["runs"].append({"sweep": sweep, "batch": batch, "length": each, "found": found})
-        times = f"{gpus} times " if gpus > 1 else ""
-        print(f"\n{times}{batch} x {each} tokens, {device_name()}\n", flush=True)
-        print(table(found, gpus * batch * each, flops, gpus, args), flush=True)
-        if args.out:  # after every length: a later failure loses nothing
-            args.out.mkdir(parents=True, exist_ok=True)
-            (args.out / "step.json").write_text(json.dumps(report, indent=1))
-            draw(report, args.out / "step.png")
+    with interruptible(lambda: measured_so_far(report["runs"], args.out, "step.json")):
+        for sweep, batch, each in shapes or [("batch", args.batch, length)]:
+            found = measure(config, args, batch, each)
+            if int(os.environ.get("RANK", 0)):
+                continue
+            report["runs"].append({"sweep": sweep, "batch": batch, "length": each, "found": found})
+            times = f"{gpus} times " if gpus > 1 else ""
+            print(f"\n{times}{batch} x {each} tokens, {device_name()}\n", flush=True)
+            print(table(found, gpus * batch * each, flops, gpus, args), flush=True)
+            if args.out:  # after every length: a later failure loses nothing
+                args.out.mkdir(parents=True, exist_ok=True)
+                (args.out / "step.json").write_text(json.dumps(report, indent=1))
+                draw(report, args.out / "step.png")
     if gpus > 1:
         torch.distributed.destroy_process_group()
 

@@ -6,11 +6,11 @@ from spiking_mamba.settings import parse_settings
 from spiking_mamba.training import fail_clearly, quiet
 
 
+@fail_clearly()
 def main() -> None:
     settings = parse_settings(DistillationSettings, description=__doc__)
     quiet()
-    with fail_clearly():
-        folder, _ = (rehearse if settings.dry_run else distill)(settings)
+    folder, _ = (rehearse if settings.dry_run else distill)(settings)
     print(f"The student is in {folder}.")
 
 

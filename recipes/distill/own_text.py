@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from spiking_mamba import data
 from spiking_mamba.checkpoint import load_dense
+from spiking_mamba.interruption import interruptible
 from spiking_mamba.settings import parse_settings
 from spiking_mamba.tokenizer import load_tokenizer
 from spiking_mamba.training import RunError, fail_clearly, quiet, write_whole
@@ -105,18 +106,21 @@ def write(settings: OwnTextSettings) -> None:
 
     parts = -(-settings.tokens // (settings.batch_size * settings.length))
     paths = [folder / f"{part:06d}.jsonl" for part in range(parts)]
-    for part, path in enumerate(tqdm(paths, desc="Writing", unit="part")):
-        if not path.is_file():
-            write_whole(path, write_part(settings, part, teacher, tokenizer, passages))
-    write_whole(target, "".join(path.read_text() for path in paths))
+    with interruptible(
+        lambda: f"{folder} keeps {sum(map(Path.is_file, paths))} of {parts} parts; the same command goes on."
+    ):
+        for part, path in enumerate(tqdm(paths, desc="Writing", unit="part", disable=None)):
+            if not path.is_file():
+                write_whole(path, write_part(settings, part, teacher, tokenizer, passages))
+        write_whole(target, "".join(path.read_text() for path in paths))
     shutil.rmtree(folder)
 
 
+@fail_clearly()
 def main() -> None:
     settings = parse_settings(OwnTextSettings, description=__doc__)
     quiet()
-    with fail_clearly():
-        write(settings)
+    write(settings)
     print(f"The text is in {settings.output}.")
 
 

@@ -11,17 +11,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from spiking_mamba import SpikingMambaForCausalLM, data, evaluation
 from spiking_mamba.checkpoint import load_dense
 from spiking_mamba.distillation import DistillationSettings, distill
 from spiking_mamba.energy import projection_energy
+from spiking_mamba.interruption import interruptible
+from spiking_mamba.progress import Stage
 from spiking_mamba.report import write_report
 from spiking_mamba.settings import parse_settings
 from spiking_mamba.spikes import count_spikes
 from spiking_mamba.tokenizer import load_tokenizer
-from spiking_mamba.training import device_name, fail_clearly, quiet, start_run
+from spiking_mamba.training import device_name, fail_clearly, kept_in, quiet, start_run
 
 PROMPT = "The city of"
 VERSIONS = ("torch", "transformers", "spikingjelly", "lm-eval")
@@ -84,59 +87,73 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
     distillation.check(teacher.config)
     tasks = evaluation.zero_shot_tasks(settings.tasks)
     held_out = data.draw_rows(settings.held_out, tokenizer, settings.length, settings.held_out_rows)
-    start_run(settings, settings.resume, settings.overwrite)
+    with interruptible(lambda: kept_in(Path(distillation.output))):
+        start_run(settings, settings.resume, settings.overwrite)
+        print("1/3  Distilling the spiking student", flush=True)
+        student_folder, log = distill(distillation, teacher, tokenizer)
 
-    print("1/3  Distilling the spiking student")
-    student_folder, log = distill(distillation, teacher, tokenizer)
+        print("2/3  Evaluating", flush=True)
+        spiking = {"neuron": settings.neuron, "membrane": settings.membrane, "threshold": settings.threshold}
+        models = {
+            "teacher": teacher,
+            "before": SpikingMambaForCausalLM.from_dense(teacher, **spiking),
+            "after": AutoModelForCausalLM.from_pretrained(student_folder),
+        }
+        results = measure(models, held_out, tasks, tokenizer, settings)
+        results |= {
+            "log": log,
+            "seed": settings.seed,
+            "seconds": time.time() - start,
+            "device": device_name(),
+            "versions": {name: version(name) for name in VERSIONS},
+        }
+        print("3/3  Writing the report\n", flush=True)
+        print(write_report(folder, results))
+    print(f"\nReport: {folder / 'report.md'}, picture: {folder / 'report.png'}, student: {student_folder}")
+    return results
 
-    print("2/3  Evaluating")
-    spiking = {
-        "neuron": settings.neuron,
-        "membrane": settings.membrane,
-        "threshold": settings.threshold,
-    }
-    student = AutoModelForCausalLM.from_pretrained(student_folder)
-    models = {
-        "teacher": teacher,
-        "before": SpikingMambaForCausalLM.from_dense(teacher, **spiking),
-        "after": student,
-    }
+
+def measure(
+    models: dict[str, SpikingMambaForCausalLM],
+    held_out: Dataset,
+    tasks: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    settings: QuickstartSettings,
+) -> dict[str, Any]:
+    """What the teacher and the student, before and after, are worth."""
     results: dict[str, Any] = {}
-    for name, model in models.items():
-        with count_spikes(model) as counts:  # the spikes are those of the perplexity's own forward passes
-            results[name] = evaluation.perplexity(model.eval(), held_out)
-        results[name]["zero_shot"] = evaluation.zero_shot(model, tokenizer, tasks, limit=settings.limit)
-    before, after = results["before"]["perplexity"], results["after"]["perplexity"]
+    with Stage(len(models) * (1 + len(tasks)), "evaluating") as stage:
+        for name, model in models.items():
+            stage.label = name if name == "teacher" else f"student {name}"
+            # the spikes are those of the perplexity's own forward passes
+            with count_spikes(model) as counts, stage.part("perplexity") as share:
+                results[name] = evaluation.perplexity(model.eval(), held_out, progress=share)
+            results[name]["zero_shot"] = evaluation.zero_shot(
+                model, tokenizer, tasks, limit=settings.limit, stage=stage
+            )
+    teacher, before, after = (results[name]["perplexity"] for name in models)
+    student = models["after"]
     prompt = tokenizer(PROMPT, return_tensors="pt").to(student.device)
     torch.manual_seed(settings.seed)
     sample = student.generate(**prompt, max_new_tokens=40, do_sample=True, top_p=0.9)
-    results |= {
-        "gap_closed": (before - after) / (before - results["teacher"]["perplexity"]),
+    return results | {
+        "gap_closed": (before - after) / (before - teacher),
         "spikes": counts.to_dict(),
         "energy": projection_energy(counts),
         "levels": 2 * (student.config.max_spike_count or 1) + 1,
         "held_out_rows": len(held_out),
         "held_out_tokens": results["after"]["tokens"],
         "held_out": settings.held_out,
-        "log": log,
         "prompt": PROMPT,
         "sample": " ".join(tokenizer.decode(sample[0], skip_special_tokens=True).split()),
-        "seed": settings.seed,
-        "seconds": time.time() - start,
-        "device": device_name(),
-        "versions": {name: version(name) for name in VERSIONS},
     }
-    print("3/3  Writing the report\n")
-    print(write_report(folder, results))
-    print(f"\nReport: {folder / 'report.md'}, picture: {folder / 'report.png'}, student: {student_folder}")
-    return results
 
 
+@fail_clearly()
 def main() -> None:
     settings = parse_settings(QuickstartSettings, description=__doc__)
     quiet()
-    with fail_clearly():
-        run(settings)
+    run(settings)
 
 
 if __name__ == "__main__":

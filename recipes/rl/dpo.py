@@ -6,11 +6,11 @@ from spiking_mamba.settings import parse_settings
 from spiking_mamba.training import fail_clearly, quiet
 
 
+@fail_clearly()
 def main() -> None:
     settings = parse_settings(DPOSettings, description=__doc__)
     quiet()
-    with fail_clearly():
-        results = optimise(settings)
+    results = optimise(settings)
     if results is not None:  # the first process
         print(f"\n{summary(results)}\n\nModel: {results['model']}; numbers: {settings.output}/results.json")
 

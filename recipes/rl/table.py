@@ -10,6 +10,7 @@ from typing import Any
 
 from spiking_mamba.checkpoint import locate
 from spiking_mamba.evaluation import EvaluationSettings, evaluate, zero_shot_tasks
+from spiking_mamba.interruption import interruptible
 from spiking_mamba.preference import DPOSettings, KTOSettings, optimise
 from spiking_mamba.report import markdown_table
 from spiking_mamba.settings import is_list_of, parse_settings
@@ -140,29 +141,36 @@ def make_table(settings: TableSettings) -> dict[str, Any]:
     plan = {column: [planned(settings, column, seed) for seed in settings.seeds] for column in COLUMNS}
     for model in dict.fromkeys(one.model for of_column in plan.values() for one in of_column):
         locate(model)
-    runs = {column: [run(one) for one in of_column] for column, of_column in plan.items()}
-    evaluation = evaluate(wanted)
-    quantities = accuracies(runs)
-    for column, group in evaluation["groups"].items():
-        for name, values in group.items():
-            quantities.setdefault(name, {})[column] = values
-    return {
-        "quantities": quantities,
-        "paired": {
-            column: [{"seed": r["provenance"]["settings"]["seed"]} | r["change"] for r in results]
-            for column, results in runs.items()
-        },
-        "gaps": evaluation["gaps"],
-        "provenance": evaluation["provenance"],
-    }
+    planned_runs = [one for of_column in plan.values() for one in of_column]
+    with interruptible(lambda: finished(planned_runs, settings.output)):
+        runs = {column: [run(one) for one in of_column] for column, of_column in plan.items()}
+        evaluation = evaluate(wanted)
+        quantities = accuracies(runs)
+        for column, group in evaluation["groups"].items():
+            for name, values in group.items():
+                quantities.setdefault(name, {})[column] = values
+        return {
+            "quantities": quantities,
+            "paired": {
+                column: [{"seed": r["provenance"]["settings"]["seed"]} | r["change"] for r in results]
+                for column, results in runs.items()
+            },
+            "gaps": evaluation["gaps"],
+            "provenance": evaluation["provenance"],
+        }
 
 
+def finished(runs: list[Any], output: str) -> str:
+    done = sum(Path(one.output, "results.json").is_file() for one in runs)
+    return f"{done} of {len(runs)} runs in {output} are finished; the same command goes on."
+
+
+@fail_clearly()
 def main() -> None:
     settings = parse_settings(TableSettings, description=__doc__)
     quiet()
     keep_freed_memory()
-    with fail_clearly():
-        results = make_table(settings)
+    results = make_table(settings)
     columns = ["teacher", "student", *COLUMNS]
     rows = []
     for name, found in results["quantities"].items():

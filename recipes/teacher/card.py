@@ -109,78 +109,76 @@ def sources(manifest: dict[str, Any]) -> list[list[str]]:
     ]
 
 
+@fail_clearly()
 def main() -> None:
     settings = parse_settings(CardSettings, description=__doc__)
     quiet()
-    with fail_clearly():
-        folder, corpus = Path(settings.model), Path(settings.corpus)
-        training, log = read(folder / "training.json"), read(Path(settings.run) / "log.json")
-        manifest, ngram = read(corpus / "manifest.json"), read(corpus / "ngram.json")
-        paths = [settings.evaluation] if isinstance(settings.evaluation, str) else settings.evaluation
-        every = [read(Path(path)) for path in paths]
-        if any(len(each.get("models", ())) != 1 for each in every):
-            raise ValueError(f"Each of {', '.join(map(str, paths))} must be an evaluation of one model.")
-        results = every[0]
-        (found,), *more = [each["models"] for each in every]
-        for (other,) in more:
-            if other["weights_sha256"] != found["weights_sha256"]:
-                raise ValueError("The evaluations are of different weights.")
-            found["perplexity"] |= other["perplexity"]
-            found["tasks"] |= other["tasks"]
-        model, tokenizer = load_dense(folder), load_tokenizer(folder)
-        length = results["provenance"]["settings"]["length"]
-        texts = found["perplexity"] | {"LAMBADA": lambada(model, tokenizer, length)}
-        rows = []
-        for name, of_text in texts.items():
-            baseline = ngram.get(name, {}).get("bits_per_byte")
-            beaten = ["-", "-"]
-            if baseline is not None:
-                beaten = [f"{baseline:.3f}", f"{1 - of_text['bits_per_byte'] / baseline:.1%}"]
-            label = "held-out documents" if name.endswith("held_out.jsonl") else name
-            rows.append([label, f"{of_text['perplexity']:.2f}", f"{of_text['bits_per_byte']:.3f}", *beaten])
-        held = [row for row in log if "eval_loss" in row]
-        steps = held[-1]["step"]
-        tokens_a_step = training["tokens_seen"] / steps
-        earlier = held[max(0, len(held) - 5)]
-        draw(log, tokens_a_step, folder / "curve.png")
-        hardware, settings_used = training["hardware"], training["settings"]
-        card = TEMPLATE.read_text().format(
-            millions=training["parameters"] / 1e6,
-            layers=model.config.num_hidden_layers,
-            width=model.config.hidden_size,
-            state=model.config.state_size,
-            vocabulary=model.config.vocab_size,
-            perplexities=markdown_table(
-                ["text", "perplexity", "bits per byte", "5-gram", "fewer bits by"], rows
-            ),
-            length=length,
-            dtype=found["dtype"],
-            scores=markdown_table(["set", "items", "acc", "acc_norm", "chance"], score_rows(found["tasks"])),
-            evaluated=f"{results['provenance']['date'][:10]} on {results['provenance']['hardware']['cpu']}",
-            commands="\n".join(f"    {each['provenance']['command']}" for each in every),
-            command=training["command"],
-            processes=training["gpus_or_processes"],
-            hardware=hardware["gpu"] or hardware["cpu"],
-            seed=settings_used["seed"],
-            torch=training["versions"]["torch"],
-            date=training["date"][:10],
-            seen=training["tokens_seen"] / 1e6,
-            epochs=training["epochs"],
-            corpus=training["corpus_tokens"] / 1e6,
-            steps=steps,
-            step_tokens=round(tokens_a_step),
-            train_loss=[row for row in log if "loss" in row][-1]["loss"],
-            held_loss=held[-1]["eval_loss"],
-            rest=(steps - earlier["step"]) * tokens_a_step / 1e6,
-            before=earlier["eval_loss"],
-            notes=f"\n{settings.notes.strip()}\n" if settings.notes.strip() else "",
-            data=markdown_table(["package", "licence", "documents", "tokens"], sources(manifest)),
-            count=settings.samples,
-            last=settings.samples - 1,
-            new=NEW_TOKENS,
-            samples="\n\n".join(sample(model, tokenizer, seed) for seed in range(settings.samples)),
-        )
-        write_whole(folder / "README.md", card)
+    folder, corpus = Path(settings.model), Path(settings.corpus)
+    training, log = read(folder / "training.json"), read(Path(settings.run) / "log.json")
+    manifest, ngram = read(corpus / "manifest.json"), read(corpus / "ngram.json")
+    paths = [settings.evaluation] if isinstance(settings.evaluation, str) else settings.evaluation
+    every = [read(Path(path)) for path in paths]
+    if any(len(each.get("models", ())) != 1 for each in every):
+        raise ValueError(f"Each of {', '.join(map(str, paths))} must be an evaluation of one model.")
+    results = every[0]
+    (found,), *more = [each["models"] for each in every]
+    for (other,) in more:
+        if other["weights_sha256"] != found["weights_sha256"]:
+            raise ValueError("The evaluations are of different weights.")
+        found["perplexity"] |= other["perplexity"]
+        found["tasks"] |= other["tasks"]
+    model, tokenizer = load_dense(folder), load_tokenizer(folder)
+    length = results["provenance"]["settings"]["length"]
+    texts = found["perplexity"] | {"LAMBADA": lambada(model, tokenizer, length)}
+    rows = []
+    for name, of_text in texts.items():
+        baseline = ngram.get(name, {}).get("bits_per_byte")
+        beaten = ["-", "-"]
+        if baseline is not None:
+            beaten = [f"{baseline:.3f}", f"{1 - of_text['bits_per_byte'] / baseline:.1%}"]
+        label = "held-out documents" if name.endswith("held_out.jsonl") else name
+        rows.append([label, f"{of_text['perplexity']:.2f}", f"{of_text['bits_per_byte']:.3f}", *beaten])
+    held = [row for row in log if "eval_loss" in row]
+    steps = held[-1]["step"]
+    tokens_a_step = training["tokens_seen"] / steps
+    earlier = held[max(0, len(held) - 5)]
+    hardware, settings_used = training["hardware"], training["settings"]
+    card = TEMPLATE.read_text().format(
+        millions=training["parameters"] / 1e6,
+        layers=model.config.num_hidden_layers,
+        width=model.config.hidden_size,
+        state=model.config.state_size,
+        vocabulary=model.config.vocab_size,
+        perplexities=markdown_table(["text", "perplexity", "bits per byte", "5-gram", "fewer bits by"], rows),
+        length=length,
+        dtype=found["dtype"],
+        scores=markdown_table(["set", "items", "acc", "acc_norm", "chance"], score_rows(found["tasks"])),
+        evaluated=f"{results['provenance']['date'][:10]} on {results['provenance']['hardware']['cpu']}",
+        commands="\n".join(f"    {each['provenance']['command']}" for each in every),
+        command=training["command"],
+        processes=training["gpus_or_processes"],
+        hardware=hardware["gpu"] or hardware["cpu"],
+        seed=settings_used["seed"],
+        torch=training["versions"]["torch"],
+        date=training["date"][:10],
+        seen=training["tokens_seen"] / 1e6,
+        epochs=training["epochs"],
+        corpus=training["corpus_tokens"] / 1e6,
+        steps=steps,
+        step_tokens=round(tokens_a_step),
+        train_loss=[row for row in log if "loss" in row][-1]["loss"],
+        held_loss=held[-1]["eval_loss"],
+        rest=(steps - earlier["step"]) * tokens_a_step / 1e6,
+        before=earlier["eval_loss"],
+        notes=f"\n{settings.notes.strip()}\n" if settings.notes.strip() else "",
+        data=markdown_table(["package", "licence", "documents", "tokens"], sources(manifest)),
+        count=settings.samples,
+        last=settings.samples - 1,
+        new=NEW_TOKENS,
+        samples="\n\n".join(sample(model, tokenizer, seed) for seed in range(settings.samples)),
+    )
+    draw(log, tokens_a_step, folder / "curve.png")
+    write_whole(folder / "README.md", card)
     print(f"The card is {folder / 'README.md'}.")
 
 

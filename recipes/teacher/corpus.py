@@ -5,11 +5,11 @@ from spiking_mamba.settings import parse_settings
 from spiking_mamba.training import fail_clearly, quiet
 
 
+@fail_clearly()
 def main() -> None:
     settings = parse_settings(CorpusSettings, description=__doc__)
     quiet()
-    with fail_clearly():
-        manifest = build_corpus(settings)
+    manifest = build_corpus(settings)
     print(f"{'source':32}{'documents':>10}{'MB':>8}{'tokens':>12}")
     for name, source in (manifest["sources"] | manifest["files"]).items():
         tokens = "" if source["tokens"] is None else f"{source['tokens']:,}"

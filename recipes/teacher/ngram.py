@@ -36,34 +36,34 @@ class NgramSettings:
     output: str = ""
 
 
+@fail_clearly()
 def main() -> None:
     settings = parse_settings(NgramSettings, description=__doc__)
     quiet()
-    with fail_clearly():
-        text = load_text(settings.train)
-        if settings.tokenizer:
-            from transformers import AutoTokenizer
+    text = load_text(settings.train)
+    if settings.tokenizer:
+        from transformers import AutoTokenizer
 
-            tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
-        else:
-            tokenizer = train_tokenizer(text["text"], settings.vocab_size)
+        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+    else:
+        tokenizer = train_tokenizer(text["text"], settings.vocab_size)
+    tokens = document_stream(text, tokenizer)
+    model = KneserNey(tokens, len(tokenizer), settings.order)
+    found = {"train": settings.train, "train_tokens": len(tokens), "order": settings.order}
+    for name in settings.evaluate:
+        text = load_text(name)
         tokens = document_stream(text, tokenizer)
-        model = KneserNey(tokens, len(tokenizer), settings.order)
-        found = {"train": settings.train, "train_tokens": len(tokens), "order": settings.order}
-        for name in settings.evaluate:
-            text = load_text(name)
-            tokens = document_stream(text, tokenizer)
-            # end-of-text counts, as in a model's loss over packed rows; the first one is given
-            bits = -np.log2(model.probabilities(tokens, first=1))
-            found[name] = {
-                "bits_per_byte": bits.sum() / count_bytes(text),
-                "perplexity": float(2 ** bits.mean()),
-                "tokens": len(bits),
-            }
-            print(f"{name}: {found[name]['bits_per_byte']:.4f} bits per byte, {len(bits):,} tokens, "
-                  f"perplexity {found[name]['perplexity']:.2f}")  # fmt: skip
-        if settings.output:
-            write_whole(Path(settings.output), json.dumps(found, indent=1) + "\n")
+        # end-of-text counts, as in a model's loss over packed rows; the first one is given
+        bits = -np.log2(model.probabilities(tokens, first=1))
+        found[name] = {
+            "bits_per_byte": bits.sum() / count_bytes(text),
+            "perplexity": float(2 ** bits.mean()),
+            "tokens": len(bits),
+        }
+        print(f"{name}: {found[name]['bits_per_byte']:.4f} bits per byte, {len(bits):,} tokens, "
+              f"perplexity {found[name]['perplexity']:.2f}")  # fmt: skip
+    if settings.output:
+        write_whole(Path(settings.output), json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -5,11 +5,11 @@ from spiking_mamba.settings import parse_settings
 from spiking_mamba.training import fail_clearly, quiet
 
 
+@fail_clearly()
 def main() -> None:
     settings = parse_settings(PretrainingSettings, description=__doc__)
     quiet()
-    with fail_clearly():
-        folder, _ = pretrain(settings)
+    folder, _ = pretrain(settings)
     print(f"The teacher is in {folder}.")
 
 

@@ -204,6 +204,26 @@ def test_a_killed_run_goes_on(checkpoints, tmp_path, call):
     assert results_of(output)["models"] == results_of(tmp_path / "whole")["models"]
 
 
+def test_ctrl_c_keeps_what_is_measured(checkpoints, tmp_path, call, monkeypatch):
+    output = tmp_path / "stopped"
+    arguments = [f"models={checkpoints}/student0/model", f"output={output}", *SMALL]
+    measure = evaluation.score
+
+    def interrupt(lm, task, *others):
+        if task.config.task != "copa":
+            raise KeyboardInterrupt
+        return measure(lm, task, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluation, "score", interrupt)
+        done = call(*arguments)
+    said = f"the cache {output / 'cache'} keeps what is measured (1 so far); the same command goes on."
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (130, f"interrupted: {said}")
+    done = call(*arguments)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(": measured before") == 1
+
+
 def test_a_folder_grows_but_does_not_shrink_or_change(checkpoints, tmp_path, call):
     one, two = f"{checkpoints}/student0/model", f"{checkpoints}/teacher/model"
     output = tmp_path / "growing"

@@ -136,6 +136,28 @@ def test_a_killed_run_goes_on_where_it_was(checkpoints, text, tmp_path, recipe, 
     assert all(row["perplexity"][str(text)]["perplexity"] != 123.25 for row in rows[len(kept) :])
 
 
+def test_ctrl_c_keeps_finished_rows(checkpoints, text, tmp_path, recipe, monkeypatch, capsys):
+    given = arguments(checkpoints / "spiking", text, tmp_path / "run", "fractions=[0.05]")
+    measure, calls = recipe.measure, []
+
+    def interrupt(*others):
+        calls.append(others)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*others)
+
+    monkeypatch.setattr(recipe, "measure", interrupt)
+    monkeypatch.setattr(sys, "argv", given)
+    with pytest.raises(SystemExit) as end:
+        recipe.main()
+    assert end.value.code == 130
+    said = f"interrupted: 2 of 5 rows are kept in {tmp_path / 'run'}; resume=true goes on."
+    assert capsys.readouterr().err.splitlines()[-1] == said
+    monkeypatch.setattr(sys, "argv", [*given, "resume=true"])
+    recipe.main()
+    assert len(calls) == 6
+
+
 def test_only_whole_results_of_the_same_weights_are_continued(
     checkpoints, text, tmp_path, recipe, monkeypatch
 ):

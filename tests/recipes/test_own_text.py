@@ -44,10 +44,11 @@ def test_passages_go_on_and_an_interruption_changes_nothing(arguments, tmp_path)
     lines = (tmp_path / "again.jsonl").read_text().splitlines(keepends=True)
     assert whole.read_text().startswith("".join(lines))
 
-    # killed after its first part: what is there is kept, the rest comes out alike
+    # Ctrl-C after its first part: what is there is kept, the rest comes out alike
     (tmp_path / "again.jsonl").unlink()
-    killed = run("-c", KILLED, *arguments[1:-1], f"output={tmp_path / 'again.jsonl'}")
-    assert killed.returncode == 9
+    stopped = run("-c", INTERRUPTED, *arguments[1:-1], f"output={tmp_path / 'again.jsonl'}")
+    assert stopped.returncode == 130
+    assert stopped.stderr == f"interrupted: {parts} keeps 1 of 3 parts; the same command goes on.\n"
     assert sorted(path.name for path in parts.iterdir()) == ["000000.jsonl", "settings.json"]
     assert "begun with other settings" in run(*again, "seed=1").stderr
     assert run(*again).returncode == 0
@@ -59,13 +60,13 @@ def test_passages_go_on_and_an_interruption_changes_nothing(arguments, tmp_path)
     assert "there already" in other.stderr
 
 
-KILLED = f"""
-import os, runpy, sys
+INTERRUPTED = f"""
+import os, runpy, signal, sys
 sys.argv[0] = {str(RECIPE / "own_text.py")!r}
 made = runpy.run_path(sys.argv[0])
 write_part = made["write_part"]
 def once(settings, part, *others):
-    return write_part(settings, part, *others) if part < 1 else os._exit(9)
+    return write_part(settings, part, *others) if part < 1 else os.kill(os.getpid(), signal.SIGINT)
 made["write"].__globals__["write_part"] = once
 made["main"]()
 """

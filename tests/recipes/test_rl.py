@@ -1,7 +1,9 @@
 """The rl recipes: real command lines, on two processes, killed and resumed."""
 
+import importlib.util
 import json
 import random
+import sys
 from pathlib import Path
 
 import pytest
@@ -244,6 +246,26 @@ def test_the_table_over_seeds(folder, tmp_path):
     other = run(*command[:-1], "limit=20", f"changes={json.dumps([*changes, 'objective.beta=0.5'])}")
     assert other.returncode != 0
     assert "holds a run with other settings" in other.stderr
+
+
+def test_ctrl_c_names_the_finished_runs(folder, tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("rl_table", RECIPE / "table.py")
+    table = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, table)
+    spec.loader.exec_module(table)
+    models = {"teacher": str(folder / "teacher"), "student": str(folder / "student")}
+    settings = table.TableSettings(**models, output=str(tmp_path), seeds=[0, 1], tasks=[])
+
+    def run(one):
+        if Path(one.output).name.endswith("1"):
+            raise KeyboardInterrupt
+        Path(one.output).mkdir()
+        Path(one.output, "results.json").touch()
+
+    monkeypatch.setattr(table, "run", run)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        table.make_table(settings)
+    assert caught.value.__notes__ == [f"1 of 6 runs in {tmp_path} are finished; the same command goes on."]
 
 
 @pytest.mark.parametrize(
