@@ -30,6 +30,7 @@ from .modeling import SpikingMambaForCausalLM
 from .packages import DataError
 from .progress import quiet
 from .settings import reject_unknown_keys
+from .training_log import show_table
 
 __all__ = [
     "RunError",
@@ -175,6 +176,7 @@ def training_arguments(
     reject_unknown_keys(given, TRAINING_KEYS, "training")
     defaults = {
         "report_to": "none",
+        "disable_tqdm": False,  # transformers would decide by how much it is to say itself
         "logging_steps": 10,
         "save_strategy": "steps",
         "save_steps": 200,
@@ -298,10 +300,14 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, float]]:
         # accelerate would cast every weight to bf16, A_log and dt_bias too; autocast casts the products alone
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
     folder = trainer.args.output_dir
+    table = show_table(trainer)
     trainer.add_callback(_MarkComplete())
     trainer.add_callback(_LeaveFinished())
     last = _last_checkpoint(Path(folder)) if resume else None
-    trainer.train(resume_from_checkpoint=last)
+    try:
+        trainer.train(resume_from_checkpoint=last)
+    finally:
+        table.close()
     state = trainer.state
     history = [row for row in state.log_history if row["step"] <= state.max_steps]
     state.global_step = min(state.global_step, state.max_steps)

@@ -150,6 +150,31 @@ def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(moment, arguments, one_p
     assert_equal(tmp_path / "run", one_process)
 
 
+# --- interrupted ---
+
+
+def test_ctrl_c_at_any_moment_says_how_to_go_on(arguments, one_process, tmp_path):
+    folder = tmp_path / "run"
+    command = [*arguments, f"output={folder}", "training.per_device_train_batch_size=4"]
+    for moment, extra, sentence in (
+        ("data", [], "nothing was written."),
+        ("step-1", [], f"nothing trained is kept in {folder}; start again with overwrite=true."),
+        (
+            "step-3",
+            ["overwrite=true"],
+            f"{folder} holds the checkpoint of step 2; resume=true goes on from there.",
+        ),
+    ):
+        done = run(HERE / "interrupted.py", moment, *command, *extra)
+        assert (done.returncode, done.stderr) == (130, f"interrupted: {sentence}\n")
+        assert folder.exists() is (moment != "data")
+    done = run(*command, "resume=true")
+    assert done.returncode == 0, done.stderr
+    rows = [line.split()[0] for line in done.stdout.splitlines()]
+    assert rows[:4] == ["step", "3", "4", "5"]
+    assert_equal(folder, one_process)
+
+
 # --- the files for large models, rehearsed ---
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+HERE = Path(__file__).parent
 WORDS = "the quick brown fox jumps over a lazy dog while seven small mice watch from under an old tree"
 SMALL = [
     "length=32",
@@ -181,21 +182,36 @@ def test_quickstart_checks_everything_before_it_trains(text, tmp_path, argument,
 
 
 def test_quickstart(teacher, text, tmp_path):
-    done = run(
-        "quickstart/quickstart.py",
+    """With Ctrl-C in its evaluation, and gone on with."""
+    folder = tmp_path / "run"
+    arguments = [
+        ROOT / "recipes/quickstart/quickstart.py",
         ROOT / "recipes/quickstart/quickstart.yaml",
         f"teacher={teacher / 'model'}",
         f"data={text}",
         f"held_out={text}",
-        f"output={tmp_path / 'run'}",
+        f"output={folder}",
         "length=32",
         "training={max_steps: 3, per_device_train_batch_size: 2, logging_steps: 1}",
         "held_out_rows=2",
         "tasks=[sciq, piqa, copa]",
         "limit=1",
-    )
+    ]
+    done = run(HERE / "interrupted.py", "evaluation", *arguments)
+    assert done.returncode == 130, done.stderr
+    said = f"interrupted: {folder / 'student/model'} is trained and stays; resume=true does the rest.\n"
+    *packages, last = done.stderr.splitlines(keepends=True)
+    assert last == said
+    assert all(line.startswith("PyPI ") for line in packages)  # no bar where there is no terminal
+    first, *table, summary, stage = done.stdout.splitlines()
+    assert first.startswith("1/3")
+    assert [line.split()[0] for line in table] == ["step", "1", "2", "3"]
+    assert summary.startswith("3 steps, 192 tokens in ")
+    assert stage.startswith("2/3")
+    weights = (folder / "student/model/model.safetensors").read_bytes()
+    done = run(*arguments, "resume=true")
     assert done.returncode == 0, done.stderr
-    folder = tmp_path / "run"
+    assert (folder / "student/model/model.safetensors").read_bytes() == weights
     results = json.loads((folder / "results.json").read_text())
     assert results["after"]["perplexity"] > 1
     assert set(results["after"]["zero_shot"]) == {"sciq", "piqa", "copa"}
