@@ -5,7 +5,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from .configuration import SpikingMambaConfig
 from .modeling import SpikingMambaForCausalLM, SpikingMambaModel, spike_driven
 from .projection import SpikingProjection
+from .versions import warn_if_untested
 
+warn_if_untested()
 AutoConfig.register(SpikingMambaConfig.model_type, SpikingMambaConfig)
 AutoModel.register(SpikingMambaConfig, SpikingMambaModel)
 AutoModelForCausalLM.register(SpikingMambaConfig, SpikingMambaForCausalLM)

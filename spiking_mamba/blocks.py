@@ -1,75 +1,135 @@
-"""Mamba2's mixer and block with spikes in front of both projections, plain and compiled."""
+"""Mamba2's mixer and block with spikes in front of both projections, plain and compiled.
+
+The path of a token through a block: the norm, ``in_proj`` behind its neuron, the causal convolution, the
+selective scan, the gated norm, ``out_proj`` behind its neuron; what comes out is added to what went in (Dao &
+Gu, arXiv 2405.21060, section 7; the neurons: Huang et al., arXiv 2510.04595).
+"""
 
 import functools
 import itertools
+import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
-from transformers.models.mamba2.modeling_mamba2 import (
-    Mamba2Block,
-    Mamba2Mixer,
-    Mamba2RMSNorm,
-    apply_mask_to_padding_states,
-)
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 import neurons
 
+from . import cache as caches
 from . import ssd
+from .cache import Cache, takes_any_cache_name
 from .configuration import PROJECTIONS, SpikingMambaConfig
+from .norms import GatedRMSNorm, RMSNorm
 from .projection import SpikingProjection
 
 __all__ = ["SpikingMambaBlock", "SpikingMambaMixer"]
 
 
-class SpikingMambaMixer(Mamba2Mixer):
-    """Mamba2's mixer between two :class:`SpikingProjection`; parameters and names are Mamba2's."""
+def _hide_padding(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """``[B, L, C]`` with zeros wherever the mask ``[B, L]`` is 0."""
+    return x if attention_mask is None else (x * attention_mask[..., None]).to(x.dtype)
+
+
+class SpikingMambaMixer(nn.Module):
+    """Mamba2's mixer between two :class:`SpikingProjection`; parameters and names are Mamba2's.
+
+    A mixer that is made alone has Mamba2's initial values, its time steps evenly spaced; a whole model draws
+    them, see ``SpikingMambaPreTrainedModel``.
+    """
 
     def __init__(self, config: SpikingMambaConfig, layer_idx: int) -> None:
-        super().__init__(config, layer_idx, initialize_mixer_weights=False)
-        for name, threshold in config.layer_threshold(layer_idx).items():
-            dense = getattr(self, name)
-            projection = SpikingProjection(
-                dense.in_features,
-                dense.out_features,
-                bias=config.use_bias,
-                neuron=None if config.neuron is None else neurons.build(config.neuron),
-                membrane=config.membrane,
-                threshold=threshold,
-                learn_threshold=config.learn_threshold,
-                sgc=config.sgc,
-                spike_driven=config.spike_driven,
-            )
-            setattr(self, name, projection)
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = config.expand * config.hidden_size
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
+        self.n_groups = config.n_groups
+        self.ssm_state_size = config.state_size
+        self.conv_kernel_size = config.conv_kernel
+        self.conv_dim = self.intermediate_size + 2 * config.n_groups * config.state_size
+        self.chunk_size = config.chunk_size
+        self.activation = config.hidden_act
+        self.time_step_limit = config.time_step_limit
         self.states_per_neuron = config.states_per_neuron
 
+        self.conv1d = nn.Conv1d(
+            self.conv_dim,
+            self.conv_dim,
+            config.conv_kernel,
+            groups=self.conv_dim,
+            padding=config.conv_kernel - 1,
+            bias=config.use_conv_bias,
+        )
+        self.in_proj = self._projection(
+            config, "in_proj", config.hidden_size, self.intermediate_size + self.conv_dim + config.num_heads
+        )
+        self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
+        self.A_log = nn.Parameter(torch.empty(config.num_heads))
+        self.D = nn.Parameter(torch.empty(config.num_heads))
+        self.initialise(config, torch.linspace(0.0, 1.0, config.num_heads))
+        self.norm = GatedRMSNorm(self.intermediate_size, config.n_groups, config.layer_norm_epsilon)
+        self.out_proj = self._projection(config, "out_proj", self.intermediate_size, config.hidden_size)
+
+    def _projection(
+        self, config: SpikingMambaConfig, name: str, in_features: int, out_features: int
+    ) -> SpikingProjection:
+        return SpikingProjection(
+            in_features,
+            out_features,
+            bias=config.use_bias,
+            neuron=None if config.neuron is None else neurons.build(config.neuron),
+            membrane=config.membrane,
+            threshold=config.layer_threshold(self.layer_idx)[name],
+            learn_threshold=config.learn_threshold,
+            sgc=config.sgc,
+            spike_driven=config.spike_driven,
+        )
+
+    @torch.no_grad()
+    def initialise(self, config: SpikingMambaConfig, quantiles: torch.Tensor) -> None:
+        """Set ``A = -1, -2, ...``, ``D = 1`` and the bias of the time step.
+
+        Args:
+            quantiles: ``[num_heads]`` in [0, 1], where each head's time step lies between the logarithms of
+                ``time_step_min`` and ``time_step_max``.
+        """
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        dt = torch.exp(quantiles * (high - low) + low).clamp(min=config.time_step_floor)
+        values = {
+            "A_log": torch.arange(1, self.num_heads + 1, dtype=torch.float32).log(),
+            "D": torch.ones(self.num_heads),
+            "dt_bias": dt + torch.log(-torch.expm1(-dt)),  # the inverse of softplus
+        }
+        for name, value in values.items():
+            init.copy_(getattr(self, name), value)
+
+    @takes_any_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
     ) -> torch.Tensor:
         """``[B, L, hidden_size] -> [B, L, hidden_size]``; states are read from and written to the cache."""
         batch, length, _ = hidden_states.shape
+        hidden_states = _hide_padding(hidden_states, attention_mask)
         scan_state = None
-        if cache_params is not None:
-            scan_state = cache_params.get_recurrent_state(self.layer_idx)
-            if length == 1 and (conv_state := cache_params.get_conv_state(self.layer_idx)) is not None:
-                hidden_states = apply_mask_to_padding_states(hidden_states, attention_mask)
-                return self.step(hidden_states, conv_state, scan_state, cache_params)
+        if cache is not None:
+            scan_state = caches.scan_state(cache, self.layer_idx)
+            conv_state = caches.conv_state(cache, self.layer_idx)
+            if length == 1 and conv_state is not None:
+                return self.step(hidden_states, conv_state, scan_state, cache)
 
-        hidden_states = apply_mask_to_padding_states(hidden_states, attention_mask)
-        gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache_params))
-        if cache_params is not None:  # what comes back starts with the tokens before these
-            xBC = cache_params.update_conv_state(
-                xBC.transpose(1, 2), self.layer_idx, conv_kernel_size=self.conv_kernel_size
+        gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache))
+        if cache is not None:  # what comes back starts with the tokens before these
+            xBC = caches.update_conv_state(
+                cache, self.layer_idx, xBC.transpose(1, 2), self.conv_kernel_size
             ).transpose(1, 2)
         xBC = ssd.causal_conv1d(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
-        xBC = apply_mask_to_padding_states(xBC[:, -length:], attention_mask)
-        x, B, C = self._split_heads(xBC)
+        x, B, C = self._split_heads(_hide_padding(xBC[:, -length:], attention_mask))
         y = ssd.chunk_scan(
             x,
             dt,
@@ -81,27 +141,27 @@ class SpikingMambaMixer(Mamba2Mixer):
             dt_bias=self.dt_bias,
             dt_limit=self.time_step_limit,
             initial_states=scan_state,
-            return_final_states=cache_params is not None,
+            return_final_states=cache is not None,
         )
-        if cache_params is not None:
+        if cache is not None:
             y, scan_state = y
-            cache_params.update_recurrent_state(scan_state, self.layer_idx)
+            caches.update_scan_state(cache, self.layer_idx, scan_state)
         y = self.norm(y.reshape(batch, length, -1), gate)
-        return self._project("out_proj", y.to(hidden_states.dtype), cache_params)
+        return self._project("out_proj", y.to(hidden_states.dtype), cache)
 
     def step(
         self,
         hidden_states: torch.Tensor,
         conv_state: torch.Tensor,
         scan_state: torch.Tensor,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
         """One token, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``.
 
         ``conv_state`` ``[B, conv_dim, K]`` and ``scan_state`` ``[B, H, P, N]`` move on in place; the
         neurons' states, where they have any, are in the cache.
         """
-        gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache_params))
+        gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache))
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         xBC = ssd.causal_conv1d_update(xBC, conv_state, weight, bias, self.activation)
         x, B, C = (tensor[:, 0] for tensor in self._split_heads(xBC))
@@ -109,7 +169,7 @@ class SpikingMambaMixer(Mamba2Mixer):
             scan_state, x, dt[:, 0], self._A(), B, C, self.D, self.dt_bias, self.time_step_limit
         )
         y = self.norm(y.flatten(1).unsqueeze(1), gate)
-        return self._project("out_proj", y.to(hidden_states.dtype), cache_params)
+        return self._project("out_proj", y.to(hidden_states.dtype), cache)
 
     def _A(self) -> torch.Tensor:
         return -torch.exp(self.A_log.float())
@@ -126,59 +186,66 @@ class SpikingMambaMixer(Mamba2Mixer):
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         return x, B.unflatten(-1, groups), C.unflatten(-1, groups)
 
-    def _project(self, name: str, x: torch.Tensor, cache_params: Cache | None) -> torch.Tensor:
+    def _project(self, name: str, x: torch.Tensor, cache: Cache | None) -> torch.Tensor:
         """Run a projection; its neuron's states live in slots of the cache behind convolution and scan."""
         projection = getattr(self, name)
-        if cache_params is None or not self.states_per_neuron:
+        if cache is None or not self.states_per_neuron:
             return projection(x)
-        layer = cache_params.layers[self.layer_idx]
         first = 1 + PROJECTIONS.index(name) * self.states_per_neuron
         slots = range(first, first + self.states_per_neuron)
-        states = [layer.recurrent_states[i] for i in slots if layer.has_previous_state[i]]
+        states = caches.neuron_states(cache, self.layer_idx, slots)
         y = projection(x, states)
-        for i, state in zip(slots, states, strict=True):
-            layer.update_recurrent_state(state, i)
-            layer.has_previous_state[i] = True
+        caches.update_neuron_states(cache, self.layer_idx, slots, states)
         return y
 
 
-class SpikingMambaBlock(Mamba2Block):
-    """Mamba2's block around a :class:`SpikingMambaMixer`."""
+class SpikingMambaBlock(GradientCheckpointingLayer):
+    """The residual block around a :class:`SpikingMambaMixer`."""
 
     def __init__(self, config: SpikingMambaConfig, layer_idx: int) -> None:
-        nn.Module.__init__(self)  # not Mamba2Block's, which would make a mixer to throw away
-        self.config = config
+        super().__init__()
         self.layer_idx = layer_idx
         self.residual_in_fp32 = config.residual_in_fp32
-        self.norm = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.mixer = SpikingMambaMixer(config, layer_idx)
         self.compiles = False
 
+    @takes_any_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
     ) -> torch.Tensor:
         """``[B, L, hidden_size] -> [B, L, hidden_size]``."""
-        forward = super().forward
-        if self.compiles and cache_params is None and not self._is_watched():
-            forward = functools.partial(_compiled_block(), self)
+        run = self._run
+        if self.compiles and cache is None and not self._is_watched():
+            run = functools.partial(_compiled_block(), self)
         try:
-            return forward(hidden_states, cache_params=cache_params, attention_mask=attention_mask, **kwargs)
+            return run(hidden_states, cache, attention_mask)
         finally:  # out here, so that first and later passes are compiled alike
             for projection in (self.mixer.in_proj, self.mixer.out_proj):
                 if projection.keeps_spike_size:
                     projection.keep_spike_size()
 
-    def step(self, hidden_states: torch.Tensor, cache_params: Cache) -> torch.Tensor:
+    def _run(
+        self, hidden_states: torch.Tensor, cache: Cache | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        normalised, residual = self._normalise(hidden_states)
+        return residual + self.mixer(normalised, cache, attention_mask)
+
+    def _normalise(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mixer's input and the residual stream, each ``[B, L, hidden_size]``."""
+        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
+        return self.norm(hidden_states.to(self.norm.weight.dtype)), residual
+
+    def step(self, hidden_states: torch.Tensor, cache: Cache) -> torch.Tensor:
         """One token with a cache that has states, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``; compiled
         unless its neurons have states."""
-        conv_state = cache_params.get_conv_state(self.layer_idx)
-        scan_state = cache_params.get_recurrent_state(self.layer_idx)
+        conv_state = caches.conv_state(cache, self.layer_idx)
+        scan_state = caches.scan_state(cache, self.layer_idx)
         if self.mixer.states_per_neuron:
-            return self._step(hidden_states, conv_state, scan_state, cache_params)
+            return self._step(hidden_states, conv_state, scan_state, cache)
         return _compiled_step()(self, hidden_states, conv_state, scan_state)
 
     def _step(
@@ -186,11 +253,10 @@ class SpikingMambaBlock(Mamba2Block):
         hidden_states: torch.Tensor,
         conv_state: torch.Tensor,
         scan_state: torch.Tensor,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
     ) -> torch.Tensor:
-        normalised = self.norm(hidden_states.to(self.norm.weight.dtype))
-        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
-        return residual + self.mixer.step(normalised, conv_state, scan_state, cache_params)
+        normalised, residual = self._normalise(hidden_states)
+        return residual + self.mixer.step(normalised, conv_state, scan_state, cache)
 
     def _is_watched(self) -> bool:
         """Whether somebody looks into the block, at its spikes, say: a compiled one is opaque."""
@@ -201,7 +267,7 @@ class SpikingMambaBlock(Mamba2Block):
 @functools.cache
 def _compiled_block() -> Callable[..., torch.Tensor]:
     # one function for all blocks of all models: they share what was compiled, being alike
-    return torch.compile(Mamba2Block.forward)
+    return torch.compile(SpikingMambaBlock._run)
 
 
 @functools.cache

@@ -1,11 +1,11 @@
-"""The configuration of a spiking Mamba2: transformers' Mamba2 plus its neurons."""
+"""The configuration of a spiking Mamba2: the fields of transformers' ``Mamba2Config``, and its neurons."""
 
 import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from spikingjelly.activation_based.base import MemoryModule
-from transformers import Mamba2Config
+from transformers import PretrainedConfig
 
 import neurons
 from neurons import compensation
@@ -23,12 +23,22 @@ SGC_DEFAULTS = {"function": "scaled_tanh", "lam": 1.0, "schedule": "linear"}
 
 
 @strict
-class SpikingMambaConfig(Mamba2Config):
+class SpikingMambaConfig(PretrainedConfig):
     """Configuration of :class:`~spiking_mamba.SpikingMambaForCausalLM`.
 
-    All fields of ``transformers.Mamba2Config``, and:
+    The fields of ``transformers.Mamba2Config``, of the same meaning, and more.
 
     Args:
+        vocab_size, hidden_size, num_hidden_layers: tokens, width of the residual stream, blocks.
+        expand: the mixer is ``expand * hidden_size`` wide, which is ``num_heads * head_dim``.
+        state_size, n_groups: states of a head's channel; heads of a group share B and C.
+        conv_kernel: taps of the convolution. chunk_size: tokens of one chunk of the scan.
+        use_bias, use_conv_bias: of the projections, of the convolution. hidden_act: behind the convolution.
+        layer_norm_epsilon: of every norm. residual_in_fp32: keep the residual stream in float32.
+        time_step_min, time_step_max, time_step_floor: initial time steps.
+        time_step_limit: what they are clamped to. time_step_rank: unused, as in Mamba2.
+        initializer_range, rescale_prenorm_residual: initial weights.
+        use_cache, tie_word_embeddings, bos_token_id, eos_token_id, pad_token_id: as in transformers.
         neuron: ``None`` for a dense model, or the neuron in front of both projections of every block,
             ``{"class": "neurons.SILIFNode", "args": {"max_spike_count": 8}}`` (see ``neurons.build``).
         sgc: ``None``, or Smoothed Gradient Compensation in training, ``{"mode": "blend" | "gradient" |
@@ -47,15 +57,44 @@ class SpikingMambaConfig(Mamba2Config):
 
     model_type = "spiking_mamba"
 
+    num_heads: int = 128
+    head_dim: int = 64
+    vocab_size: int = 32768
+    hidden_size: int = 4096
+    state_size: int = 128
+    num_hidden_layers: int = 64
+    layer_norm_epsilon: float = 1e-5
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    expand: int = 2
+    conv_kernel: int = 4
+    n_groups: int = 8
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02  # Mamba2's 0.1 is too large to train from
+    residual_in_fp32: bool = True
+    time_step_rank: str | int = "auto"
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: list[float] | tuple[float, ...] = (0.0, math.inf)
+    rescale_prenorm_residual: bool = False
+    use_cache: bool = True
+    chunk_size: int = 256
+    tie_word_embeddings: bool = False
+
     neuron: Any = None
     sgc: Any = None
     membrane: str = "token"
     threshold: Any = 1.0
     learn_threshold: bool = False
     spike_driven: bool = False
-    initializer_range: float = 0.02  # Mamba2Config's 0.1 is too large to train from
 
     def __post_init__(self, **kwargs):
+        if self.time_step_rank == "auto":
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
         self._check_neuron()
         self._check_sgc()
@@ -67,6 +106,19 @@ class SpikingMambaConfig(Mamba2Config):
             raise ValueError(
                 "spike_driven needs a neuron with signed integer spikes, such as neurons.SILIFNode."
             )
+
+    def validate_architecture(self) -> None:
+        """Called by transformers whenever it validates a configuration."""
+        if self.expand * self.hidden_size != self.num_heads * self.head_dim:
+            raise ValueError(
+                f"expand * hidden_size ({self.expand * self.hidden_size}) must equal num_heads * head_dim "
+                f"({self.num_heads * self.head_dim})."
+            )
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' cache has to keep for every layer."""
+        return ["linear_attention"] * self.num_hidden_layers
 
     def _check_neuron(self) -> None:
         if self.neuron is None:

@@ -2,26 +2,18 @@
 
 import copy
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import Cache
+
+from .cache import Cache, batch_size, tensors
 
 __all__ = ["DecodingGraph", "DecodingGraphs"]
 
 # (input_ids [B, 1], cache) -> logits [B, 1, vocab_size]; moves the cache's states on in place.
 Step = Callable[[torch.Tensor, Cache], torch.Tensor]
-
-
-def _states(cache: Cache) -> Iterator[tuple[dict[int, torch.Tensor | None], int]]:
-    """Where a cache keeps its tensors: every dictionary and key."""
-    for layer in cache.layers:
-        for states in (layer.conv_states, layer.recurrent_states):
-            for key, state in states.items():
-                if state is not None:
-                    yield states, key
 
 
 class DecodingGraph:
@@ -38,13 +30,13 @@ class DecodingGraph:
 
     def __init__(self, step: Step, cache: Cache) -> None:
         self._cache = copy.deepcopy(cache)
-        self._tensors = [states[key] for states, key in _states(self._cache)]
+        self._tensors = [states[key] for states, key in tensors(self._cache)]
         self._tenant: weakref.ref[Cache] | None = None
-        state = cache.get_conv_state(0)
-        self._input_ids = torch.zeros(state.shape[0], 1, dtype=torch.long, device=state.device)
+        device = self._tensors[0].device
+        self._input_ids = torch.zeros(batch_size(cache), 1, dtype=torch.long, device=device)
         self._step = step
         self._graph: torch.cuda.CUDAGraph | None = None
-        if state.is_cuda:
+        if device.type == "cuda":
             self._capture()
 
     def _capture(self) -> None:
@@ -61,10 +53,10 @@ class DecodingGraph:
     def _move_in(self, cache: Cache) -> None:
         before = None if self._tenant is None else self._tenant()
         if before is not None and before is not cache:
-            for (states, key), ours in zip(_states(before), self._tensors, strict=True):
+            for (states, key), ours in zip(tensors(before), self._tensors, strict=True):
                 if states[key] is ours:
                     states[key] = ours.clone()
-        for (states, key), ours in zip(_states(cache), self._tensors, strict=True):
+        for (states, key), ours in zip(tensors(cache), self._tensors, strict=True):
             if states[key] is not ours:  # beam search may have reordered some
                 ours.copy_(states[key])
                 states[key] = ours
@@ -72,7 +64,7 @@ class DecodingGraph:
 
     def __call__(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """One token, ``[B, 1] -> [B, 1, vocab_size]``, a new tensor; the states of ``cache`` move on."""
-        if any(states[key] is not ours for (states, key), ours in zip(_states(cache), self._tensors)):  # noqa: B905
+        if any(states[key] is not ours for (states, key), ours in zip(tensors(cache), self._tensors)):  # noqa: B905
             self._move_in(cache)
         self._input_ids.copy_(input_ids)
         if self._graph is None:

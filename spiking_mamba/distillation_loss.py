@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
-from transformers.models.mamba2.modeling_mamba2 import Mamba2CausalLMOutput
 
+from .cache import SpikingMambaCausalLMOutput
 from .head_loss import head_loss
 from .modeling import SpikingMambaForCausalLM
 
@@ -99,8 +99,8 @@ class DistillationLoss:
         self,
         student: SpikingMambaForCausalLM,
         teacher: torch.nn.Module,
-        student_output: Mamba2CausalLMOutput,
-        teacher_output: Mamba2CausalLMOutput | None,
+        student_output: SpikingMambaCausalLMOutput,
+        teacher_output: SpikingMambaCausalLMOutput | None,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -147,7 +147,7 @@ class DistillationLoss:
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def _compared(
-        self, model: Any, output: Mamba2CausalLMOutput, input_ids: torch.Tensor
+        self, model: Any, output: SpikingMambaCausalLMOutput, input_ids: torch.Tensor
     ) -> list[torch.Tensor]:
         # transformers lists the residual stream behind every block, then the last norm's output
         stream = list(output.hidden_states[:-1])

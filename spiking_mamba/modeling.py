@@ -1,6 +1,6 @@
 """A Mamba2 language model whose two projections per block are fed by spikes.
 
-One explicit-state core with two skins. transformers': ``generate()`` and ``cache_params``. spikingjelly's:
+One explicit-state core with two skins. transformers': ``generate()`` and ``cache``. spikingjelly's:
 ``functional.set_step_mode(model, "s")``, one token a call, ``functional.reset_net(model)`` between
 sequences. A dense Mamba2 is the same model with ``config.neuron = None``.
 """
@@ -13,23 +13,18 @@ from typing import Any, ClassVar
 import torch
 from spikingjelly.activation_based.base import MemoryModule
 from torch import nn
-from transformers import Cache, DynamicCache
+from transformers import GenerationMixin, Mamba2ForCausalLM, PreTrainedModel
 from transformers import initialization as init
-from transformers.models.mamba2.modeling_mamba2 import (
-    Mamba2CausalLMOutput,
-    Mamba2ForCausalLM,
-    Mamba2Model,
-    Mamba2Output,
-    Mamba2PreTrainedModel,
-    Mamba2RMSNorm,
-)
 
 import neurons
 
-from .blocks import SpikingMambaBlock
+from . import cache as caches
+from .blocks import SpikingMambaBlock, SpikingMambaMixer
+from .cache import Cache, SpikingMambaCausalLMOutput, SpikingMambaOutput, takes_any_cache_name
 from .checkpoint import load_dense
 from .configuration import SpikingMambaConfig
 from .decoding import DecodingGraphs
+from .norms import RMSNorm
 from .projection import SpikingProjection
 
 __all__ = ["SpikingMambaForCausalLM", "SpikingMambaModel", "spike_driven"]
@@ -46,14 +41,12 @@ class Stream(MemoryModule):
 
     def detach(self) -> None:
         """Cut the cached states, in place, from the graph of the tokens before."""
-        for layer in () if self.cache is None else self.cache.layers:
-            for state in (*layer.conv_states.values(), *layer.recurrent_states.values()):
-                if state is not None:
-                    state.detach_()
+        for states, key in () if self.cache is None else caches.tensors(self.cache):
+            states[key].detach_()
 
-    def _apply(self, fn):
+    def _apply(self, fn, recurse=True):
         self.reset()  # a sequence does not survive a move to another device or dtype
-        return super()._apply(fn)
+        return super()._apply(fn, recurse)
 
 
 def _same(one: nn.Module | None, other: nn.Module | None) -> bool:
@@ -64,16 +57,28 @@ def _same(one: nn.Module | None, other: nn.Module | None) -> bool:
     return texts[0] == texts[1]
 
 
-class SpikingMambaPreTrainedModel(Mamba2PreTrainedModel):
+class SpikingMambaPreTrainedModel(PreTrainedModel):
     """Weights, initialisation and loading of the spiking Mamba2."""
 
     config_class = SpikingMambaConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
     _no_split_modules: ClassVar = ["SpikingMambaBlock"]
     _keep_in_fp32_modules_strict: ClassVar = {"log_threshold"}
+    _is_stateful = True  # no way back from a state: generate() refuses what would crop it
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
+        """Mamba2's initial values, but thresholds as configured."""
         super()._init_weights(module)
+        if isinstance(module, SpikingMambaMixer):
+            module.initialise(self.config, torch.rand(module.num_heads, device=module.dt_bias.device))
+            init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
+            if module.conv1d.bias is not None:
+                init.zeros_(module.conv1d.bias)
+            init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+            if self.config.rescale_prenorm_residual:  # as GPT-2: the residual stream sums as many of them
+                module.out_proj.weight /= math.sqrt(self.config.num_hidden_layers)
         if isinstance(module, SpikingProjection) and hasattr(module, "log_threshold"):
             init.constant_(module.log_threshold, math.log(module.initial_threshold))
 
@@ -114,67 +119,101 @@ class SpikingMambaPreTrainedModel(Mamba2PreTrainedModel):
         return (model, info) if output_loading_info else model
 
 
-class SpikingMambaModel(SpikingMambaPreTrainedModel, Mamba2Model):
+class SpikingMambaModel(SpikingMambaPreTrainedModel):
     """The backbone: embeddings, blocks and the last norm."""
 
     def __init__(self, config: SpikingMambaConfig) -> None:
-        Mamba2PreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(SpikingMambaBlock(config, i) for i in range(config.num_hidden_layers))
-        self.norm_f = Mamba2RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
         self.stream = Stream()
         self.gradient_checkpointing = False
         self.post_init()
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.embeddings = value
+
+    @takes_any_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         attention_mask: torch.Tensor | None = None,
         **kwargs: Any,
-    ) -> tuple | Mamba2Output:
-        """As in transformers' Mamba2. In step mode 's' the call continues the sequence of the calls before
-        it, unless the model trains, a cache is passed, or ``use_cache=False`` asks for no state. Streams are
-        for inference, under ``torch.no_grad()``: their states move on in place.
+    ) -> tuple | SpikingMambaOutput:
+        """A batch of sequences, or their next tokens behind those that a cache has seen.
+
+        In step mode 's' the call continues the sequence of the calls before it, unless the model trains, a
+        cache is passed, or ``use_cache=False`` asks for no state. Streams are for inference, under
+        ``torch.no_grad()``: their states move on in place.
 
         Args:
             input_ids: ``[B, L]`` token ids. inputs_embeds: ``[B, L, hidden_size]`` instead of them.
-            attention_mask: ``[B, L]``, 1 for tokens and 0 for padding.
+            cache: states of the tokens before these; they move on. Also called ``cache_params`` and
+                ``past_key_values``.
+            use_cache: return a cache, a new one where none is passed; by default as the configuration says,
+                and not in training.
+            output_hidden_states: return the residual stream behind every block.
+            return_dict: false for a tuple.
+            attention_mask: ``[B, L]``, or longer by what the cache has seen; 1 for tokens, 0 for padding.
 
         Raises:
-            ValueError: a token id lies outside the vocabulary (checked on the CPU), or the batch size has
-                changed in the midst of a stream.
+            ValueError: neither ids nor embeddings are given, or both; a token id lies outside the vocabulary
+                (checked on the CPU); the batch size has changed in the midst of a stream; a cache is passed
+                in training with gradient checkpointing, which would run every block twice on it.
         """
-        if input_ids is not None and input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            vocabulary = self.embeddings.num_embeddings
-            if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
-                raise ValueError(
-                    f"input_ids reach from {int(input_ids.min())} to {int(input_ids.max())}, "
-                    f"outside the vocabulary of {vocabulary}."
-                )
-        streaming = self.streams(cache_params, use_cache)
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("Pass either input_ids or inputs_embeds.")
+        self._check_ids(input_ids)
+        streaming = self.streams(cache, use_cache)
         if streaming:
-            cache_params = self._stream_cache(
-                (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+            cache = self._stream_cache((input_ids if inputs_embeds is None else inputs_embeds).shape[0])
+        if use_cache is None:
+            use_cache = streaming or (self.config.use_cache and not self.training)
+        if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if cache is not None:
+                raise ValueError("Gradient checkpointing would move a cache on twice: pass none in training.")
+            use_cache = False
+        if use_cache and cache is None:
+            cache = caches.new_cache(self.config)
+
+        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
+        mask = _local_mask(attention_mask, hidden_states.shape[1])
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        kept: tuple[torch.Tensor, ...] = ()
+        for block in self.layers:
+            hidden_states = block(hidden_states, cache=cache, attention_mask=mask)
+            if output_hidden_states:
+                kept += (hidden_states,)
+        hidden_states = self.norm_f(hidden_states)
+        if streaming:
+            self.stream.cache = cache
+
+        all_states = (*kept, hidden_states) if output_hidden_states else None
+        cache = cache if use_cache else None
+        if not (self.config.return_dict if return_dict is None else return_dict):
+            return tuple(value for value in (hidden_states, cache, all_states) if value is not None)
+        named = {caches.OUTPUT_NAME: cache}
+        return SpikingMambaOutput(last_hidden_state=hidden_states, hidden_states=all_states, **named)
+
+    def _check_ids(self, input_ids: torch.Tensor | None) -> None:
+        if input_ids is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
+            return
+        vocabulary = self.embeddings.num_embeddings
+        if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
+            raise ValueError(
+                f"input_ids reach from {int(input_ids.min())} to {int(input_ids.max())}, "
+                f"outside the vocabulary of {vocabulary}."
             )
-            use_cache = True
-        output = super().forward(
-            input_ids=input_ids,
-            inputs_embeds=inputs_embeds,
-            cache_params=cache_params,
-            use_cache=use_cache,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
-            attention_mask=attention_mask,
-            **kwargs,
-        )
-        if streaming:
-            self.stream.cache = cache_params
-        return output
 
     def streams(self, cache: Cache | None, use_cache: bool | None) -> bool:
         """Whether a call with these arguments continues the sequence of the calls before it."""
@@ -191,65 +230,142 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel, Mamba2Model):
     def _stream_cache(self, batch: int) -> Cache:
         cache = self.stream.cache
         if cache is None:
-            return DynamicCache(config=self.config)
-        if (state := cache.get_conv_state(0)) is not None and state.shape[0] != batch:
+            return caches.new_cache(self.config)
+        if (held := caches.batch_size(cache)) not in (None, batch):
             raise ValueError(
-                f"The stream holds {state.shape[0]} sequences, this call has {batch}: "
+                f"The stream holds {held} sequences, this call has {batch}: "
                 "call functional.reset_net(model) between sequences."
             )
         return cache
 
 
-class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
+def _local_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
+    """The mask ``[B, L]`` of these tokens, out of one that covers a cache's past too; None: all are real.
+
+    A single token is never padding: ``generate()`` keeps the mask of the prompt.
+    """
+    if attention_mask is None or length == 1:
+        return None
+    if not torch.compiler.is_compiling() and bool((attention_mask == 1).all()):
+        return None
+    return attention_mask[:, -length:].contiguous()
+
+
+def _positions_to_keep(hidden_states: torch.Tensor, which: int | torch.Tensor) -> torch.Tensor:
+    """``[B, L, C]`` at the last ``which`` positions (0: all), or at those that a tensor of indices names: one
+    list for all rows ``[n]``, or one for each ``[B, n]``."""
+    if isinstance(which, int):
+        return hidden_states[:, -which:] if which else hidden_states
+    if which.ndim == 2:
+        return torch.take_along_dim(hidden_states, which[..., None], dim=1)
+    return hidden_states[:, which]
+
+
+class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
     """The language model; ``config.neuron = None`` makes it a dense Mamba2."""
 
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "backbone.embeddings.weight"}
+
     def __init__(self, config: SpikingMambaConfig) -> None:
-        Mamba2PreTrainedModel.__init__(self, config)
+        super().__init__(config)
         self.backbone = SpikingMambaModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.graphs: DecodingGraphs | None = None
         self.post_init()
 
-    def _apply(self, fn):
+    def _apply(self, fn, recurse=True):
         if self.graphs is not None:  # they read the tensors that are about to move
             self.capture_decoding()
-        return super()._apply(fn)
+        return super()._apply(fn, recurse)
 
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.embeddings = value
+
+    @takes_any_cache_name
+    def generate(self, *args: Any, cache: Cache | None = None, **kwargs: Any) -> Any:
+        """As in transformers; ``cache`` holds the tokens before ``input_ids``, under any of its names."""
+        named = {} if cache is None else {caches.GENERATION_NAME: cache}
+        return super().generate(*args, **named, **kwargs)
+
+    @takes_any_cache_name
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        *args: Any,
+        cache: Cache | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Arguments of the next forward pass of ``generate()``."""
+        # it would make masks for attention from a cache
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        return inputs | {"cache": cache}
+
+    @takes_any_cache_name
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
-        cache_params: Cache | None = None,
+        cache: Cache | None = None,
         labels: torch.LongTensor | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         use_cache: bool | None = None,
         attention_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> tuple | Mamba2CausalLMOutput:
-        """As in transformers' Mamba2: logits ``[B, L, vocab_size]`` in float32, and the mean cross-entropy
-        where ``labels`` ``[B, L]`` are given (-100 is ignored). ``past_key_values`` is another name of
-        ``cache_params``."""
-        cache_params = past_key_values if cache_params is None else cache_params
-        plain = labels is None and not output_hidden_states and return_dict is not False
-        if self.graphs is not None and plain:
-            logits, cache = self._captured(input_ids, cache_params, use_cache)
+    ) -> tuple | SpikingMambaCausalLMOutput:
+        """Next-token logits, and their loss where labels are given.
+
+        Args:
+            labels: ``[B, L]``, the tokens themselves, shifted in here; -100 is ignored.
+            logits_to_keep: positions whose logits are wanted: the last so many, 0 for all, or a tensor of
+                indices ``[n]`` or ``[B, n]``.
+            input_ids, inputs_embeds, cache, output_hidden_states, return_dict, use_cache, attention_mask: see
+                :meth:`SpikingMambaModel.forward`.
+            kwargs: of the loss, as ``num_items_in_batch``.
+
+        Returns:
+            Logits ``[B, L, vocab_size]`` in float32, and the mean cross-entropy.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if self.graphs is not None and labels is None and not output_hidden_states and return_dict:
+            logits, moved = self._captured(input_ids, cache, use_cache)
             if logits is not None:
-                return Mamba2CausalLMOutput(logits=logits, cache_params=cache)
-        return super().forward(
-            input_ids=input_ids,
+                return SpikingMambaCausalLMOutput(logits=logits, **{caches.OUTPUT_NAME: moved})
+        output = self.backbone(
+            input_ids,
             inputs_embeds=inputs_embeds,
-            cache_params=cache_params,
-            labels=labels,
-            output_hidden_states=output_hidden_states,
-            return_dict=return_dict,
+            cache=cache,
             use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
             attention_mask=attention_mask,
-            logits_to_keep=logits_to_keep,
-            **kwargs,
         )
+        hidden_states = _positions_to_keep(output.last_hidden_state, logits_to_keep)
+        logits = self._head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        if not return_dict:
+            values = loss, logits, output.cache, output.hidden_states
+            return tuple(value for value in values if value is not None)
+        return SpikingMambaCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states,
+            **{caches.OUTPUT_NAME: output.cache},
+        )
+
+    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(hidden_states.to(self.lm_head.weight.dtype)).float()
 
     def _captured(
         self, input_ids: torch.Tensor | None, cache: Cache | None, use_cache: bool | None
@@ -263,14 +379,12 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
             and input_ids.shape[1] == 1
             and not self.training
             and not torch.is_grad_enabled()
-            and (state := cache.get_conv_state(0)) is not None
-            and state.shape[0] == input_ids.shape[0]
+            and caches.batch_size(cache) == input_ids.shape[0]
         )
         return (self.graphs(input_ids, cache), cache) if goes else (None, None)
 
     def _one_token(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
-        hidden_states = self.backbone.one_token(input_ids, cache)
-        return self.lm_head(hidden_states.to(self.lm_head.weight.dtype)).float()
+        return self._head(self.backbone.one_token(input_ids, cache))
 
     def projections(self) -> dict[str, SpikingProjection]:
         """All spiking projections by module name, ``backbone.layers.0.mixer.in_proj`` and so on."""
@@ -350,7 +464,7 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, Mamba2ForCausalLM):
     @classmethod
     def from_dense(
         cls,
-        dense: "Mamba2ForCausalLM | str",
+        dense: "SpikingMambaForCausalLM | Mamba2ForCausalLM | str",
         neuron: dict | MemoryModule | None = None,
         sgc: dict | None = None,
         membrane: str = "token",

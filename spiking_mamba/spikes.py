@@ -24,6 +24,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import nn
 
+from .cache import CACHE_NAMES, one_cache
 from .modeling import SpikingMambaModel
 from .projection import SpikingProjection
 
@@ -347,7 +348,8 @@ class _Masks:
 
     def before(self, backbone: SpikingMambaModel, args: tuple, kwargs: dict) -> None:
         given = inspect.signature(backbone.forward).bind(*args, **kwargs).arguments
-        inputs, mask, cache = (given.get(key) for key in ("input_ids", "attention_mask", "cache_params"))
+        inputs, mask = given.get("input_ids"), given.get("attention_mask")
+        cache = one_cache(**{name: given.get(name) for name in CACHE_NAMES})
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         if inputs is None:
             return  # the model will say so
@@ -363,7 +365,7 @@ class _Masks:
         self.here = (batch, length, inputs.device)
 
     def after(self, backbone: SpikingMambaModel, args: tuple, output: Any) -> None:
-        cache = getattr(output, "cache_params", None)
+        cache = getattr(output, "cache", None)
         if cache is not None:
             batch, length, device = self.here
             ones = torch.ones(batch, length, dtype=torch.bool, device=device)

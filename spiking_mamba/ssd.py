@@ -1,7 +1,7 @@
 """The state-space-dual scan and the causal convolution, chosen per device when they are called.
 
 On CUDA they are mamba-ssm's Triton kernels (and causal-conv1d's, when installed), elsewhere, or when
-those packages are missing, transformers' torch functions. Under ``torch.compile`` Triton's scan is an
+those packages are missing, the torch functions of this module. Under ``torch.compile`` Triton's scan is an
 operator, and the convolution a sum of shifted products that the compiler fuses with its neighbours.
 Triton's kernels multiply float32 in TF32: on an H100 their float32 results differ from torch's by up to
 1e-3 of the largest value.
@@ -20,20 +20,8 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
-from transformers.models.mamba2 import modeling_mamba2 as reference
 
 __all__ = ["causal_conv1d", "causal_conv1d_update", "chunk_scan", "state_update"]
-
-
-def _torch_version(function: Any) -> Any:
-    # transformers wraps these once, at import, for all devices; the torch version stays beneath.
-    return getattr(function, "__wrapped__", function)
-
-
-_conv_torch = _torch_version(reference.causal_conv1d_fn)
-_conv_update_torch = _torch_version(reference.causal_conv1d_update)
-_scan_torch = _torch_version(reference.mamba2_chunk_scan)
-_state_update_torch = _torch_version(reference.mamba2_selective_state_update)
 
 
 @functools.cache
@@ -89,22 +77,22 @@ def causal_conv1d(
         padded = F.pad(x, (0, 0, taps - 1, 0))
         y = sum(padded[:, k : k + length] * weight[:, k] for k in range(taps))
         return ACT2FN[activation](y if bias is None else y + bias).to(x.dtype)
-    function = _conv_torch
+    channels_first = x.transpose(1, 2)
     if x.is_cuda and (kernels := _conv_kernels()) is not None and _conv_kernel_takes(x, weight, activation):
-        function = kernels.causal_conv1d_fn
-    return function(x.transpose(1, 2), weight, bias, activation=activation).transpose(1, 2)
+        return kernels.causal_conv1d_fn(channels_first, weight, bias, activation=activation).transpose(1, 2)
+    channels, taps = weight.shape
+    y = F.conv1d(channels_first.to(weight.dtype), weight[:, None], bias, padding=taps - 1, groups=channels)
+    return ACT2FN[activation](y[..., : x.shape[1]]).to(x.dtype).transpose(1, 2)
 
 
 def causal_conv1d_update(
     x: torch.Tensor, state: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
 ) -> torch.Tensor:
     """One token of :func:`causal_conv1d`: ``x`` is ``[B, 1, C]``; ``state`` ``[B, C, K]`` moves on."""
-    if torch.compiler.is_compiling():
-        window = torch.cat([state[..., 1:], x.transpose(1, 2).to(state.dtype)], dim=-1)
-        state.copy_(window)
-        y = (window.float() * weight).sum(-1)
-        return ACT2FN[activation](y if bias is None else y + bias).to(x.dtype)[:, None]
-    return _conv_update_torch(x.transpose(1, 2), state, weight, bias, activation).transpose(1, 2)
+    window = torch.cat([state[..., 1:], x.transpose(1, 2).to(state.dtype)], dim=-1)
+    state.copy_(window)
+    y = (window.float() * weight).sum(-1)
+    return ACT2FN[activation](y if bias is None else y + bias).to(x.dtype)[:, None]
 
 
 @torch.library.custom_op("spiking_mamba::chunk_scan", mutates_args=())
@@ -173,6 +161,68 @@ def _scan_autograd(ctx: Any, grad: torch.Tensor):
 _scan_operator.register_autograd(_scan_autograd, setup_context=_scan_setup)
 
 
+def _segment_sums(a: torch.Tensor) -> torch.Tensor:
+    """``[..., Q] -> [..., Q, Q]``: ``a[s + 1] + ... + a[l]`` at ``[l, s]``, and -inf where s > l.
+
+    Each is summed by itself: as a difference of two sums from the start it would lose what they share.
+    """
+    lower = torch.ones(a.shape[-1], a.shape[-1], dtype=torch.bool, device=a.device).tril()
+    columns = a[..., :, None].expand(*a.shape, a.shape[-1])
+    return columns.masked_fill(~lower.tril(-1), 0.0).cumsum(-2).masked_fill(~lower, -math.inf)
+
+
+def _scan_torch(
+    x: torch.Tensor,
+    dt: torch.Tensor,
+    A: torch.Tensor,
+    B: torch.Tensor,
+    C: torch.Tensor,
+    chunk_size: int,
+    D: torch.Tensor,
+    dt_bias: torch.Tensor,
+    dt_limit: Sequence[float],
+    initial_states: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`chunk_scan` in float32, whatever comes in: ``y`` and the last states.
+
+    Letters of the sums: b batch, c chunk, l and s tokens of a chunk, g group, r head of a group, p channel of
+    a head, n state.
+    """
+    length, groups = x.shape[1], B.shape[2]
+    # padded to whole chunks, and 24 tokens in one of 64 take 1.8 times as long as in one of 32; rounded to
+    # 16, so that a few tokens more seldom change how sums are cut
+    chunk_size = min(chunk_size, 16 * max(1, -(-length // 16)))
+
+    def chunks(tensor: torch.Tensor) -> torch.Tensor:
+        padded = F.pad(tensor, (0,) * (2 * tensor.ndim - 3) + (-length % chunk_size,))
+        return padded.unflatten(1, (-1, chunk_size))
+
+    dt = F.softplus(dt.float() + dt_bias.float()).clamp(*dt_limit)  # [b, L, h]
+    x, B, C = x.float(), chunks(B.float()), chunks(C.float())
+    inputs = chunks(x * dt[..., None]).unflatten(3, (groups, -1))  # [b, c, l, g, r, p]
+    a = chunks(A.float() * dt).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # [b, c, g, r, l]
+    a_sums = a.cumsum(-1)
+
+    # what the tokens of a chunk give one another
+    scores = torch.einsum("bclgn,bcsgn->bcgls", C, B)[:, :, :, None] * _segment_sums(a).exp()
+    y = torch.einsum("bcgrls,bcsgrp->bclgrp", scores, inputs)
+
+    # what every chunk adds to the state by its end, and the states at the start of each and behind the last
+    to_end = (a_sums[..., -1:] - a_sums).exp().permute(0, 1, 4, 2, 3)[..., None]  # [b, c, l, g, r, 1]
+    added = torch.einsum("bclgn,bclgrp->bcgrpn", B, inputs * to_end)
+    first = torch.zeros_like(added[:, 0]) if initial_states is None else initial_states.float()
+    added = torch.cat([first.view_as(added[:, 0])[:, None], added], 1)
+    across = _segment_sums(F.pad(a_sums[..., -1].movedim(1, -1), (1, 0))).exp()  # [b, g, r, c + 1, c + 1]
+    states = torch.einsum("bgrdc,bcgrpn->bdgrpn", across, added)
+
+    # what the tokens before a chunk give it
+    from_start = a_sums.exp().permute(0, 1, 4, 2, 3)[..., None]
+    y = y + torch.einsum("bclgn,bcgrpn->bclgrp", C, states[:, :-1]) * from_start
+
+    y = y.flatten(1, 2)[:, :length].flatten(2, 3) + D.float()[:, None] * x
+    return y, states[:, -1].flatten(1, 2)
+
+
 def chunk_scan(
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -197,22 +247,19 @@ def chunk_scan(
     Returns:
         ``y`` of the shape of ``x``, and the last states ``[B, H, P, N]`` if asked for.
     """
-    function = _scan_torch
-    if _on_triton(x):
-        if torch.compiler.is_compiling() and initial_states is None and not return_final_states:
-            return _scan_operator(x, dt, A, B, C, D, dt_bias, chunk_size, *map(float, dt_limit))
-        function = _triton_kernels().chunk_scan
-    else:  # which pads to whole chunks: at 24 tokens, chunks of 64 take 1.8 times as long as one of 32
-        chunk_size = min(chunk_size, 16 * max(1, -(-x.shape[1] // 16)))  # rounded, to depend less on padding
-    return function(
+    if not _on_triton(x):
+        y, last = _scan_torch(x, dt, A, B, C, chunk_size, D, dt_bias, dt_limit, initial_states)
+        return (y, last) if return_final_states else y
+    if torch.compiler.is_compiling() and initial_states is None and not return_final_states:
+        return _scan_operator(x, dt, A, B, C, D, dt_bias, chunk_size, *map(float, dt_limit))
+    return _triton_kernels().chunk_scan(
         x,
         dt,
         A,
         B,
         C,
-        chunk_size=chunk_size,
+        chunk_size,
         D=D,
-        z=None,
         dt_bias=dt_bias,
         initial_states=initial_states,
         dt_softplus=True,
@@ -241,26 +288,24 @@ def state_update(
         ``y`` ``[B, H, P]``.
     """
     heads, head_dim, state_size = state.shape[1:]
-    if torch.compiler.is_compiling():
-        x32, dt = x.float(), F.softplus(dt.float() + dt_bias).clamp(*dt_limit)
-        B, C = (t.float().repeat_interleave(heads // t.shape[1], dim=1) for t in (B, C))  # [B, H, N]
-        dBx = (dt[..., None] * x32)[..., None] * B[:, :, None]
-        new = state * torch.exp(dt * A)[..., None, None] + dBx
-        state.copy_(new)
-        return ((new * C[:, :, None]).sum(-1) + x32 * D[:, None]).to(x.dtype)
-    function = _triton_kernels().state_update if _on_triton(x) else _state_update_torch
-    softplus = tuple(dt_limit) == (0.0, math.inf)
-    if not softplus:  # these functions know no limit
-        dt, dt_bias = F.softplus(dt + dt_bias.to(dt.dtype)).clamp(*dt_limit), torch.zeros_like(dt_bias)
-    return function(
-        state,
-        x,
-        dt[..., None].expand(-1, -1, head_dim),
-        A[:, None, None].expand(heads, head_dim, state_size),
-        B,
-        C,
-        D[:, None].expand(heads, head_dim),
-        z=None,
-        dt_bias=dt_bias[:, None].expand(heads, head_dim),
-        dt_softplus=softplus,
-    )
+    if _on_triton(x) and not torch.compiler.is_compiling():
+        softplus = tuple(dt_limit) == (0.0, math.inf)
+        if not softplus:  # the kernel knows no limit
+            dt, dt_bias = F.softplus(dt + dt_bias.to(dt.dtype)).clamp(*dt_limit), torch.zeros_like(dt_bias)
+        return _triton_kernels().state_update(
+            state,
+            x,
+            dt[..., None].expand(-1, -1, head_dim),
+            A[:, None, None].expand(heads, head_dim, state_size),
+            B,
+            C,
+            D[:, None].expand(heads, head_dim),
+            dt_bias=dt_bias[:, None].expand(heads, head_dim),
+            dt_softplus=softplus,
+        )
+    x32, dt = x.float(), F.softplus(dt.float() + dt_bias).clamp(*dt_limit)
+    B, C = (t.float().repeat_interleave(heads // t.shape[1], dim=1) for t in (B, C))  # [B, H, N]
+    dBx = (dt[..., None] * x32)[..., None] * B[:, :, None]
+    new = state * torch.exp(dt * A)[..., None, None] + dBx
+    state.copy_(new)
+    return ((new * C[:, :, None]).sum(-1) + x32 * D[:, None]).to(x.dtype)

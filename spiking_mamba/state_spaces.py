@@ -9,7 +9,6 @@ import math
 from typing import Any
 
 import torch
-from transformers import Mamba2Config
 
 from .configuration import SpikingMambaConfig
 from .settings import reject_unknown_keys
@@ -133,7 +132,7 @@ def from_state_spaces(settings: dict[str, Any], weights: Weights) -> tuple[Spiki
     return config, weights
 
 
-def to_state_spaces(config: Mamba2Config, weights: Weights) -> tuple[dict[str, Any], Weights]:
+def to_state_spaces(config: SpikingMambaConfig, weights: Weights) -> tuple[dict[str, Any], Weights]:
     """The other way round: the content of ``config.json`` and a state dict for mamba-ssm.
 
     Raises:

@@ -47,7 +47,7 @@ def loop(model: SpikingMambaForCausalLM, prompt: torch.Tensor, tokens: int) -> N
     output = model(prompt, use_cache=True)
     for _ in range(tokens):
         token = output.logits[:, -1:].argmax(-1)
-        output = model(token, cache_params=output.cache_params, use_cache=True)
+        output = model(token, cache=output.cache, use_cache=True)
 
 
 def generate(model: SpikingMambaForCausalLM, prompt: torch.Tensor, tokens: int) -> None:

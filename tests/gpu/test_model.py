@@ -183,12 +183,12 @@ def test_captured_decoding(membrane):
     ids = [torch.randint(0, 512, (2, 12), device="cuda") for _ in range(2)]
     with torch.no_grad():
         expected = [model(i, use_cache=False).logits[:, 4:] for i in ids]
-        caches = [model(i[:, :4], use_cache=True).cache_params for i in ids]
+        caches = [model(i[:, :4], use_cache=True).cache for i in ids]
         logits = [[], []]
         for at in range(4, 12):
             for which in (0, 1):
                 token = ids[which][:, at : at + 1]
-                output = model(token, cache_params=caches[which], use_cache=True)
+                output = model(token, cache=caches[which], use_cache=True)
                 logits[which].append(output.logits)
     assert len(model.graphs) == 1
     for found, wanted in zip(logits, expected, strict=True):

@@ -121,8 +121,8 @@ def test_neuron_by_config(name, membrane, tmp_path):
         at_once = loaded(tokens(2, 8)).logits
         cache, pieces = None, []
         for piece in tokens(2, 8).split(1, dim=1):
-            output = loaded(piece, cache_params=cache, use_cache=True)
-            cache = output.cache_params
+            output = loaded(piece, cache=cache, use_cache=True)
+            cache = output.cache
             pieces.append(output.logits)
     assert torch.allclose(torch.cat(pieces, 1), at_once, atol=1e-4)
 

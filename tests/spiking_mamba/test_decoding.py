@@ -77,14 +77,14 @@ def test_sequences_take_turns(model):
     with torch.no_grad():
         expected = [model(i).logits[:, 4:] for i in ids]
         model.capture_decoding()
-        caches = [model(i[:, :4], use_cache=True).cache_params for i in ids]
+        caches = [model(i[:, :4], use_cache=True).cache for i in ids]
         logits = [[], [], []]
         order = [0, 1, 0, 1, 2, 2, 0, 1, 1, 0, 2, 2, 2, 0, 1]
         for n, which in enumerate(order):
             if n == 7:
                 caches[1] = copy.deepcopy(caches[1])
             at = 4 + len(logits[which])
-            output = model(ids[which][:, at : at + 1], cache_params=caches[which], use_cache=True)
+            output = model(ids[which][:, at : at + 1], cache=caches[which], use_cache=True)
             logits[which].append(output.logits)
     for found, wanted in zip(logits, expected, strict=True):
         torch.testing.assert_close(torch.cat(found, 1), wanted, rtol=1e-3, atol=1e-3)
@@ -135,6 +135,6 @@ def test_who_asks_for_a_tuple_gets_one():
     model = tiny_model(neuron=INTEGER)
     model.capture_decoding()
     with torch.no_grad():
-        cache = model(tokens(1, 4), use_cache=True).cache_params
-        logits, *_ = model(tokens(1, 1), cache_params=cache, use_cache=True, return_dict=False)
+        cache = model(tokens(1, 4), use_cache=True).cache
+        logits, *_ = model(tokens(1, 1), cache=cache, use_cache=True, return_dict=False)
     assert logits.shape == (1, 1, model.config.vocab_size)

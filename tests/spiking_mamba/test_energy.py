@@ -146,7 +146,7 @@ def test_parts_of_a_real_model():
     weights = 2 * (_traffic(config, 1, 64)["rest"] - _traffic(config, 2, 64)["rest"]) * 64
     assert projections + weights == pytest.approx(sum(p.numel() for p in model.parameters()))
     with torch.no_grad():
-        cache = model(tokens(1, 5), use_cache=True).cache_params
+        cache = model(tokens(1, 5), use_cache=True).cache
     held = sum(s[0].numel() for layer in cache.layers for s in (layer.conv_states, layer.recurrent_states))
     step, run = _traffic(config, 1, 1)["rest"], _traffic(config, 2, 1)["rest"] + weights / 2
     states = (_traffic(config, 1, 1)["rest"] - _traffic(config, 1, 2)["rest"] - weights / 2) * 2

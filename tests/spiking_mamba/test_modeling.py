@@ -155,7 +155,7 @@ def test_a_block_given_identical_inputs_spikes_alike(membrane):
             block(hidden)
         with torch.no_grad(), recorded_spikes(model) as one_by_one:
             for token in hidden.split(1, dim=1):
-                block(token, cache_params=cache)
+                block(token, cache=cache)
         pairs = [(at_once[name], one_by_one[name]) for name in at_once if at_once[name]]
         pairs = [(torch.cat(a, 1), torch.cat(b, 1)) for a, b in pairs]
         assert len(pairs) == 2
@@ -327,9 +327,9 @@ def test_prefill_in_chunks_and_decode(membrane):
         cache, pieces = DynamicCache(config=model.config), []
         with torch.no_grad():
             for piece in ids.split(lengths, dim=1):
-                output = model(piece, cache_params=cache)
+                output = model(piece, cache=cache)
                 pieces.append(output.logits)
-        assert output.cache_params is cache
+        assert output.cache is cache
         assert torch.allclose(torch.cat(pieces, 1), expected, atol=1e-4)
 
 

@@ -131,8 +131,8 @@ def test_generation_sees_the_change_too():
         whole = model(ids).logits
         cache, steps = None, []
         for token in ids.unbind(1):
-            out = model(token[:, None], cache_params=cache, use_cache=True)
-            cache = out.cache_params
+            out = model(token[:, None], cache=cache, use_cache=True)
+            cache = out.cache
             steps.append(out.logits)
     torch.testing.assert_close(torch.cat(steps, 1), whole)
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from tiny import INTEGER, recorded_spikes, tiny_model, tokens
 from torch._dynamo.utils import counters
-from transformers.models.mamba2.modeling_mamba2 import Mamba2Block
 
 from spiking_mamba import SpikingMambaForCausalLM, blocks
 from spiking_mamba.distillation_loss import DistillationLoss
 from spiking_mamba.spikes import count_spikes
+
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 
 THRESHOLD = {"in_proj": 0.7, "out_proj": 0.3}
 
@@ -22,7 +23,7 @@ def compiled(monkeypatch):
     """Blocks through dynamo and autograd's tracer, without waiting for a C++ compiler."""
     torch._dynamo.reset()
     counters.clear()
-    function = torch.compile(Mamba2Block.forward, backend="aot_eager", fullgraph=True)
+    function = torch.compile(blocks.SpikingMambaBlock._run, backend="aot_eager", fullgraph=True)
     monkeypatch.setattr(blocks, "_compiled_block", lambda: function)
     yield
     torch._dynamo.reset()

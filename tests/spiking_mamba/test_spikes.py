@@ -86,7 +86,7 @@ def test_a_cache_and_a_mask_that_covers_the_past(membrane):
     with recorded_spikes(model) as spikes, count_spikes(model) as counts, torch.no_grad():
         output = model(ids[:, :8], attention_mask=mask[:, :8], use_cache=True)
         for t in range(8, 12):
-            model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache_params=output.cache_params)
+            model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=output.cache)
     check(counts, model, joined(spikes), mask)
 
 
@@ -214,9 +214,9 @@ def test_positions_go_on_with_a_cache_and_a_mask():
     with count_spikes(model) as whole, torch.no_grad():
         model(ids, attention_mask=mask)
     with count_spikes(model) as pieces, torch.no_grad():
-        cache = model(ids[:, :8], attention_mask=mask[:, :8], use_cache=True).cache_params
+        cache = model(ids[:, :8], attention_mask=mask[:, :8], use_cache=True).cache
         for t in range(8, 12):
-            model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache_params=cache)
+            model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=cache)
     for name, counted in pieces.projections.items():
         seen = whole.projections[name]
         assert counted.position_tokens[:12].tolist() == seen.position_tokens.tolist() == [2] * 8 + [1] * 4
@@ -242,7 +242,7 @@ def test_positions_go_on_with_a_cache_and_a_mask():
             plain.projections[name].position_mean_abs.tolist(), rel=0.05
         )
     with count_spikes(model) as late, torch.no_grad():
-        model(ids[:, :1], attention_mask=mask[:, :9], cache_params=cache)
+        model(ids[:, :1], attention_mask=mask[:, :9], cache=cache)
     first = next(iter(late.projections.values())).position_mean_abs
     assert first[:4].isnan().all()
     assert late.to_dict()["positions"][:4] == [None] * 4
