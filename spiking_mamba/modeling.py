@@ -44,9 +44,9 @@ class Stream(MemoryModule):
         for states, key in () if self.cache is None else caches.tensors(self.cache):
             states[key].detach_()
 
-    def _apply(self, fn, recurse=True):
+    def _apply(self, fn):
         self.reset()  # a sequence does not survive a move to another device or dtype
-        return super()._apply(fn, recurse)
+        return super()._apply(fn)
 
 
 def _same(one: nn.Module | None, other: nn.Module | None) -> bool:
