@@ -34,12 +34,14 @@ def largest_difference(length: int, dtype: torch.dtype) -> float:
     fixed = {"D": torch.ones(H, device="cuda"), "dt_bias": torch.full((H,), -2.0, device="cuda")}
     state = torch.randn(B, H, P, N, device="cuda")
     results = []
-    for function in (ssd._triton_kernels().chunk_scan, ssd._scan_torch):
+    kernel = ssd._triton_kernels().chunk_scan
+    options = {"dt_limit": (0.0, float("inf")), "initial_states": state} | fixed
+    for function, others in (
+        (kernel, {"dt_softplus": True, "return_final_states": True}),
+        (ssd._scan_torch, {}),
+    ):
         x, dt, Bm, C = (t.clone().requires_grad_() for t in inputs)
-        y, last = function(
-            x, dt, A, Bm, C, chunk_size=64, initial_states=state, dt_softplus=True,
-            dt_limit=(0.0, float("inf")), return_final_states=True, **fixed,
-        )  # fmt: skip
+        y, last = function(x, dt, A, Bm, C, chunk_size=64, **options, **others)
         grads = torch.autograd.grad(y.float().square().mean() + last.float().square().mean(), (x, dt, Bm, C))
         results.append([y, last, *grads])
     with torch.no_grad():
