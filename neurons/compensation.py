@@ -17,7 +17,7 @@ MODES = ("blend", "gradient", "replace")
 SMOOTH_FUNCTIONS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "tanh": lambda u, d: d * torch.tanh(u),  # the source's
     "scaled_tanh": lambda u, d: d * torch.tanh(u / d),
-    "clip": lambda u, d: u.clamp(-d, d),
+    "clip": functional.clip,
     "identity": lambda u, d: u,
 }
 

@@ -21,9 +21,18 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["si_lif_multi_step", "si_lif_step", "signed_spike_count"]
+__all__ = ["clip", "si_lif_multi_step", "si_lif_step", "signed_spike_count"]
 
 SurrogateFunction = Callable[[torch.Tensor], torch.Tensor]
+
+
+def clip(u: torch.Tensor, bound: float) -> torch.Tensor:
+    """``min(max(u, -bound), bound)`` with slope 1 wherever ``|u| <= bound``, 0 elsewhere; any shape, any float.
+
+    ``torch.clamp`` has lost that slope on the bounds themselves with torch 2.15.
+    """
+    return torch.where(u.abs() <= bound, u, u.detach().clamp(-bound, bound))
+
 
 # The largest count that is exact in the dtype. float32 has the integers up to 2**24, but |u| - 1/2, from
 # which counts are made, only up to 2**23.

@@ -10,6 +10,8 @@ import numbers
 import torch
 from spikingjelly.activation_based.surrogate import SurrogateFunctionBase
 
+from . import functional
+
 __all__ = ["SignedSpikeCount", "SurrogateFunctionBase"]
 
 
@@ -90,4 +92,4 @@ class SignedSpikeCount(SurrogateFunctionBase):
     def primitive_function(
         x: torch.Tensor, max_spike_count: int, alpha: float, grad_window: float
     ) -> torch.Tensor:
-        return alpha * x.clamp(-grad_window, grad_window)
+        return alpha * functional.clip(x, grad_window)

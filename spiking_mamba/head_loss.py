@@ -47,7 +47,13 @@ def _piece(
             gradient = log_p.exp_().scatter_add_(1, targets[:, None], minus).mul_(cross_entropy)
     if teacher_logits is not None:
         log_q = F.log_softmax(teacher_logits.float().div_(temperature), dim=-1)
-        log_p = F.log_softmax(logits.div_(temperature), dim=-1)
+        if (
+            torch.compiler.is_compiling()
+        ):  # in place, torch 2.11 would divide before the loss above reads them
+            logits = logits / temperature
+        else:
+            logits.div_(temperature)
+        log_p = F.log_softmax(logits, dim=-1)
         q = log_q.exp()
         sums["kl"] = temperature**2 * (log_q.sub_(log_p).mul_(q)).sum()
         if with_gradient:

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from neurons import SignedSpikeCount
-from neurons.functional import si_lif_multi_step, si_lif_step
+from neurons.functional import clip, si_lif_multi_step, si_lif_step
 
 HALVES = (torch.bfloat16, torch.float16)
 DTYPES = (torch.float32, *HALVES)
@@ -493,3 +493,14 @@ def test_largest_exact_count_under_autocast(steps):
         pytest.raises(ValueError, match=r"max_spike_count=300 is not exact in torch\.bfloat16"),
     ):
         si_lif_multi_step(x, 0.0, math.inf, 1.0, SignedSpikeCount(300))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_clip_has_its_slope_on_the_bounds_too(dtype):
+    nan, inf = math.nan, math.inf
+    u = torch.tensor([-inf, -4.0, -3.0, -0.5, 0.0, 2.0, 3.0, 3.5, inf, nan], dtype=dtype, requires_grad=True)
+    out = clip(u, 3.0)
+    expected = torch.tensor([-3.0, -3.0, -3.0, -0.5, 0.0, 2.0, 3.0, 3.0, 3.0, nan], dtype=dtype)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0, equal_nan=True)
+    out.sum().backward()
+    assert u.grad.tolist() == [0, 0, 1, 1, 1, 1, 1, 0, 0, 0]
