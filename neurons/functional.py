@@ -27,7 +27,7 @@ SurrogateFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 def clip(u: torch.Tensor, bound: float) -> torch.Tensor:
-    """``min(max(u, -bound), bound)`` with slope 1 wherever ``|u| <= bound``, 0 elsewhere; any shape, any float.
+    """``min(max(u, -bound), bound)``, of any shape, with slope 1 where ``|u| <= bound`` and 0 elsewhere.
 
     ``torch.clamp`` has lost that slope on the bounds themselves with torch 2.15.
     """
