@@ -27,6 +27,7 @@ def at(owner, name, due=lambda self: True):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell puts in the background ignores it
     moment, _, step = sys.argv[1].partition("-")
     if moment == "data":
         at(data, "load_text")

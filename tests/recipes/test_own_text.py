@@ -62,6 +62,7 @@ def test_passages_go_on_and_an_interruption_changes_nothing(arguments, tmp_path)
 
 INTERRUPTED = f"""
 import os, runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell puts in the background ignores it
 sys.argv[0] = {str(RECIPE / "own_text.py")!r}
 made = runpy.run_path(sys.argv[0])
 write_part = made["write_part"]

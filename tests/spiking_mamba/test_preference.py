@@ -183,7 +183,7 @@ def test_it_learns_a_separable_preference(method, neuron, make):
     model, held_out = tiny_model(neuron=neuron), separable(60, seed=2)
     before = judge(copy.deepcopy(model), held_out, None)
     trainer = make(
-        method, model, separable(64, seed=1), training={"max_steps": 30, "per_device_train_batch_size": 16}
+        method, model, separable(64, seed=1), training={"max_steps": 60, "per_device_train_batch_size": 16}
     )
     trainer.train()
     after = judge(model, held_out, None)
