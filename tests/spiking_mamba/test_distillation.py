@@ -542,7 +542,7 @@ def test_two_processes(settings, tmp_path):
         "    import spiking_mamba.distillation as module\n"
         "    made = module.SpikingMambaForCausalLM.from_dense\n"
         "    def watched(*args, **more):\n"
-        "        os.write(1, f\"V_th {more.get('threshold')}\\n\".encode())  # whole, between the other's lines\n"
+        "        os.write(1, f\"V_th {more.get('threshold')}\\n\".encode())\n"  # whole
         "        return made(*args, **more)\n"
         "    module.SpikingMambaForCausalLM.from_dense = watched\n"
         "    folder, history = distill(DistillationSettings(**json.loads(sys.argv[1])))\n"
