@@ -10,9 +10,10 @@ UV := .venv-uv/bin/uv
 # `make test-edges EDGES=lowest` runs one of them.
 EDGES ?= lowest newest
 # What touches the interfaces of torch, transformers, spikingjelly, datasets, lm-eval and trl, and each recipe once.
-EDGE_TESTS ?= tests/neurons $(addprefix tests/spiking_mamba/test_, $(addsuffix .py, \
-  checkpoint checkpoint_forms decoding distillation harness head_loss modeling preference pretraining projection spikes \
-  ssd)) $(addprefix tests/recipes/test_, \
+EDGE_TESTS ?= tests/neurons $(addprefix tests/spiking_mamba/, \
+  model evaluation/test_harness.py spikes/test_counting.py \
+  $(addprefix training/test_, distillation.py head_loss.py preference.py pretraining.py)) \
+  $(addprefix tests/recipes/test_, \
   recipes.py::test_teacher_and_student_load_with_the_auto_classes recipes.py::test_quickstart \
   distill_at_scale.py::test_two_processes_train_as_one_and_resume evaluate.py::test_results rl.py::test_the_results \
   rl.py::test_two_processes_train_as_one shipped_student.py)

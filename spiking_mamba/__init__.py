@@ -2,10 +2,12 @@
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from .configuration import SpikingMambaConfig
-from .modeling import SpikingMambaForCausalLM, SpikingMambaModel, spike_driven
-from .projection import SpikingProjection
-from .versions import warn_if_untested
+from spiking_mamba.common.versions import warn_if_untested
+from spiking_mamba.model.backbone import SpikingMambaModel
+from spiking_mamba.model.configuration import SpikingMambaConfig
+from spiking_mamba.model.conversion import spike_driven
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.projection import SpikingProjection
 
 warn_if_untested()
 AutoConfig.register(SpikingMambaConfig.model_type, SpikingMambaConfig)

@@ -16,15 +16,20 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from spiking_mamba import SpikingMambaForCausalLM, data, evaluation
-from spiking_mamba.checkpoint import load_model, locate
-from spiking_mamba.configuration import PROJECTIONS
-from spiking_mamba.figures import COLOURS, picture
-from spiking_mamba.interruption import interruptible
-from spiking_mamba.outliers import SCOPES, number_of_outliers, replace_outliers
-from spiking_mamba.report import markdown_table
-from spiking_mamba.settings import parse_settings
-from spiking_mamba.tokenizer import check_vocabulary, load_tokenizer
-from spiking_mamba.training import RunError, device_name, fail_clearly, quiet, start_run, write_whole
+from spiking_mamba.common.checkpoint_files import locate
+from spiking_mamba.common.errors import RunError, fail_clearly
+from spiking_mamba.common.files import write_whole
+from spiking_mamba.common.interruption import interruptible
+from spiking_mamba.common.machine import device_name
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.evaluation.outliers import SCOPES, number_of_outliers, replace_outliers
+from spiking_mamba.model.checkpoint import load_model
+from spiking_mamba.model.configuration import PROJECTIONS
+from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
+from spiking_mamba.reports.document import markdown_table
+from spiking_mamba.reports.figures import COLOURS, picture
+from spiking_mamba.training.run import start_run
 
 VERSIONS = ("torch", "transformers", "spikingjelly")
 NAMES = {"in_proj": "u (input of in_proj)", "out_proj": "y (input of out_proj)"}
@@ -46,7 +51,7 @@ class OutlierSettings:
         data: sources of text, see ``spiking_mamba.data.load_text``; each has its own perplexity, on its
             held-out documents.
         length: tokens a row. rows: how many of each source, at most. batch_size: rows at a time.
-        tasks: zero-shot sets, see ``spiking_mamba.evaluation.CHANCE``; may be empty.
+        tasks: zero-shot sets, see ``spiking_mamba.data.benchmarks.CHANCE``; may be empty.
         limit: items of each set; null for all.
         resume, overwrite: go on with, or throw away, the run in ``output``.
     """

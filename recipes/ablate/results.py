@@ -12,13 +12,14 @@ from typing import Any
 
 from study import DRIVEN_ROWS, OUTSIDE, Table, result_path, tokens_seen
 
-from spiking_mamba.document import Block, Code, Heading, Paragraph, Picture, to_markdown
-from spiking_mamba.document import Table as Cells
-from spiking_mamba.figures import COLOURS, MARKERS, picture
-from spiking_mamba.interruption import interruptible
-from spiking_mamba.settings import is_list_of, parse_settings
-from spiking_mamba.statistics import interval
-from spiking_mamba.training import fail_clearly, write_whole
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.files import write_whole
+from spiking_mamba.common.interruption import interruptible
+from spiking_mamba.common.settings import is_list_of, parse_settings
+from spiking_mamba.evaluation.statistics import interval
+from spiking_mamba.reports.document import Block, Code, Heading, Paragraph, Picture, to_markdown
+from spiking_mamba.reports.document import Table as Cells
+from spiking_mamba.reports.figures import COLOURS, MARKERS, picture
 
 RATE = 500_000  # tokens a second of student steps with their teacher on an H200, processes together
 AROUND = 10.0  # seconds a row takes besides training

@@ -29,19 +29,22 @@ import torch
 from transformers import TrainerCallback
 
 from spiking_mamba import SpikingMambaForCausalLM, data
-from spiking_mamba.calibration import asks_for_calibration, resolve_threshold
-from spiking_mamba.checkpoint import load_dense, load_model, locate
-from spiking_mamba.distillation import DistillationSettings, distill
-from spiking_mamba.energy import model_energy, projection_energy
-from spiking_mamba.interruption import interruptible
-from spiking_mamba.modeling import spike_driven
-from spiking_mamba.packages import file_sha256
-from spiking_mamba.provenance import provenance
-from spiking_mamba.scoring import perplexity
-from spiking_mamba.settings import is_list_of, parse_settings, reject_unknown_keys, set_dotted
-from spiking_mamba.spikes import SpikeCounts, count_spikes
-from spiking_mamba.tokenizer import load_tokenizer
-from spiking_mamba.training import TRAINING_KEYS, fail_clearly, quiet, write_whole
+from spiking_mamba.common.checkpoint_files import locate
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.files import file_sha256, write_whole
+from spiking_mamba.common.interruption import interruptible
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.provenance import provenance
+from spiking_mamba.common.settings import is_list_of, parse_settings, reject_unknown_keys, set_dotted
+from spiking_mamba.evaluation.scoring import perplexity
+from spiking_mamba.model.checkpoint import load_dense, load_model
+from spiking_mamba.model.conversion import spike_driven
+from spiking_mamba.model.tokenizer import load_tokenizer
+from spiking_mamba.spikes.counting import SpikeCounts, count_spikes
+from spiking_mamba.spikes.energy import model_energy, projection_energy
+from spiking_mamba.training.arguments import TRAINING_KEYS
+from spiking_mamba.training.calibration import asks_for_calibration, resolve_threshold
+from spiking_mamba.training.distillation import DistillationSettings, distill
 
 VERSION = 1  # of what a row measures: another number, and every row is run again
 CHECKS = ("bf16", "int8", "spike_driven")
@@ -62,7 +65,7 @@ class Table:
         title, about: what stands above the table in ``docs/results.md``.
         teacher: folder of a dense checkpoint with its tokenizer, what every student starts from.
         data, held_out: text to train on and to measure on, see ``spiking_mamba.data.load_text``.
-        common: settings of every row: fields of ``spiking_mamba.distillation.DistillationSettings``.
+        common: settings of every row: fields of ``spiking_mamba.training.distillation.DistillationSettings``.
         rows: in the order in which they run. Each has a ``name``, perhaps ``seeds`` and ``checks`` of its
             own, a ``lever`` by which the picture groups it, and settings: ``training.max_steps: 500``.
             A row without steps (``training.max_steps: 0``) is converted and measured, not trained. One with

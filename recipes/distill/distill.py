@@ -1,9 +1,10 @@
 """Distil a dense Mamba2 into a spiking one: python recipes/distill/distill.py recipes/distill/tiny.yaml"""
 
-from spiking_mamba.distillation import DistillationSettings, distill
-from spiking_mamba.rehearsal import rehearse
-from spiking_mamba.settings import parse_settings
-from spiking_mamba.training import fail_clearly, quiet
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.training.distillation import DistillationSettings, distill
+from spiking_mamba.training.rehearsal import rehearse
 
 
 @fail_clearly()

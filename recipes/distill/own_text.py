@@ -15,11 +15,13 @@ import torch
 from tqdm import tqdm
 
 from spiking_mamba import data
-from spiking_mamba.checkpoint import load_dense
-from spiking_mamba.interruption import interruptible
-from spiking_mamba.settings import parse_settings
-from spiking_mamba.tokenizer import load_tokenizer
-from spiking_mamba.training import RunError, fail_clearly, quiet, write_whole
+from spiking_mamba.common.errors import RunError, fail_clearly
+from spiking_mamba.common.files import write_whole
+from spiking_mamba.common.interruption import interruptible
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.model.checkpoint import load_dense
+from spiking_mamba.model.tokenizer import load_tokenizer
 
 
 @dataclass

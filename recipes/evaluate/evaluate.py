@@ -5,11 +5,14 @@ python recipes/evaluate/evaluate.py recipes/evaluate/evaluate.yaml models=runs/q
 
 from pathlib import Path
 
-from spiking_mamba.evaluation import EvaluationSettings, evaluate
-from spiking_mamba.evaluation_report import write_evaluation_report
-from spiking_mamba.interruption import interruptible
-from spiking_mamba.settings import parse_settings
-from spiking_mamba.training import fail_clearly, keep_freed_memory, quiet
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.interruption import interruptible
+from spiking_mamba.common.machine import keep_freed_memory
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.evaluation.evaluator import evaluate
+from spiking_mamba.evaluation.settings import EvaluationSettings
+from spiking_mamba.reports.evaluation import write_evaluation_report
 
 
 @fail_clearly()

@@ -12,19 +12,21 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from report import write_report
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from spiking_mamba import SpikingMambaForCausalLM, data, evaluation
-from spiking_mamba.checkpoint import load_dense
-from spiking_mamba.distillation import DistillationSettings, distill
-from spiking_mamba.energy import projection_energy
-from spiking_mamba.interruption import interruptible
-from spiking_mamba.progress import Stage
-from spiking_mamba.report import write_report
-from spiking_mamba.settings import parse_settings
-from spiking_mamba.spikes import count_spikes
-from spiking_mamba.tokenizer import load_tokenizer
-from spiking_mamba.training import device_name, fail_clearly, kept_in, quiet, start_run
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.interruption import interruptible
+from spiking_mamba.common.machine import device_name
+from spiking_mamba.common.progress import Stage, quiet
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.model.checkpoint import load_dense
+from spiking_mamba.model.tokenizer import load_tokenizer
+from spiking_mamba.spikes.counting import count_spikes
+from spiking_mamba.spikes.energy import projection_energy
+from spiking_mamba.training.distillation import DistillationSettings, distill
+from spiking_mamba.training.run import kept_in, start_run
 
 PROMPT = "The city of"
 VERSIONS = ("torch", "transformers", "spikingjelly", "lm-eval")
@@ -37,10 +39,10 @@ class QuickstartSettings:
     Attributes:
         output: folder of the run: ``student/model``, ``report.md``, ``report.png`` and ``results.json``.
         teacher, data, length, neuron, sgc, membrane, threshold, learn_threshold, loss, training: see
-            ``spiking_mamba.distillation.DistillationSettings``.
+            ``spiking_mamba.training.distillation.DistillationSettings``.
         held_out: text that the teacher has not seen, and
         held_out_rows: how many rows of it give the perplexity.
-        tasks: zero-shot sets, see ``spiking_mamba.benchmarks``.
+        tasks: zero-shot sets, see ``spiking_mamba.data.benchmarks``.
         limit: items of each set; null for all.
         seed: of data order and every random generator.
         resume, overwrite: go on with, or throw away, the run in ``output``.

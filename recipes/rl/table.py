@@ -8,14 +8,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spiking_mamba.checkpoint import locate
-from spiking_mamba.evaluation import EvaluationSettings, evaluate, zero_shot_tasks
-from spiking_mamba.interruption import interruptible
-from spiking_mamba.preference import DPOSettings, KTOSettings, optimise
-from spiking_mamba.report import markdown_table
-from spiking_mamba.settings import is_list_of, parse_settings
-from spiking_mamba.statistics import interval
-from spiking_mamba.training import RunError, fail_clearly, keep_freed_memory, quiet, write_whole
+from spiking_mamba.common.checkpoint_files import locate
+from spiking_mamba.common.errors import RunError, fail_clearly
+from spiking_mamba.common.files import write_whole
+from spiking_mamba.common.interruption import interruptible
+from spiking_mamba.common.machine import keep_freed_memory
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.settings import is_list_of, parse_settings
+from spiking_mamba.evaluation.evaluator import evaluate
+from spiking_mamba.evaluation.settings import EvaluationSettings
+from spiking_mamba.evaluation.statistics import interval
+from spiking_mamba.evaluation.tasks import zero_shot_tasks
+from spiking_mamba.reports.document import markdown_table
+from spiking_mamba.training.preference import PreferenceSettings, optimise
 
 # column of the table: method, whose model it starts from
 COLUMNS = {"DPO": ("dpo", "student"), "KTO": ("kto", "student"), "teacher, DPO": ("dpo", "teacher")}
@@ -64,18 +69,18 @@ def folder(settings: TableSettings, column: str, seed: Any) -> Path:
     return Path(settings.output, f"{start}-{method}-{seed}")
 
 
-def planned(settings: TableSettings, column: str, seed: int) -> DPOSettings | KTOSettings:
+def planned(settings: TableSettings, column: str, seed: int) -> PreferenceSettings:
     """The settings of one optimisation."""
     method, start = COLUMNS[column]
     target = folder(settings, column, seed)
     model = getattr(settings, start).replace("{seed}", str(seed))
     arguments = [getattr(settings, method), f"model={model}", f"output={target}", f"seed={seed}"]
-    one = parse_settings({"dpo": DPOSettings, "kto": KTOSettings}[method], arguments + settings.changes)
+    one = parse_settings(PreferenceSettings, arguments + settings.changes)
     one.resume = target.exists()
     return one
 
 
-def run(one: DPOSettings | KTOSettings) -> dict[str, Any]:
+def run(one: PreferenceSettings) -> dict[str, Any]:
     """The results of one optimisation, made now unless they are there."""
     target = Path(one.output)
     if (results := target / "results.json").is_file():

@@ -15,13 +15,16 @@ import torch
 from datasets import Dataset
 
 from spiking_mamba import data
-from spiking_mamba.benchmarks import zero_shot_tasks
-from spiking_mamba.checkpoint import load_dense
-from spiking_mamba.report import markdown_table, save_picture
-from spiking_mamba.scoring import perplexity
-from spiking_mamba.settings import parse_settings
-from spiking_mamba.tokenizer import load_tokenizer
-from spiking_mamba.training import fail_clearly, quiet, write_whole
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.files import write_whole
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.evaluation.scoring import perplexity
+from spiking_mamba.evaluation.tasks import zero_shot_tasks
+from spiking_mamba.model.checkpoint import load_dense
+from spiking_mamba.model.tokenizer import load_tokenizer
+from spiking_mamba.reports.document import markdown_table
+from spiking_mamba.reports.figures import save_picture
 
 TEMPLATE = Path(__file__).with_name("card.md")
 NEW_TOKENS = 60

@@ -1,8 +1,10 @@
 """Build the teacher's corpus: python recipes/teacher/corpus.py recipes/teacher/corpus.yaml"""
 
-from spiking_mamba.corpus import CorpusSettings, build_corpus
-from spiking_mamba.settings import parse_settings
-from spiking_mamba.training import fail_clearly, quiet
+from corpus_builder import CorpusSettings, build_corpus
+
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.settings import parse_settings
 
 
 @fail_clearly()

@@ -8,11 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from kneser_ney import KneserNey
 
-from spiking_mamba.data import count_bytes, document_stream, load_text, train_tokenizer
-from spiking_mamba.ngram import KneserNey
-from spiking_mamba.settings import parse_settings
-from spiking_mamba.training import fail_clearly, quiet, write_whole
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.files import write_whole
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.data.text import load_text
+from spiking_mamba.data.tokens import count_bytes, document_stream, train_tokenizer
 
 
 @dataclass

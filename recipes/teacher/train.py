@@ -1,8 +1,9 @@
 """Pretrain a small dense Mamba2: python recipes/teacher/train.py recipes/teacher/tiny.yaml"""
 
-from spiking_mamba.pretraining import PretrainingSettings, pretrain
-from spiking_mamba.settings import parse_settings
-from spiking_mamba.training import fail_clearly, quiet
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.training.pretraining import PretrainingSettings, pretrain
 
 
 @fail_clearly()

@@ -28,7 +28,7 @@ metrics+=,sm__warps_active.avg.pct_of_peak_sustained_active,launch__registers_pe
 metrics+=,smsp__issue_active.avg.pct_of_peak_sustained_active
 timeout 100 ncu --csv --page raw --print-units base --metrics $metrics \
   --kernel-name 'regex:^(forward|backward)_(single|wide|tall)' \
-  python3 recipes/benchmark/neurons.py --once >"$out/ncu.csv" 2>"$out/ncu.err" || echo "ncu failed: $?"
+  python3 recipes/benchmark/neuron_speed.py --once >"$out/ncu.csv" 2>"$out/ncu.err" || echo "ncu failed: $?"
 python3 - "$out/ncu.csv" <<'PY' || true
 import csv, sys
 lines = open(sys.argv[1]).read().splitlines()
@@ -51,6 +51,6 @@ for row in rows[4::6] + rows[5::6]:  # the third forward and backward pass of ea
 PY
 
 echo "== benchmark"
-timeout 200 python3 recipes/benchmark/neurons.py --out "$out/bench" --sweep 2>&1 | tee "$out/bench.log" || status=1
+timeout 200 python3 recipes/benchmark/neuron_speed.py --out "$out/bench" --sweep 2>&1 | tee "$out/bench.log" || status=1
 echo "== exit status $status"
 exit $status

@@ -11,9 +11,8 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parents[2])]
 
-from kernel_parity import Case, check_compensated, check_count, check_multi_step  # noqa: E402
-
 from neurons import SignedSpikeCount  # noqa: E402
+from tests.helpers.kernel_parity import Case, check_compensated, check_count, check_multi_step  # noqa: E402
 
 SHAPES = [(1, (2051,)), (1, (4096,)), (3, (2056,)), (2, (4096,)), (5, (77,)), (37, (70,)), (70, (64,))]
 

@@ -8,7 +8,11 @@ import random
 import numpy as np
 import pytest
 import torch
-from kernel_parity import (
+from spikingjelly.activation_based import functional as sj_functional
+
+from neurons import SignedSpikeCount, SILIFNode, TILIFNode, compensation, functional, set_backend
+from neurons.cupy import kernel, ops
+from tests.helpers.kernel_parity import (
     VARIANTS,
     Case,
     assert_bit_equal,
@@ -17,10 +21,6 @@ from kernel_parity import (
     check_count,
     check_multi_step,
 )
-from spikingjelly.activation_based import functional as sj_functional
-
-from neurons import SignedSpikeCount, SILIFNode, TILIFNode, compensation, functional, set_backend
-from neurons.cupy import kernel, ops
 
 DEVICE = "cuda"
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

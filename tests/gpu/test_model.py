@@ -8,12 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import scans
 import torch
 from spikingjelly.activation_based import functional
 
 from neurons import set_backend
-from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, ssd
+from spiking_mamba.model import scan as ssd
+from tests.helpers import scans
+from tests.helpers.gpu_model import make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,26 +27,6 @@ needs_causal_conv1d = pytest.mark.skipif(
     importlib.util.find_spec("causal_conv1d") is None,
     reason="compares with causal-conv1d: make gpu",
 )
-NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
-
-
-def make(membrane: str = "token", **fields) -> SpikingMambaForCausalLM:
-    torch.manual_seed(0)
-    leak = {"tau": 2.0} if membrane == "sequence" else {}
-    fields.setdefault("neuron", NEURON | {"args": NEURON["args"] | leak})
-    config = SpikingMambaConfig(
-        vocab_size=512,
-        hidden_size=128,
-        num_hidden_layers=3,
-        num_heads=4,
-        head_dim=64,
-        n_groups=1,
-        state_size=64,
-        chunk_size=64,
-        membrane=membrane,
-        **{"threshold": 0.5} | fields,
-    )
-    return SpikingMambaForCausalLM(config).cuda()
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spiking_mamba.pretraining import PretrainingSettings, pretrain
+from spiking_mamba.training.pretraining import PretrainingSettings, pretrain
 
 pytestmark = [
     pytest.mark.gpu,

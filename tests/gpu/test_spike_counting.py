@@ -6,11 +6,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from test_model import make
 
 from spiking_mamba import spikes as module
-from spiking_mamba.joules import NoEnergyCounter, measure_joules
-from spiking_mamba.spikes import Layout, ProjectionSpikes, count_spikes
+from spiking_mamba.spikes.counting import Layout, ProjectionSpikes, count_spikes
+from spiking_mamba.spikes.joules import NoEnergyCounter, measure_joules
+from tests.helpers.gpu_model import make
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,7 +71,7 @@ def test_the_host_does_not_wait(padded):
 
 
 def test_what_counting_costs(capsys):
-    """Prints; `recipes/benchmark/spikes.py` has the sizes as options. Fails only where it is out of hand."""
+    """Prints; `recipes/benchmark/spike_counting.py` has sizes as options. Fails only if out of hand."""
     model = make().eval()
     ids = torch.randint(0, 512, (16, 1024), device="cuda")
     times = {"plain": [], "counted": []}

@@ -5,11 +5,11 @@ import ctypes.util
 import importlib.util
 from pathlib import Path
 
-import host_kernel
 import pytest
 
 from neurons import si_lif
 from neurons.cupy import kernel
+from tests.helpers import host_kernel
 
 
 def _find_nvrtc() -> str | None:

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import torch
-from kernel_parity import check_compensated
 
 from neurons import SignedSpikeCount, SILIFNode, compensation
 from neurons.cupy import kernel, ops
+from tests.helpers.kernel_parity import check_compensated
 
 FUNCTIONS = tuple(compensation.SMOOTH_FUNCTIONS)
 DTYPES = tuple(kernel.STORAGE)

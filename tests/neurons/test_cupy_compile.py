@@ -13,12 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from kernel_parity import VARIANTS, Case, check_count, check_multi_step
 from spikingjelly.activation_based import functional as sj_functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from neurons import SignedSpikeCount, SILIFNode, TILIFNode, backend, set_backend, si_lif
 from neurons.cupy import kernel, ops
+from tests.helpers.kernel_parity import VARIANTS, Case, check_count, check_multi_step
 
 KERNELS = [f"{d}_{f}" for d in ("forward", "backward") for f in ("single", "wide", "tall")]
 # Input and spikes: equal, or the spikes in one of autocast's two dtypes.

@@ -3,23 +3,21 @@
 import json
 import os
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
-from commands import ROOT, run, torchrun
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 import spiking_mamba  # noqa: F401  (registers the model)
-from spiking_mamba.distillation import DistillationSettings
-from spiking_mamba.pretraining import PretrainingSettings, pretrain
-from spiking_mamba.settings import parse_settings
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.training.distillation import DistillationSettings
+from spiking_mamba.training.pretraining import PretrainingSettings, pretrain
+from tests.helpers.commands import HELPERS, ROOT, run, torchrun
 
 RECIPE = ROOT / "recipes/distill"
-HERE = Path(__file__).parent
 SIZES = ("130m", "1.3b")
 STEPS = 5
 
@@ -109,7 +107,7 @@ def fsdp_environment():
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_as_one_and_resume(kind, arguments, one_process, tmp_path):
-    launcher, environment = ([], {}) if kind == "ddp" else ([HERE / "fsdp_on_cpu.py"], fsdp_environment())
+    launcher, environment = ([], {}) if kind == "ddp" else ([HELPERS / "fsdp_on_cpu.py"], fsdp_environment())
     command = [*arguments, f"output={tmp_path / 'run'}", "training.per_device_train_batch_size=2"]
     done = torchrun(*launcher, *command, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -140,7 +138,7 @@ def test_accelerate_reads_its_files(name):
 @pytest.mark.parametrize("moment", ["step", "_save_optimizer_and_scheduler", "_save_rng_state"])
 def test_a_run_killed_at_any_moment_goes_on_bit_for_bit(moment, arguments, one_process, tmp_path):
     command = [*arguments, f"output={tmp_path / 'run'}", "training.per_device_train_batch_size=4"]
-    done = run(HERE / "killed.py", moment, *command)
+    done = run(HELPERS / "killed.py", moment, *command)
     assert done.returncode == -9
     assert not (tmp_path / "run/model").exists()
     assert (tmp_path / "run/checkpoint-4").exists() is (moment != "step")
@@ -165,7 +163,7 @@ def test_ctrl_c_at_any_moment_says_how_to_go_on(arguments, one_process, tmp_path
             f"{folder} holds the checkpoint of step 2; resume=true goes on from there.",
         ),
     ):
-        done = run(HERE / "interrupted.py", moment, *command, *extra)
+        done = run(HELPERS / "interrupted.py", moment, *command, *extra)
         assert (done.returncode, done.stderr) == (130, f"interrupted: {sentence}\n")
         assert folder.exists() is (moment != "data")
     done = run(*command, "resume=true")

@@ -16,11 +16,12 @@ import torch
 
 import spiking_mamba
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, evaluation
-from spiking_mamba.data import load_text, train_tokenizer
+from spiking_mamba.data.text import load_text
+from spiking_mamba.data.tokens import train_tokenizer
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, ROOT / "recipes/evaluate/evaluate.py", ROOT / "recipes/evaluate/evaluate.yaml"]
-SCHEMA = json.loads((Path(spiking_mamba.__file__).parent / "evaluation.schema.json").read_text())
+SCHEMA = json.loads((Path(spiking_mamba.__file__).parent / "evaluation/evaluation.schema.json").read_text())
 SIX = ["hellaswag", "piqa", "arc_easy", "arc_challenge", "boolq", "winogrande"]
 SMALL = ["limit=3", "length=32", "tasks=[copa, lambada_openai]", "corpora=[openwebtext-passages]"]
 

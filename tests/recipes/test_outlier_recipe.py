@@ -17,8 +17,8 @@ import torch
 from transformers import AutoTokenizer
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, data, evaluation
-from spiking_mamba.checkpoint import export, export_dense, load_model
-from spiking_mamba.outliers import replace_outliers
+from spiking_mamba.evaluation.outliers import replace_outliers
+from spiking_mamba.model.checkpoint import export, export_dense, load_model
 
 ROOT = Path(__file__).parents[2]
 SCRIPT, YAML = ROOT / "recipes/ablate/outliers.py", ROOT / "recipes/ablate/outliers.yaml"

@@ -3,9 +3,9 @@
 import json
 
 import pytest
-from commands import ROOT, run
 
-from spiking_mamba.tokenizer import load_tokenizer
+from spiking_mamba.model.tokenizer import load_tokenizer
+from tests.helpers.commands import ROOT, run
 
 RECIPE, TEACHER = ROOT / "recipes/distill", ROOT / "recipes/quickstart/teacher"
 

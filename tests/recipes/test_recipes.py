@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
+from tests.helpers.commands import HELPERS, ROOT
+
 WORDS = "the quick brown fox jumps over a lazy dog while seven small mice watch from under an old tree"
 SMALL = [
     "length=32",
@@ -197,7 +197,7 @@ def test_quickstart(teacher, text, tmp_path):
         "tasks=[sciq, piqa, copa]",
         "limit=1",
     ]
-    done = run(HERE / "interrupted.py", "evaluation", *arguments)
+    done = run(HELPERS / "interrupted.py", "evaluation", *arguments)
     assert done.returncode == 130, done.stderr
     said = f"interrupted: {folder / 'student/model'} is trained and stays; resume=true does the rest.\n"
     *packages, last = done.stderr.splitlines(keepends=True)

@@ -9,14 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import results
+import study
 import yaml
 
 ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "recipes/ablate"))  # as for the script itself
-import results  # noqa: E402
-import study  # noqa: E402
-
-sys.path.pop(0)
 
 CONTROL = {"neuron": None, "loss": {"kl": 0.0, "cross_entropy": 1.0}}
 ROWS = [

@@ -8,20 +8,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import ROOT, run, torchrun
 from safetensors.torch import load_file
 
 import neurons
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
-from spiking_mamba.data import train_tokenizer
-from spiking_mamba.preference import DPOSettings, KTOSettings
-from spiking_mamba.settings import parse_settings
-from spiking_mamba.training import finish_run
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.data.tokens import train_tokenizer
+from spiking_mamba.training.preference import PreferenceSettings
+from spiking_mamba.training.run import finish_run
+from tests.helpers.commands import HELPERS, ROOT, run, torchrun
 
 pytest.importorskip("trl")
 
 RECIPE = ROOT / "recipes/rl"
-KILLED = Path(__file__).parent / "killed.py"
 STEPS = 5
 FIRST = ("cats", "dogs", "foxes", "owls")
 
@@ -59,7 +58,7 @@ def folder(tmp_path_factory):
 def arguments(method, folder, *more):
     """Of the recipe, for eight rows a step wherever it runs."""
     return [
-        RECIPE / f"{method}.py",
+        RECIPE / "align.py",
         RECIPE / f"{method}.yaml",
         f"model={folder / 'student'}",
         f"data={folder / 'train.jsonl'}",
@@ -133,7 +132,7 @@ def test_a_killed_run_goes_on_bit_for_bit(one_process, folder, tmp_path):
     method, output = one_process
     moment = {"dpo": "step", "kto": "_save_rng_state"}[method]
     command = arguments(method, folder, *OPTIONS[method], f"output={tmp_path / 'run'}")
-    done = run(KILLED, moment, *command)
+    done = run(HELPERS / "killed.py", moment, *command)
     assert done.returncode == -9
     assert not (tmp_path / "run/model").exists()
     done = run(*command, "resume=true")
@@ -184,7 +183,7 @@ def test_refused_rows_are_one_line(folder, tmp_path):
 
 
 def test_the_sources_scale():
-    settings = parse_settings(DPOSettings, [str(RECIPE / "mamba2-1.3b-dpo.yaml")])
+    settings = parse_settings(PreferenceSettings, [str(RECIPE / "mamba2-1.3b-dpo.yaml")])
     assert (settings.data, settings.split) == ("HuggingFaceH4/ultrafeedback_binarized", "train_prefs")
     arguments = settings.make_arguments()
     assert arguments.max_length == settings.length == 2048
@@ -195,10 +194,10 @@ def test_the_sources_scale():
 
 
 def test_a_method_has_its_own_settings():
-    assert parse_settings(KTOSettings, [str(RECIPE / "kto.yaml")]).method == "kto"
+    assert parse_settings(PreferenceSettings, [str(RECIPE / "kto.yaml")]).method == "kto"
     with pytest.raises(ValueError, match="desirable_weight"):
         parse_settings(
-            DPOSettings, [str(RECIPE / "dpo.yaml"), "objective.desirable_weight=2"]
+            PreferenceSettings, [str(RECIPE / "dpo.yaml"), "objective.desirable_weight=2"]
         ).make_arguments()
 
 

@@ -10,12 +10,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from spiking_mamba import spike_driven
-from spiking_mamba.checkpoint import load_dense, load_model
-from spiking_mamba.energy import projection_energy
-from spiking_mamba.packages import file_sha256
-from spiking_mamba.scoring import perplexity
-from spiking_mamba.spikes import count_spikes
-from spiking_mamba.tokenizer import load_tokenizer
+from spiking_mamba.common.files import file_sha256
+from spiking_mamba.evaluation.scoring import perplexity
+from spiking_mamba.model.checkpoint import load_dense, load_model
+from spiking_mamba.model.tokenizer import load_tokenizer
+from spiking_mamba.spikes.counting import count_spikes
+from spiking_mamba.spikes.energy import projection_energy
 
 ROOT = Path(__file__).parents[2]
 STUDENT, TEACHER = (ROOT / "recipes/quickstart" / name for name in ("student", "teacher"))

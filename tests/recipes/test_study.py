@@ -6,17 +6,15 @@ import math
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, data
-from spiking_mamba.checkpoint import export, load_model
+from spiking_mamba.model.checkpoint import export, load_model
+from tests.helpers.commands import HELPERS, ROOT
 
-ROOT = Path(__file__).parents[2]
-HERE = Path(__file__).parent
 SCRIPT = ROOT / "recipes/ablate/study.py"
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven small mice watch from under an old tree"
 WORDS = SENTENCE.split()
@@ -202,7 +200,7 @@ def test_ctrl_c_in_the_middle_of_a_row_and_continued(folder):
     training = {"training.max_steps": 6, "training.save_strategy": "steps", "training.save_steps": 2}
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(content(folder, [{"name": "a"}, {"name": "b"} | training])))
-    command = [sys.executable, HERE / "interrupted.py", "step-3", SCRIPT, path]
+    command = [sys.executable, HELPERS / "interrupted.py", "step-3", SCRIPT, path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     said = f"1 of 2 rows are finished and kept in {folder / 'results/small'}; the same command goes on."
     assert (done.returncode, done.stderr) == (130, f"interrupted: {said}\n")

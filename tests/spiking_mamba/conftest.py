@@ -3,7 +3,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from kernel_packages import interpreter_environment
+
+from tests.helpers.kernel_packages import interpreter_environment
 
 
 @pytest.fixture(scope="session", autouse=True)

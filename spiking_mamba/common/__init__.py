@@ -1,0 +1,1 @@
+"""What knows no spike: settings, errors, files, the machine, provenance."""

@@ -1,0 +1,75 @@
+"""Where results come from: command, commit, machine and versions."""
+
+import dataclasses
+import platform
+import shlex
+import subprocess
+import sys
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spiking_mamba.common.machine import device_name
+
+__all__ = ["package_versions", "provenance"]
+
+_PACKAGES = ("spiking-mamba", "torch", "transformers", "spikingjelly", "lm-eval")
+
+
+def package_versions() -> dict[str, str | None]:
+    """Versions of the packages that results depend on; None where one is not installed."""
+    return {name: _version(name) for name in _PACKAGES}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def provenance(settings: Any) -> dict[str, Any]:
+    """What a reader needs to repeat a run; ``settings`` is a dataclass."""
+    return {
+        "command": shlex.join(["python", *(_relative(argument) for argument in sys.argv)]),
+        "commit": _commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "hardware": {
+            "device": device_name(),
+            "cpu": _cpu(),
+            "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        },
+        "versions": package_versions() | {"python": platform.python_version()},
+        "settings": dataclasses.asdict(settings),
+    }
+
+
+def _relative(argument: str) -> str:
+    """A path into this checkout as seen from it: what stands above is nobody's business."""
+    path, root = Path(argument), Path(__file__).parents[2]
+    return str(path.relative_to(root)) if path.is_absolute() and path.is_relative_to(root) else argument
+
+
+def _commit() -> str | None:
+    """The git commit of this package, ``-dirty`` if its files are changed; None if it is no checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists():  # git would look above it, into whatever it is installed in
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def _cpu() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()

@@ -1,0 +1,346 @@
+"""Preferences as token ids: from any data set of pairs or of labelled completions, bad rows counted.
+
+pairs, report = read_preferences("answer_preference", "train", tokenizer, length=128)
+pairs[0].prompt, pairs[0].completions  # ids; the chosen completion comes first
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet
+from transformers import PreTrainedTokenizerBase
+
+from spiking_mamba.common.errors import DataError
+from spiking_mamba.data.answer_preference import NAME, answer_preference
+
+__all__ = ["BAD_ROWS", "CHAT_TEMPLATE", "Preference", "RowReport", "load_preferences", "read_preferences"]
+
+# For conversations, where the tokenizer has no template of its own.
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|{{ message['role'] }}|>\n{{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' }}\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+BAD_ROWS = (
+    "missing column",
+    "wrong type",
+    "empty completion",
+    "identical pair",
+    "prompt longer than the limit",
+)
+_BATCH = 1000  # rows tokenized at a time
+
+
+@dataclass
+class Preference:
+    """One row as token ids.
+
+    Attributes:
+        prompt: its ids, at least one: that of the beginning of a text where the prompt is empty.
+        completions: the chosen and the rejected one; or a single one, which ``label`` judges.
+        label: whether a single completion is wanted; None for a pair.
+        task, item: where the row comes from, if the data say so; rows of one item belong together.
+    """
+
+    prompt: list[int]
+    completions: tuple[list[int], ...]
+    label: bool | None = None
+    task: str = "all"
+    item: int | None = None
+
+
+@dataclass
+class RowReport:
+    """What became of the rows of a source: ``read`` is ``kept`` plus the sum of ``bad``.
+
+    Attributes:
+        bad: rows by what is wrong with them, see ``BAD_ROWS``; each is counted once.
+        truncated: of those kept, how many have a completion cut at the limit.
+        overlap: items removed beforehand because an evaluation asks them, by set.
+    """
+
+    read: int = 0
+    kept: int = 0
+    truncated: int = 0
+    bad: dict[str, int] = field(default_factory=dict)
+    overlap: dict[str, int] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        bad = ", ".join(f"{count} {name}" for name, count in self.bad.items() if count) or "none"
+        text = f"{self.read} rows read, {self.kept} kept, bad: {bad}; {self.truncated} truncated"
+        if self.overlap:
+            text += f"; {sum(self.overlap.values())} items removed that an evaluation asks"
+        return text
+
+    to_dict = asdict
+
+
+# Reading ------------------------------------------------------------------------------------------------
+
+
+def load_preferences(source: str, split: str) -> tuple[Sequence[dict[str, Any]], dict[str, int]]:
+    """Rows of a source as they are, and how many items were removed as an evaluation asks them.
+
+    Args:
+        source: ``answer_preference`` or ``answer_preference:SET[+SET...]``, see that module; a file,
+            ``.jsonl``, ``.json`` (a list of objects) or ``.parquet``; or ``owner/name[:config]`` on the hub.
+        split: of what has splits; of a file, all rows are taken.
+
+    Raises:
+        DataError: there is no such source, or it cannot be read.
+    """
+    name, _, subset = source.partition(":")
+    if name == NAME:
+        return answer_preference(split, subset.split("+")) if subset else answer_preference(split)
+    if Path(source).is_file():
+        return _read_file(Path(source)), {}
+    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and Path(name).suffix[1:] not in (
+        "json",
+        "jsonl",
+        "parquet",
+    ):
+        try:
+            return datasets.load_dataset(name, subset or None, split=split), {}
+        except (
+            Exception
+        ) as error:  # the hub's client raises many kinds; each is about this name or the network
+            raise DataError(
+                f"Could not load {source} from the hub: {error}. Without it, there is {NAME}."
+            ) from error
+    raise DataError(
+        f"There are no preferences {source!r}: name {NAME}, a .jsonl, .json or .parquet file, or "
+        "owner/name[:config] on the hub."
+    )
+
+
+def _read_file(path: Path) -> list[dict[str, Any]]:
+    try:
+        match path.suffix.lower():
+            case ".parquet":
+                return pyarrow.parquet.read_table(path).to_pylist()
+            case ".json":
+                rows = json.loads(path.read_text(encoding="utf-8-sig"))
+            case ".jsonl":
+                lines = path.read_text(encoding="utf-8-sig").split("\n")
+                rows = [json.loads(line) for line in lines if line.strip()]
+            case _:
+                raise DataError(f"{path}: unknown kind of file; known are .jsonl, .json and .parquet.")
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise DataError(f"{path} cannot be read: {error}") from error
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise DataError(f"{path} does not hold one object a row.")
+    return rows
+
+
+# From rows to texts -------------------------------------------------------------------------------------
+
+
+class _BadRow(ValueError):
+    """One of ``BAD_ROWS``."""
+
+
+@dataclass
+class _Texts:
+    """A row with prompt and completions rendered: ``wholes`` are prompt and completion together."""
+
+    prompt: str
+    wholes: tuple[str, ...]
+    label: bool | None
+    row: dict[str, Any]
+
+
+def _is_conversation(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(message, dict)
+            and isinstance(message.get("role"), str)
+            and isinstance(message.get("content"), str)
+            for message in value
+        )
+    )
+
+
+def _texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, end: str) -> _Texts:
+    paired = row.get("chosen") is not None or row.get("rejected") is not None
+    names = ("chosen", "rejected") if paired else ("completion",)
+    needed = [*names] if paired else [*names, "label"]
+    if any(row.get(name) is None for name in needed):
+        raise _BadRow("missing column")
+    label = None if paired else row["label"]
+    if label not in (None, True, False):
+        raise _BadRow("wrong type")
+    completions = [row[name] for name in names]
+    prompt = row.get("prompt")
+    if all(isinstance(completion, str) for completion in completions):
+        if prompt is None:
+            raise _BadRow("missing column")
+        if not isinstance(prompt, str):
+            raise _BadRow("wrong type")
+        _check_completions(completions)
+        wholes = tuple(prompt + completion.removesuffix(end) + end for completion in completions)
+    else:
+        if not all(map(_is_conversation, completions)):
+            raise _BadRow("wrong type")
+        if tokenizer.chat_template is None:
+            tokenizer.chat_template = CHAT_TEMPLATE
+        prompt, completions = _split_conversation(prompt, completions)
+        _check_completions(completions)
+        wholes = tuple(
+            tokenizer.apply_chat_template(prompt + completion, tokenize=False) for completion in completions
+        )
+        prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    return _Texts(prompt, wholes, None if label is None else bool(label), row)
+
+
+def _split_conversation(prompt: Any, completions: list[Any]) -> tuple[list, list[list]]:
+    """The messages that the completions answer, and the rest of each: many sets repeat the former in both."""
+    if _is_conversation(prompt):
+        return prompt, completions
+    messages = min(_shared(completions), *(len(completion) - 1 for completion in completions))
+    shared = completions[0][:messages]
+    if not shared and isinstance(prompt, str):
+        return [{"role": "user", "content": prompt}], completions
+    if not shared:
+        raise _BadRow("missing column")
+    return shared, [completion[messages:] for completion in completions]
+
+
+def _shared(sequences: Sequence[Sequence[Any]]) -> int:
+    """How many first elements all of them have in common."""
+    alike = takewhile(lambda places: all(p == places[0] for p in places), zip(*sequences, strict=False))
+    return sum(1 for _ in alike)
+
+
+def _content(completion: Any) -> str:
+    return completion if isinstance(completion, str) else "".join(m["content"] for m in completion)
+
+
+def _check_completions(completions: list[Any]) -> None:
+    if any(not _content(completion).strip() for completion in completions):
+        raise _BadRow("empty completion")
+    if len(completions) > 1 and completions[0] == completions[1]:
+        raise _BadRow("identical pair")
+
+
+# From texts to ids --------------------------------------------------------------------------------------
+
+
+def _tokenized(
+    texts: Sequence[_Texts], tokenizer: PreTrainedTokenizerBase, length: int, report: RowReport
+) -> Iterator[Preference]:
+    flat = [text for t in texts for text in (t.prompt, *t.wholes)]
+    ids = iter(
+        tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    )
+    begin = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    for text in texts:
+        prompt, wholes = next(ids), [next(ids) for _ in text.wholes]
+        # tokens may merge over the border: a completion begins where the ids part
+        shared = _shared([prompt, *wholes])
+        if not shared:
+            wholes, shared = [[begin, *whole] for whole in wholes], 1
+        prompt = wholes[0][:shared]
+        completions = tuple(whole[shared:length] for whole in wholes)
+        if shared >= length:
+            report.bad["prompt longer than the limit"] += 1
+        elif len(completions) > 1 and completions[0] == completions[1]:  # the difference was cut off
+            report.bad["identical pair"] += 1
+        elif not all(completions):
+            report.bad["empty completion"] += 1
+        else:
+            report.truncated += any(len(whole) > length for whole in wholes)
+            task, item = str(text.row.get("task", "all")), text.row.get("item")
+            yield Preference(prompt, completions, text.label, task, item)
+
+
+def read_preferences(
+    source: str,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    *,
+    end_of_text: bool = True,
+    bad_rows: str = "skip",
+    limit: int | None = None,
+    per_task: bool = False,
+    seed: int = 0,
+) -> tuple[list[Preference], RowReport]:
+    """Rows of a source as token ids, shuffled, and a report of what became of them.
+
+    A row has ``prompt``, ``chosen`` and ``rejected``, or ``prompt``, ``completion`` and ``label``; each text
+    a string, or a conversation, a list of ``{"role": ..., "content": ...}``. Conversations need no
+    ``prompt`` column where both completions begin with the same messages, or a single one's last message is
+    the completion. They are rendered by the tokenizer's chat template; one without gets ``CHAT_TEMPLATE``.
+
+    Args:
+        source, split: see :func:`load_preferences`.
+        length: tokens of prompt and completion together, what follows is cut off.
+        end_of_text: let completions that are strings end with the end-of-text token.
+        bad_rows: 'skip' leaves them out and counts them, 'refuse' raises; see ``BAD_ROWS``.
+        limit: how many rows to take at most, drawn by ``seed``; or of each task, how many items, with all
+            their rows, where ``per_task``.
+        seed: of the order.
+
+    Raises:
+        DataError: there is no such source, no usable row in it, or a bad one that is not to be skipped.
+        ValueError: an argument is out of range.
+    """
+    if bad_rows not in ("skip", "refuse"):
+        raise ValueError(f"bad_rows must be 'skip' or 'refuse', got {bad_rows!r}.")
+    if length < 2:
+        raise ValueError(f"length must be at least 2, got {length}.")
+    end = tokenizer.eos_token if end_of_text else ""
+    if end is None:
+        raise DataError("The tokenizer has no end-of-text token for the completions to end with.")
+    rows, overlap = load_preferences(source, split)
+    report = RowReport(bad=dict.fromkeys(BAD_ROWS, 0), overlap=overlap)
+    found: list[Preference] = []
+    order = _drawn(rows, limit, per_task, seed)
+    for start in range(0, len(order), _BATCH):
+        texts = []
+        for index in order[start : start + _BATCH]:
+            row = rows[index]
+            report.read += 1
+            try:
+                texts.append(_texts(row, tokenizer, end))
+            except _BadRow as bad:
+                report.bad[str(bad)] += 1
+        found += _tokenized(texts, tokenizer, length, report)
+    report.kept = len(found)
+    if bad_rows == "refuse" and any(report.bad.values()):
+        raise DataError(f"{source}: {report}. bad_rows: skip leaves the bad rows out.")
+    if not found:
+        raise DataError(f"{source} holds no usable row: {report}.")
+    if len(kinds := {preference.label is None for preference in found}) > 1:
+        raise DataError(f"{source} mixes pairs and labelled completions: {Counter(kinds)}.")
+    return found, report
+
+
+def _drawn(rows: Sequence[dict[str, Any]], limit: int | None, per_task: bool, seed: int) -> list[int]:
+    """Numbers of rows in an order drawn by ``seed``; the first of them, where there is a limit."""
+    order = list(range(len(rows)))
+    random.Random(seed).shuffle(order)
+    if limit is None or not per_task:
+        return order[:limit]
+    items: dict[str, set] = {}  # rather than rows, so that all answers to a question are there
+    drawn = []
+    for index in order:
+        task, item = str(rows[index].get("task", "all")), rows[index].get("item", index)
+        known = items.setdefault(task, set())
+        if item in known or len(known) < limit:
+            known.add(item)
+            drawn.append(index)
+    return drawn

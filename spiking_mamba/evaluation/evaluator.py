@@ -1,0 +1,305 @@
+"""How good language models are: zero-shot tasks, perplexity, and the spikes of those very forward passes.
+
+evaluate(EvaluationSettings(models=["runs/quickstart/student/model"], limit=100))  # results.json, see README
+
+tasks = zero_shot_tasks(["piqa", "arc_easy"])  # of a model in memory
+zero_shot(model, tokenizer, tasks)["piqa"]["acc"]
+perplexity(model, rows)["perplexity"]
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from spiking_mamba.common.checkpoint_files import locate
+from spiking_mamba.common.errors import RunError
+from spiking_mamba.common.files import file_sha256, write_whole
+from spiking_mamba.common.interruption import interruptible
+from spiking_mamba.common.progress import Share, Stage, say
+from spiking_mamba.common.provenance import package_versions, provenance
+from spiking_mamba.data.benchmarks import CHANCE, SOURCE_TASKS, digest
+from spiking_mamba.data.text import load_text
+from spiking_mamba.data.tokens import count_bytes, tokenize
+from spiking_mamba.evaluation.cache import ResultsCache
+from spiking_mamba.evaluation.scoring import perplexity, score, zero_shot
+from spiking_mamba.evaluation.settings import RESULTS, Checkpoint, EvaluationSettings, claim
+from spiking_mamba.evaluation.statistics import gaps, groups
+from spiking_mamba.evaluation.tasks import describe, zero_shot_tasks
+from spiking_mamba.model.tokenizer import has_tokenizer, load_tokenizer
+from spiking_mamba.spikes.counting import ProjectionSpikes, SpikeCounts, count_spikes
+from spiking_mamba.spikes.energy import COSTS_45NM, Costs, load_costs, model_energy
+from spiking_mamba.spikes.joules import JouleMeter, NoEnergyCounter
+
+if TYPE_CHECKING:
+    import datasets
+    from lm_eval.api.task import Task
+    from transformers import PreTrainedTokenizerBase
+
+__all__ = [
+    "CHANCE",
+    "SOURCE_TASKS",
+    "EvaluationSettings",
+    "evaluate",
+    "perplexity",
+    "weights_sha256",
+    "zero_shot",
+    "zero_shot_tasks",
+]
+
+SCHEMA = "spiking_mamba/evaluation/1"
+
+
+def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
+    """Measure every model on every task and text; write ``results.json`` and return what it holds.
+
+    Scores, spikes and energy come from the same forward passes. Each finished measurement is kept in
+    ``cache`` below ``output``, so a run that was interrupted, or that names further models or tasks, makes
+    only the passes that are missing.
+
+    Returns:
+        What ``evaluation.schema.json``, beside this file, describes.
+
+    Raises:
+        ValueError, CheckpointError, DataError, RunError: something cannot be evaluated; found out before
+            anything is measured, but for damaged weights and NaN in logits: models are loaded one at a
+            time. Results already there stay as they are.
+    """
+    checkpoints = settings.checkpoints()
+    folders = [locate(checkpoint.path)[0] for checkpoint in checkpoints]
+    tokenizers = [load_tokenizer(f, None if has_tokenizer(f) else settings.tokenizer) for f in folders]
+    tasks = zero_shot_tasks(settings.tasks, settings.data) if settings.tasks else {}
+    texts = {str(corpus): load_text(str(corpus)) for corpus in settings.corpora}
+    costs = COSTS_45NM | (load_costs(settings.costs) if settings.costs else {})
+    output = claim(settings)
+    cache = ResultsCache(output / "cache")
+    with interruptible(lambda: _kept_in(cache)):
+        models = []
+        with Stage(len(checkpoints) * (len(tasks) + len(texts)), "evaluating") as stage:
+            for checkpoint, folder, tokenizer in zip(checkpoints, folders, tokenizers, strict=True):
+                measured = _Measured(settings, checkpoint, folder, tokenizer, cache, costs, stage)
+                models.append(measured.everything(tasks, texts))
+        results = {
+            "schema": SCHEMA,
+            "provenance": provenance(settings),
+            "models": models,
+            "groups": groups(models),
+            "gaps": gaps(models),
+        }
+        results = _finite(results)
+        write_whole(output / RESULTS, json.dumps(results, indent=1, allow_nan=False))
+    return results
+
+
+def _kept_in(cache: ResultsCache) -> str:
+    number = len(list(cache.folder.glob("*.json")))
+    return f"the cache {cache.folder} keeps what is measured ({number} so far); the same command goes on."
+
+
+# One model ----------------------------------------------------------------------------------------------
+
+
+class _Measured:
+    """One checkpoint, loaded, and its measurements, from the cache where they are there."""
+
+    def __init__(
+        self,
+        settings: EvaluationSettings,
+        checkpoint: Checkpoint,
+        folder: Path,
+        tokenizer: PreTrainedTokenizerBase,
+        cache: ResultsCache,
+        costs: Mapping[str, Costs],
+        stage: Stage,
+    ) -> None:
+        from spiking_mamba.evaluation.harness import SpikingMambaLM
+
+        self.settings, self.checkpoint, self.cache, self.stage = settings, checkpoint, cache, stage
+        self.lm = SpikingMambaLM(folder, tokenizer, dtype=settings.dtype, batch_size=settings.batch_size)
+        self.weights = weights_sha256(folder)
+        self.costs = costs
+        # what every number of this model depends on
+        self.identity = {
+            "weights": self.weights,
+            "config": file_sha256(folder / "config.json"),
+            "tokenizer": _tokenizer_sha256(tokenizer),
+            "dtype": settings.dtype,
+            "batch_size": settings.batch_size,
+            "limit": settings.limit,
+            "device": self.lm.device.type,
+            "versions": package_versions(),
+        }
+
+    def everything(self, tasks: Mapping[str, Task], texts: Mapping[str, datasets.Dataset]) -> dict[str, Any]:
+        """An entry of the results' ``models``."""
+        model, checkpoint = self.lm.model, self.checkpoint
+        of_tasks = {name: self._task(name, task) for name, task in tasks.items()}
+        of_texts = {name: self._text(name, text) for name, text in texts.items()}
+        scores, losses = (
+            {
+                name: m["result"] | {"data": m["data"], "spikes": _brief(m["spikes"])}
+                for name, m in kind.items()
+            }
+            for kind in (of_tasks, of_texts)
+        )
+        measured = [*of_tasks.values(), *of_texts.values()]
+        total = None if model.config.neuron is None else sum(_unpack(m["spikes"]) for m in measured)
+        main = [scores[t]["metrics"][scores[t]["main"]]["value"] for t in SOURCE_TASKS if t in scores]
+        levels = model.config.max_spike_count
+        return {
+            "name": checkpoint.name,
+            "group": checkpoint.group,
+            "seed": checkpoint.seed,
+            "path": checkpoint.path,
+            "reference": checkpoint.reference,
+            "neuron": model.config.neuron and model.config.neuron["class"].rsplit(".", 1)[-1],
+            "levels": levels and 2 * levels + 1,
+            "parameters": model.num_parameters(),
+            "dtype": self.settings.dtype,
+            "weights_sha256": self.weights,
+            "tasks": scores,
+            "average": math.fsum(main) / len(main) if len(main) == len(SOURCE_TASKS) else None,
+            "perplexity": losses,
+            "spikes": total and total.to_dict(detail=True),
+            "energy": total
+            and model_energy(
+                total,
+                model.config,
+                measured_in=self.settings.dtype,
+                costs=self.costs,
+                length=self.settings.length,
+            ),
+            "joules": _together([m["joules"] for m in measured]),
+        }
+
+    def _task(self, name: str, task: Task) -> dict[str, Any]:
+        data = describe(task, self.settings.data)
+
+        def measure(share: Share) -> dict[str, Any]:
+            with count_spikes(self.lm.model) as counts, self._metered() as joules:
+                found = score(self.lm, task, self.settings.limit, share)
+            return {"result": found, "spikes": _pack(counts), "joules": joules}
+
+        return self._kept(name, {"task": name, "data": data["sha256"]}, measure) | {"data": data}
+
+    def _text(self, name: str, text: datasets.Dataset) -> dict[str, Any]:
+        length, limit, tokenizer = self.settings.length, self.settings.limit, self.lm.tokenizer
+        data = {"source": name, "documents": len(text), "sha256": digest(text["text"])}
+
+        def measure(share: Share) -> dict[str, Any]:
+            rows = tokenize(text, tokenizer, length)
+            rows = rows.select(range(min(limit or len(rows), len(rows))))
+            bf16 = torch.autocast(
+                self.lm.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"
+            )
+            spelled = count_bytes(rows, tokenizer)
+            with count_spikes(self.lm.model) as counts, bf16, self._metered() as joules:
+                found = perplexity(
+                    self.lm.model, rows, self.settings.batch_size, progress=share, bytes=spelled
+                )
+            return {"result": found, "spikes": _pack(counts), "joules": joules}
+
+        key = {"corpus": name, "data": data["sha256"], "length": length}
+        return self._kept(name, key, measure) | {"data": data}
+
+    @contextlib.contextmanager
+    def _metered(self) -> Iterator[dict[str, Any]]:
+        """The GPU's energy over the block, see :class:`JouleMeter`; nothing where there is no counter."""
+        found: dict[str, Any] = {}
+        try:
+            meter = JouleMeter(self.lm.device, idle_seconds=2.0) if self.lm.device.type == "cuda" else None
+        except NoEnergyCounter:
+            meter = None
+        with contextlib.nullcontext() if meter is None else meter:
+            yield found
+        if meter is not None:
+            found |= meter.result()
+
+    def _kept(self, name: str, key: dict[str, Any], measure: Callable[[Share], Any]) -> dict[str, Any]:
+        label, key = f"{self.checkpoint.name}: {name}", self.identity | key
+        with self.stage.part(label) as share:
+
+            def report_and_measure() -> Any:
+                say(label)
+                return measure(share)
+
+            try:
+                found, before = self.cache.get(name, key, report_and_measure)
+            except FloatingPointError as error:
+                raise RunError(f"{label}: {error} No result was written for it.") from error
+            if before:
+                say(f"{label}: measured before, see {self.cache.path(name, key)}")
+        return found
+
+
+def weights_sha256(folder: Path) -> str:
+    """sha256 of the file of weights, or of the sums of several in the order of their names."""
+    files = sorted({*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")})
+    sums = [file_sha256(path) for path in files]
+    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
+
+
+def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # only slow ones have none
+    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+    return digest([rules, {key: str(token) for key, token in tokenizer.special_tokens_map.items()}])
+
+
+def _pack(counts: SpikeCounts) -> dict[str, Any]:
+    """All that ``counts`` holds, for JSON; float64 survives it exactly."""
+    return {
+        name: {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(spikes).items()}
+        for name, spikes in counts.projections.items()
+    }
+
+
+def _unpack(packed: dict[str, Any]) -> SpikeCounts:
+    settings = {field.name for field in dataclasses.fields(ProjectionSpikes)}
+    projections = {}
+    for name, row in packed.items():
+        spikes = ProjectionSpikes(**{key: row[key] for key in settings & row.keys()})
+        for key, value in row.items():
+            if isinstance(value, list):
+                whole = bool(value) and all(isinstance(number, int) for number in value)
+                setattr(spikes, key, torch.tensor(value, dtype=torch.int64 if whole else torch.float64))
+        projections[name] = spikes
+    return SpikeCounts(projections)
+
+
+def _brief(packed: dict[str, Any]) -> dict[str, float] | None:
+    """The spikes of one task's passes; None for a dense model."""
+    if not packed:
+        return None
+    counts = _unpack(packed)
+    return {
+        "mean_abs": counts.mean_abs,
+        "nonzero_share": counts.nonzero_share,
+        "tokens": max(spikes.tokens for spikes in counts.projections.values()),
+        "accumulations": counts.accumulations,
+        "dense_macs": counts.dense_macs,
+    }
+
+
+def _together(measurements: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The joules of several blocks added up; None where they were not measured."""
+    if not measurements or not all(measurements):
+        return None
+    keys = ("joules_total", "joules_idle", "joules_net", "seconds")
+    return {"gpu": measurements[0]["gpu"]} | {key: math.fsum(m[key] for m in measurements) for key in keys}
+
+
+def _finite(value: Any) -> Any:
+    """``value`` with null for what JSON cannot say: NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {str(key): _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

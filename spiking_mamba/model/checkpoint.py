@@ -1,0 +1,101 @@
+"""Reading and writing dense Mamba2 checkpoints, and exporting a spiking model."""
+
+import copy
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, PreTrainedTokenizerBase
+
+from spiking_mamba.common.checkpoint_files import WEIGHTS, locate
+from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.model.conversion import fold_thresholds
+from spiking_mamba.model.dense import read_dense
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.state_spaces import to_state_spaces
+
+__all__ = ["FORMS", "export", "export_dense", "load_dense", "load_model"]
+
+
+FORMS = ("transformers", "state-spaces")
+
+
+def load_dense(name: str | Path) -> SpikingMambaForCausalLM:
+    """A dense model with the weights of a Mamba2 checkpoint: see :func:`.dense.read_dense`."""
+    return read_dense(name, SpikingMambaForCausalLM)
+
+
+def load_model(name: str | Path) -> SpikingMambaForCausalLM:
+    """A model of this package, spiking or dense, from any form of checkpoint: see ``load_dense``."""
+    folder, settings = locate(name)
+    if settings.get("neuron") is None:
+        return load_dense(folder)
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except Exception as error:
+        raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def export_dense(
+    model: Mamba2ForCausalLM,
+    folder: str | Path,
+    form: str = "transformers",
+    tokenizer: PreTrainedTokenizerBase | None = None,
+) -> None:
+    """Write a dense model, in its own dtype, for programs that have never heard of this package.
+
+    Args:
+        model: a dense model of this package or transformers' ``Mamba2ForCausalLM``.
+        folder: new or empty; it is written whole or not at all.
+        form: 'transformers', for ``Mamba2ForCausalLM.from_pretrained``, or 'state-spaces', for mamba-ssm's
+            ``MambaLMHeadModel.from_pretrained``, which keeps no ids of special tokens.
+        tokenizer: to be written beside the model.
+
+    Raises:
+        ValueError: the form is unknown, the model is spiking, or that form has no such model.
+        FileExistsError: the folder holds files.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form must be one of {FORMS}, got {form!r}.")
+    if getattr(model.config, "neuron", None) is not None:
+        raise ValueError("The model is spiking; neither form has neurons. export() writes it.")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} already holds files.")
+    draft = folder.with_name(folder.name + ".part")
+    shutil.rmtree(draft, ignore_errors=True)
+    if form == "transformers":
+        known = set(Mamba2Config().to_dict()) - {"model_type", "architectures"}
+        fields = {key: value for key, value in model.config.to_dict().items() if key in known}
+        with torch.device("meta"):
+            dense = Mamba2ForCausalLM(Mamba2Config(**fields))
+        dense.load_state_dict(model.state_dict(), assign=True)
+        dense.tie_weights()
+        dense.generation_config = copy.deepcopy(model.generation_config)
+        dense.save_pretrained(draft)
+    else:
+        settings, weights = to_state_spaces(model.config, model.state_dict())
+        draft.mkdir(parents=True)
+        torch.save({key: weight.detach().cpu() for key, weight in weights.items()}, draft / WEIGHTS[1])
+        (draft / "config.json").write_text(json.dumps(settings, indent=4))
+    if tokenizer is not None:
+        tokenizer.save_pretrained(draft)
+    draft.replace(folder)
+
+
+def export(
+    model: SpikingMambaForCausalLM, folder: str | Path, tokenizer: PreTrainedTokenizerBase | None = None
+) -> None:
+    """Write ``model`` for inference: thresholds folded, no trace of SGC, safetensors.
+
+    ``AutoModelForCausalLM.from_pretrained(folder)`` loads it after ``import spiking_mamba``.
+    """
+    exported = fold_thresholds(model).eval()
+    exported.config.sgc = None
+    exported.config.use_cache = True  # training has switched it off
+    for projection in exported.projections().values():
+        projection.sgc, projection.sgc_lambda = None, 0.0
+    exported.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,193 @@
+"""The configuration of a spiking Mamba2: the fields of transformers' ``Mamba2Config``, and its neurons."""
+
+import math
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from spikingjelly.activation_based.base import MemoryModule
+from transformers import PretrainedConfig
+
+import neurons
+from neurons import compensation
+from spiking_mamba.common.settings import reject_unknown_keys
+
+__all__ = ["PROJECTIONS", "SGC_FUNCTIONS", "SGC_MODES", "SGC_SCHEDULES", "SpikingMambaConfig"]
+
+PROJECTIONS = ("in_proj", "out_proj")
+MEMBRANES = ("token", "sequence")
+SGC_MODES = compensation.MODES
+SGC_FUNCTIONS = tuple(compensation.SMOOTH_FUNCTIONS)
+SGC_SCHEDULES = ("constant", "linear", "cosine")
+SGC_DEFAULTS = {"function": "scaled_tanh", "lam": 1.0, "schedule": "linear"}
+
+
+@strict
+class SpikingMambaConfig(PretrainedConfig):
+    """Configuration of :class:`~spiking_mamba.SpikingMambaForCausalLM`.
+
+    The fields of ``transformers.Mamba2Config``, of the same meaning, and more.
+
+    Args:
+        vocab_size, hidden_size, num_hidden_layers: tokens, width of the residual stream, blocks.
+        expand: the mixer is ``expand * hidden_size`` wide, which is ``num_heads * head_dim``.
+        state_size, n_groups: states of a head's channel; heads of a group share B and C.
+        conv_kernel: taps of the convolution. chunk_size: tokens of one chunk of the scan.
+        use_bias, use_conv_bias: of the projections, of the convolution. hidden_act: behind the convolution.
+        layer_norm_epsilon: of every norm. residual_in_fp32: keep the residual stream in float32.
+        time_step_min, time_step_max, time_step_floor: initial time steps.
+        time_step_limit: what they are clamped to. time_step_rank: unused, as in Mamba2.
+        initializer_range, rescale_prenorm_residual: initial weights.
+        use_cache, tie_word_embeddings, bos_token_id, eos_token_id, pad_token_id: as in transformers.
+        neuron: ``None`` for a dense model, or the neuron in front of both projections of every block,
+            ``{"class": "neurons.SILIFNode", "args": {"max_spike_count": 8}}`` (see ``neurons.build``).
+        sgc: ``None``, or Smoothed Gradient Compensation in training, ``{"mode": "blend" | "gradient" |
+            "replace", "function": "tanh" | "scaled_tanh" | "clip" | "identity", "lam": 1.0, "schedule":
+            "constant" | "linear" | "cosine"}``; all but the mode have defaults.
+        membrane: 'token': every token is a window of its own and the potential starts at 0;
+            'sequence': the token axis is the neuron's time axis.
+        threshold: V_th, the quantum that one spike stands for: a number > 0, or ``{"in_proj": ..,
+            "out_proj": ..}``, or a list with one such entry per layer.
+        learn_threshold: make every V_th a trained parameter (its logarithm, float32).
+        spike_driven: feed every projection ternary micro-steps and sum them, instead of integers.
+
+    Raises:
+        TypeError, ValueError: a field has the wrong type or is out of its range.
+    """
+
+    model_type = "spiking_mamba"
+
+    num_heads: int = 128
+    head_dim: int = 64
+    vocab_size: int = 32768
+    hidden_size: int = 4096
+    state_size: int = 128
+    num_hidden_layers: int = 64
+    layer_norm_epsilon: float = 1e-5
+    pad_token_id: int | None = 1
+    bos_token_id: int | None = 0
+    eos_token_id: int | list[int] | None = 2
+    expand: int = 2
+    conv_kernel: int = 4
+    n_groups: int = 8
+    use_bias: bool = False
+    use_conv_bias: bool = True
+    hidden_act: str = "silu"
+    initializer_range: float = 0.02  # Mamba2's 0.1 is too large to train from
+    residual_in_fp32: bool = True
+    time_step_rank: str | int = "auto"
+    time_step_min: float = 0.001
+    time_step_max: float = 0.1
+    time_step_floor: float = 1e-4
+    time_step_limit: list[float] | tuple[float, ...] = (0.0, math.inf)
+    rescale_prenorm_residual: bool = False
+    use_cache: bool = True
+    chunk_size: int = 256
+    tie_word_embeddings: bool = False
+
+    neuron: Any = None
+    sgc: Any = None
+    membrane: str = "token"
+    threshold: Any = 1.0
+    learn_threshold: bool = False
+    spike_driven: bool = False
+
+    def __post_init__(self, **kwargs):
+        if self.time_step_rank == "auto":
+            self.time_step_rank = math.ceil(self.hidden_size / 16)
+        super().__post_init__(**kwargs)
+        self._check_neuron()
+        self._check_sgc()
+        if self.membrane not in MEMBRANES:
+            raise ValueError(f"membrane must be one of {MEMBRANES}, got {self.membrane!r}.")
+        for layer_idx in range(self.num_hidden_layers):
+            self.layer_threshold(layer_idx)
+        if self.spike_driven and self.max_spike_count is None:
+            raise ValueError(
+                "spike_driven needs a neuron with signed integer spikes, such as neurons.SILIFNode."
+            )
+
+    def validate_architecture(self) -> None:
+        """Called by transformers whenever it validates a configuration."""
+        if self.expand * self.hidden_size != self.num_heads * self.head_dim:
+            raise ValueError(
+                f"expand * hidden_size ({self.expand * self.hidden_size}) must equal num_heads * head_dim "
+                f"({self.num_heads * self.head_dim})."
+            )
+
+    @property
+    def layer_types(self) -> list[str]:
+        """What transformers' cache has to keep for every layer."""
+        return ["linear_attention"] * self.num_hidden_layers
+
+    def _check_neuron(self) -> None:
+        if self.neuron is None:
+            if self.learn_threshold or self.sgc is not None:
+                raise ValueError("learn_threshold and sgc need a neuron.")
+            return
+        node = neurons.build(self.neuron)
+        if not isinstance(node, MemoryModule):
+            raise TypeError(f"neuron must be a spikingjelly node, got {self.neuron['class']}.")
+        if "m" not in node.supported_step_mode():
+            raise ValueError(f"{self.neuron['class']} does not support multi-step mode.")
+        if isinstance(node, neurons.SILIFNode) and node.v_threshold != 1.0:
+            raise ValueError(
+                f"The neuron's v_threshold is {node.v_threshold}, but inside the model it works at 1: "
+                "set the config's threshold instead."
+            )
+
+    def _check_sgc(self) -> None:
+        if self.sgc is None:
+            return
+        if not isinstance(self.sgc, dict) or "mode" not in self.sgc:
+            raise TypeError(f"sgc must be a mapping with a mode, got {self.sgc!r}.")
+        reject_unknown_keys(self.sgc, ("mode", *SGC_DEFAULTS), "sgc")
+        self.sgc = {"mode": self.sgc["mode"]} | SGC_DEFAULTS | self.sgc
+        choices = {"mode": SGC_MODES, "function": SGC_FUNCTIONS, "schedule": SGC_SCHEDULES}
+        for key, allowed in choices.items():
+            if self.sgc[key] not in allowed:
+                raise ValueError(f"sgc.{key} must be one of {allowed}, got {self.sgc[key]!r}.")
+        lam = self.sgc["lam"]
+        if isinstance(lam, bool) or not isinstance(lam, int | float):
+            raise TypeError(f"sgc.lam must be a number, got {lam!r}.")
+        if not 0.0 <= lam <= 1.0:
+            raise ValueError(f"sgc.lam must lie in [0, 1], got {lam}.")
+
+    def layer_threshold(self, layer_idx: int) -> dict[str, float]:
+        """V_th of both projections of a layer, ``{"in_proj": float, "out_proj": float}``."""
+        entry = self.threshold
+        if isinstance(entry, list | tuple):
+            if len(entry) != self.num_hidden_layers:
+                raise ValueError(
+                    f"threshold lists {len(entry)} layers, the model has {self.num_hidden_layers}."
+                )
+            entry = entry[layer_idx]
+        if not isinstance(entry, dict):
+            entry = dict.fromkeys(PROJECTIONS, entry)
+        reject_unknown_keys(entry, PROJECTIONS, "threshold")
+        for name in PROJECTIONS:
+            value = entry.get(name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise TypeError(f"threshold of {name} must be a number, got {value!r}.")
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(f"threshold of {name} must be finite and positive, got {value}.")
+        return {name: float(entry[name]) for name in PROJECTIONS}
+
+    @property
+    def _prototype(self) -> MemoryModule | None:
+        return None if self.neuron is None else neurons.build(self.neuron)  # type: ignore[return-value]
+
+    @property
+    def max_spike_count(self) -> int | None:
+        """D of a neuron with signed integer spikes, ``None`` for others and for a dense model."""
+        return getattr(self._prototype, "max_spike_count", None)
+
+    @property
+    def states_per_neuron(self) -> int:
+        """How many states a neuron carries from token to token."""
+        return 0 if self._prototype is None or self.membrane == "token" else len(self._prototype._memories)
+
+    @property
+    def number_of_conv_states(self) -> int:
+        """State slots of one layer of transformers' cache: slot 0 holds convolution and scan, the others
+        the neurons' states, in_proj before out_proj."""
+        return 1 + len(PROJECTIONS) * self.states_per_neuron

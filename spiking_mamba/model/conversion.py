@@ -1,0 +1,52 @@
+"""Copies of a model for inference: thresholds folded, projections fed by ternary micro-steps."""
+
+import copy
+
+import torch
+
+from spiking_mamba.model.configuration import PROJECTIONS
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+
+__all__ = ["fold_thresholds", "spike_driven"]
+
+
+def spike_driven(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
+    """A copy of ``model`` whose projections are fed by ternary micro-steps and sum them.
+
+    Every projection sees, for the same input, exactly the integers of ``model``; its weight only ever
+    meets -1, 0 and 1.
+
+    Raises:
+        ValueError: the neuron has no signed integer spikes.
+    """
+    config = copy.deepcopy(model.config)
+    config.spike_driven = True
+    config.__post_init__()
+    driven = copy.deepcopy(model)
+    driven.config = driven.backbone.config = config
+    for projection in driven.projections().values():
+        projection.spike_driven = True
+    return driven
+
+
+@torch.no_grad()
+def fold_thresholds(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
+    """A copy of ``model`` with every V_th equal to 1: 1/V_th is folded into the RMSNorm before the neuron
+    and V_th into the projection, so that accumulations stay accumulations.
+
+    Exact where V_th is a power of two; else in float32 up to rounding, which may tip a spike that stands
+    on a tie.
+    """
+    folded = copy.deepcopy(model)
+    for block in folded.backbone.layers:
+        for name, norm in zip(PROJECTIONS, (block.norm, block.mixer.norm), strict=True):
+            projection = getattr(block.mixer, name)
+            threshold = projection.threshold
+            norm.weight.div_(threshold)
+            projection.weight.mul_(threshold)
+            if hasattr(projection, "log_threshold"):
+                del projection.log_threshold
+            projection.initial_threshold = 1.0
+    folded.config.threshold = 1.0
+    folded.config.learn_threshold = False
+    return folded

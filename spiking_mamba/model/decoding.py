@@ -1,0 +1,115 @@
+"""Decoding one token at a time as a CUDA graph: hundreds of small kernels, one launch."""
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from spiking_mamba.model.cache import Cache, batch_size, tensors
+
+__all__ = ["DecodingGraph", "DecodingGraphs"]
+
+# (input_ids [B, 1], cache) -> logits [B, 1, vocab_size]; moves the cache's states on in place.
+Step = Callable[[torch.Tensor, Cache], torch.Tensor]
+
+
+class DecodingGraph:
+    """A step captured for one batch size.
+
+    A graph reads and writes fixed addresses, so it has a cache of its own. The caller's cache moves in: its
+    states are copied there once, and from then on it refers to the graph's tensors. When another cache moves
+    in, the one before gets its states back as copies; so any number of sequences can take turns.
+
+    Args:
+        step: what to capture. Off CUDA it is called each time.
+        cache: an example, whose sequences have begun; it is not changed.
+    """
+
+    def __init__(self, step: Step, cache: Cache) -> None:
+        self._cache = copy.deepcopy(cache)
+        self._tensors = [states[key] for states, key in tensors(self._cache)]
+        self._tenant: weakref.ref[Cache] | None = None
+        device = self._tensors[0].device
+        self._input_ids = torch.zeros(batch_size(cache), 1, dtype=torch.long, device=device)
+        self._step = step
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if device.type == "cuda":
+            self._capture()
+
+    def _capture(self) -> None:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):  # compiles, tunes and allocates what must not happen in a capture
+                self._step(self._input_ids, self._cache)
+        torch.cuda.current_stream().wait_stream(side)
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            self._logits = self._step(self._input_ids, self._cache)
+
+    def _move_in(self, cache: Cache) -> None:
+        before = None if self._tenant is None else self._tenant()
+        if before is not None and before is not cache:
+            for (states, key), ours in zip(tensors(before), self._tensors, strict=True):
+                if states[key] is ours:
+                    states[key] = ours.clone()
+        for (states, key), ours in zip(tensors(cache), self._tensors, strict=True):
+            if states[key] is not ours:  # beam search may have reordered some
+                ours.copy_(states[key])
+                states[key] = ours
+        self._tenant = weakref.ref(cache)
+
+    def __call__(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+        """One token, ``[B, 1] -> [B, 1, vocab_size]``, a new tensor; the states of ``cache`` move on."""
+        if any(states[key] is not ours for (states, key), ours in zip(tensors(cache), self._tensors)):  # noqa: B905
+            self._move_in(cache)
+        self._input_ids.copy_(input_ids)
+        if self._graph is None:
+            return self._step(self._input_ids, self._cache)
+        self._graph.replay()
+        return self._logits.clone()
+
+
+class DecodingGraphs:
+    """A model's graphs by batch size and autocast dtype, as long as the model stays what was captured.
+
+    Args:
+        step: what to capture. blocks: the modules whose hooks and neurons are watched, since a replayed graph
+            runs neither hooks nor a neuron that was put in later.
+    """
+
+    def __init__(self, step: Step, blocks: nn.Module) -> None:
+        self._step, self._blocks = step, blocks
+        self._graphs: dict[tuple[int, Any], DecodingGraph] = {}
+        self._note_modules()
+
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return DecodingGraphs, (self._step, self._blocks)  # a copied or pickled model captures its own
+
+    def _note_modules(self) -> None:
+        # the dictionaries themselves: looking into them is what a token costs the processor
+        self._hooks, self._neurons = [], []
+        for module in self._blocks.modules():
+            self._hooks += [module._forward_hooks, module._forward_pre_hooks]
+            if "neuron" in module._modules:
+                self._neurons.append((module._modules, module._modules["neuron"]))
+
+    def __call__(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor | None:
+        """One more token's logits ``[B, 1, vocab_size]``, or None: somebody watches, run it uncaptured."""
+        if any(modules["neuron"] is not neuron for modules, neuron in self._neurons):
+            self._graphs.clear()
+            self._note_modules()
+        if any(self._hooks):
+            return None
+        device = input_ids.device.type
+        autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
+        key = (input_ids.shape[0], autocast)
+        if key not in self._graphs:
+            self._graphs[key] = DecodingGraph(self._step, cache)
+        return self._graphs[key](input_ids, cache)

@@ -1,0 +1,269 @@
+"""A Mamba2 language model whose two projections per block are fed by spikes.
+
+One explicit-state core with two skins. transformers': ``generate()`` and ``cache``. spikingjelly's:
+``functional.set_step_mode(model, "s")``, one token a call, ``functional.reset_net(model)`` between
+sequences. A dense Mamba2 is the same model with ``config.neuron = None``.
+"""
+
+from typing import Any, ClassVar
+
+import torch
+from spikingjelly.activation_based.base import MemoryModule
+from torch import nn
+from transformers import GenerationMixin, Mamba2ForCausalLM
+
+import neurons
+from spiking_mamba.model import cache as caches
+from spiking_mamba.model.backbone import SpikingMambaModel
+from spiking_mamba.model.cache import Cache, SpikingMambaCausalLMOutput, takes_any_cache_name
+from spiking_mamba.model.configuration import SpikingMambaConfig
+from spiking_mamba.model.decoding import DecodingGraphs
+from spiking_mamba.model.dense import read_dense, student_of
+from spiking_mamba.model.pretrained import SpikingMambaPreTrainedModel
+from spiking_mamba.model.projection import SpikingProjection
+
+__all__ = ["SpikingMambaForCausalLM"]
+
+
+def _positions_to_keep(hidden_states: torch.Tensor, which: int | torch.Tensor) -> torch.Tensor:
+    """``[B, L, C]`` at the last ``which`` positions (0: all), or at those that a tensor of indices names: one
+    list for all rows ``[n]``, or one for each ``[B, n]``."""
+    if isinstance(which, int):
+        return hidden_states[:, -which:] if which else hidden_states
+    if which.ndim == 2:
+        return torch.take_along_dim(hidden_states, which[..., None], dim=1)
+    return hidden_states[:, which]
+
+
+class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
+    """The language model; ``config.neuron = None`` makes it a dense Mamba2."""
+
+    _tied_weights_keys: ClassVar = {"lm_head.weight": "backbone.embeddings.weight"}
+
+    def __init__(self, config: SpikingMambaConfig) -> None:
+        super().__init__(config)
+        self.backbone = SpikingMambaModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.graphs: DecodingGraphs | None = None
+        self.post_init()
+
+    def _apply(self, fn, recurse=True):
+        if self.graphs is not None:  # they read the tensors that are about to move
+            self.capture_decoding()
+        return super()._apply(fn, recurse)
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.backbone.embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.backbone.embeddings = value
+
+    @takes_any_cache_name
+    def generate(self, *args: Any, cache: Cache | None = None, **kwargs: Any) -> Any:
+        """As in transformers; ``cache`` holds the tokens before ``input_ids``, under any of its names."""
+        named = {} if cache is None else {caches.GENERATION_NAME: cache}
+        return super().generate(*args, **named, **kwargs)
+
+    @takes_any_cache_name
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.LongTensor,
+        *args: Any,
+        cache: Cache | None = None,
+        is_first_iteration: bool | None = False,
+        **kwargs: Any,
+    ) -> dict[str, Any]:
+        """Arguments of the next forward pass of ``generate()``."""
+        # it would make masks for attention from a cache
+        inputs = super().prepare_inputs_for_generation(
+            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+        )
+        return inputs | {"cache": cache}
+
+    @takes_any_cache_name
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        cache: Cache | None = None,
+        labels: torch.LongTensor | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        use_cache: bool | None = None,
+        attention_mask: torch.Tensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Any,
+    ) -> tuple | SpikingMambaCausalLMOutput:
+        """Next-token logits, and their loss where labels are given.
+
+        Args:
+            labels: ``[B, L]``, the tokens themselves, shifted in here; -100 is ignored.
+            logits_to_keep: positions whose logits are wanted: the last so many, 0 for all, or a tensor of
+                indices ``[n]`` or ``[B, n]``.
+            input_ids, inputs_embeds, cache, output_hidden_states, return_dict, use_cache, attention_mask: see
+                :meth:`SpikingMambaModel.forward`.
+            kwargs: of the loss, as ``num_items_in_batch``.
+
+        Returns:
+            Logits ``[B, L, vocab_size]`` in float32, and the mean cross-entropy.
+        """
+        return_dict = self.config.return_dict if return_dict is None else return_dict
+        if self.graphs is not None and labels is None and not output_hidden_states and return_dict:
+            logits, moved = self._captured(input_ids, cache, use_cache)
+            if logits is not None:
+                return SpikingMambaCausalLMOutput(logits=logits, **{caches.OUTPUT_NAME: moved})
+        output = self.backbone(
+            input_ids,
+            inputs_embeds=inputs_embeds,
+            cache=cache,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            return_dict=True,
+            attention_mask=attention_mask,
+        )
+        hidden_states = _positions_to_keep(output.last_hidden_state, logits_to_keep)
+        logits = self._head(hidden_states)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+            )
+        if not return_dict:
+            values = loss, logits, output.cache, output.hidden_states
+            return tuple(value for value in values if value is not None)
+        return SpikingMambaCausalLMOutput(
+            loss=loss,
+            logits=logits,
+            hidden_states=output.hidden_states,
+            **{caches.OUTPUT_NAME: output.cache},
+        )
+
+    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(hidden_states.to(self.lm_head.weight.dtype)).float()
+
+    def _captured(
+        self, input_ids: torch.Tensor | None, cache: Cache | None, use_cache: bool | None
+    ) -> tuple[torch.Tensor | None, Cache | None]:
+        """One more token's logits by a graph, and the cache; None twice where something else is asked for."""
+        if self.backbone.streams(cache, use_cache):
+            cache = self.backbone.stream.cache
+        goes = (
+            cache is not None
+            and input_ids is not None
+            and input_ids.shape[1] == 1
+            and not self.training
+            and not torch.is_grad_enabled()
+            and caches.batch_size(cache) == input_ids.shape[0]
+        )
+        return (self.graphs(input_ids, cache), cache) if goes else (None, None)
+
+    def _one_token(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+        return self._head(self.backbone.one_token(input_ids, cache))
+
+    def projections(self) -> dict[str, SpikingProjection]:
+        """All spiking projections by module name, ``backbone.layers.0.mixer.in_proj`` and so on."""
+        return {
+            name: module
+            for name, module in self.named_modules()
+            if isinstance(module, SpikingProjection) and module.neuron is not None
+        }
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the blocks go through ``torch.compile``."""
+        return self.backbone.layers[0].compiles
+
+    def compile_blocks(self, compiles: bool = True) -> None:
+        """Run the blocks through ``torch.compile`` wherever no cache is used.
+
+        The first step takes a minute longer; what is compiled serves all blocks. Norms, convolution, gates
+        and neurons with ``backend='torch'`` then fuse into few kernels; rounding to a 16-bit dtype before a
+        neuron may be left out, so that a spike at a tie comes out one quantum apart. Blocks that somebody
+        watches by forward hooks, as ``count_spikes`` does, run uncompiled meanwhile.
+        """
+        for block in self.backbone.layers:
+            block.compiles = compiles
+
+    def capture_decoding(self, captures: bool = True) -> None:
+        """Decode by compiled blocks and, on CUDA, as one CUDA graph a batch size.
+
+        For ``generate()`` and for streaming in step mode 's', under ``torch.no_grad()``: whenever one token
+        follows others. The first such step compiles and captures for half a minute. What the graphs hold is
+        made anew after neurons are swapped or the model moves to another device or dtype. Modules that
+        somebody watches by hooks run uncaptured meanwhile.
+        """
+        self.graphs = DecodingGraphs(self._one_token, self.backbone.layers) if captures else None
+
+    def keep_spike_sizes(self, keeps: bool = True) -> None:
+        """Let every projection keep its spikes' size in the next forward pass in training, for
+        :meth:`mean_spike_size`; to be called before each, for what is kept stays."""
+        for projection in self.projections().values():
+            projection.keeps_spike_size, projection.kept_spike_size = keeps, None
+
+    def mean_spike_size(self, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Mean ``|s|`` of the last forward pass in training, weighted by output width as in
+        ``SpikeCounts.mean_abs``; a float32 scalar with the surrogate's gradient.
+
+        Args:
+            mask: ``[B, L]`` bool, which tokens count; None: all.
+
+        Raises:
+            RuntimeError: the sizes were not kept, or kept without a graph, as under reentrant gradient
+                checkpointing.
+        """
+        projections = self.projections().values()
+        if any(projection.kept_spike_size is None for projection in projections) or not projections:
+            raise RuntimeError("No spike sizes: call keep_spike_sizes() before a forward pass in training.")
+        if torch.is_grad_enabled() and not all(p.kept_spike_size.requires_grad for p in projections):
+            raise RuntimeError(
+                "The spike sizes have no gradient: reentrant gradient checkpointing cannot give one; use "
+                "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        total = sum(p.kept_spike_size * p.out_features for p in projections)  # [B, L]
+        weight = sum(p.in_features * p.out_features for p in projections)
+        if mask is None:
+            return total.mean() / weight
+        return (total * mask).sum() / mask.sum().clamp(min=1) / weight
+
+    @property
+    def sgc_lambda(self) -> float:
+        """SGC's lambda now; 0 without the path."""
+        return max((projection.sgc_lambda for projection in self.projections().values()), default=0.0)
+
+    def set_sgc_lambda(self, lam: float) -> None:
+        """Set SGC's lambda of every projection; 0 switches the path off."""
+        for projection in self.projections().values():
+            projection.sgc_lambda = lam
+
+    @classmethod
+    def from_dense(
+        cls,
+        dense: "SpikingMambaForCausalLM | Mamba2ForCausalLM | str",
+        neuron: dict | MemoryModule | None = None,
+        sgc: dict | None = None,
+        membrane: str = "token",
+        threshold: Any = 1.0,
+        learn_threshold: bool = False,
+    ) -> "SpikingMambaForCausalLM":
+        """A student with the weights of a dense Mamba2 and neurons in front of its projections.
+
+        Args:
+            dense: a model of this class or transformers' ``Mamba2ForCausalLM``, or the folder or hub name
+                of a checkpoint of transformers or of state-spaces.
+            neuron: a spec or a node as an example; ``None`` gives a dense copy.
+            sgc, membrane, threshold, learn_threshold: see :class:`SpikingMambaConfig`.
+
+        Returns:
+            A new model in training mode, on the device and in the dtype of ``dense``.
+        """
+        if not isinstance(dense, nn.Module):
+            dense = read_dense(dense, cls)
+        return student_of(
+            dense,
+            cls,
+            neuron=neurons.spec_of(neuron) if isinstance(neuron, nn.Module) else neuron,
+            sgc=sgc,
+            membrane=membrane,
+            threshold=threshold,
+            learn_threshold=learn_threshold,
+        )

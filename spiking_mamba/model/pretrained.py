@@ -1,0 +1,87 @@
+"""Weights, initialisation and loading of the spiking Mamba2."""
+
+import math
+import re
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers import initialization as init
+
+import neurons
+from spiking_mamba.model.block import SpikingMambaMixer
+from spiking_mamba.model.configuration import SpikingMambaConfig
+from spiking_mamba.model.projection import SpikingProjection
+
+__all__ = ["SpikingMambaPreTrainedModel"]
+
+
+def _same(one: nn.Module | None, other: nn.Module | None) -> bool:
+    """Whether two nodes are alike, but for the step mode and the backend they are in at the moment."""
+    if one is not None and any(True for _ in one.parameters()):
+        return True  # what such a node prints moves as it is trained; its class is compared elsewhere
+    texts = [re.sub(r"(step_mode|backend)=\w+", "", repr(node)) for node in (one, other)]
+    return texts[0] == texts[1]
+
+
+class SpikingMambaPreTrainedModel(PreTrainedModel):
+    """Weights, initialisation and loading of the spiking Mamba2."""
+
+    config_class = SpikingMambaConfig
+    base_model_prefix = "backbone"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar = ["SpikingMambaBlock"]
+    _keep_in_fp32_modules_strict: ClassVar = {"log_threshold"}
+    _is_stateful = True  # no way back from a state: generate() refuses what would crop it
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        """Mamba2's initial values, but thresholds as configured."""
+        super()._init_weights(module)
+        if isinstance(module, SpikingMambaMixer):
+            module.initialise(self.config, torch.rand(module.num_heads, device=module.dt_bias.device))
+            init.kaiming_uniform_(module.conv1d.weight, a=math.sqrt(5))
+            if module.conv1d.bias is not None:
+                init.zeros_(module.conv1d.bias)
+            init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
+            if self.config.rescale_prenorm_residual:  # as GPT-2: the residual stream sums as many of them
+                module.out_proj.weight /= math.sqrt(self.config.num_hidden_layers)
+        if isinstance(module, SpikingProjection) and hasattr(module, "log_threshold"):
+            init.constant_(module.log_threshold, math.log(module.initial_threshold))
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As in transformers; a neuron that was swapped by hand goes into the configuration first.
+
+        Raises:
+            ValueError: the projections have different neurons, for which the configuration has one place.
+            TypeError: the neuron cannot be described, see ``neurons.spec_of``.
+        """
+        nodes = [module.neuron for module in self.modules() if isinstance(module, SpikingProjection)]
+        if nodes:
+            own = None if self.config.neuron is None else neurons.build(self.config.neuron)
+            if any(type(node) is not type(nodes[0]) or not _same(node, nodes[0]) for node in nodes):
+                raise ValueError("The projections have different neurons; a configuration holds one for all.")
+            if type(nodes[0]) is not type(own) or not _same(nodes[0], own):
+                self.config.neuron = None if nodes[0] is None else neurons.spec_of(nodes[0])
+        super().save_pretrained(*args, **kwargs)
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
+        """As in transformers, but a checkpoint that lacks or adds a weight is an error, not a warning.
+
+        Raises:
+            ValueError: a key is missing or unexpected, or a shape disagrees with the config.
+        """
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        problems = {
+            key: sorted(map(str, info[key]))
+            for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
+            if info.get(key)
+        }
+        if problems:
+            raise ValueError(
+                "The checkpoint does not fit its configuration: "
+                + "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:5])}" for k, v in problems.items())
+            )
+        return (model, info) if output_loading_info else model

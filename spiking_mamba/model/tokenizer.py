@@ -1,0 +1,49 @@
+"""The tokenizer that belongs to a checkpoint; state-spaces' checkpoints come without one."""
+
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from spiking_mamba.common.errors import CheckpointError
+
+__all__ = ["check_vocabulary", "has_tokenizer", "load_tokenizer"]
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a checkpoint's folder holds a tokenizer."""
+    return any((folder / file).is_file() for file in _TOKENIZER_FILES)
+
+
+def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, or the one named by ``tokenizer``: a folder or a hub name.
+
+    Raises:
+        CheckpointError: there is none.
+    """
+    name = str(tokenizer or checkpoint)
+    # without its files transformers would make up an empty one for the type of the model
+    if Path(name).is_dir() and not has_tokenizer(Path(name)):
+        raise CheckpointError(
+            f"{name} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}): name the folder or the hub "
+            "name of the one that the model was trained with, tokenizer=..."
+        )
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # a broken file or no network; readers of both raise what they please
+        reason = str(error).partition("\n")[0]
+        raise CheckpointError(
+            f"No tokenizer can be loaded from {name}; name another by tokenizer=...: {reason}"
+        ) from error
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
+    """Raise a CheckpointError for a tokenizer with ids that the model does not know."""
+    # the embedding's rows may be padded beyond the tokenizer's entries, not the other way round
+    if (largest := max(tokenizer.get_vocab().values())) >= model.config.vocab_size:
+        raise CheckpointError(
+            f"The tokenizer knows the token id {largest}, outside the vocabulary of "
+            f"{model.config.vocab_size}: it does not belong to the model."
+        )

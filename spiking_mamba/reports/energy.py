@@ -1,0 +1,246 @@
+"""What an evaluation's report says of spikes and energy: counted, estimated, measured, and by layer."""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spiking_mamba.reports.document import Block, Heading, Paragraph, Picture, Table
+from spiking_mamba.reports.figures import draw_layer_energy, draw_spike_map, unit
+
+__all__ = ["Model", "flat", "number", "of_energy", "of_joules", "of_layers", "of_spikes", "shared_tasks"]
+
+Model = Mapping[str, Any]
+
+_RIVALS = {
+    "gain": "over dense",
+    "gain_over_quantised": "over quantised",
+    "gain_over_quantised_sparse": "over quantised, skipping zeros",
+}
+_SPENDERS = {
+    "dense_pj_per_token": "dense",
+    "spiking_pj_per_token": "spiking",
+    "quantised_pj_per_token": "quantised",
+    "quantised_sparse_pj_per_token": "quantised, skipping zeros",
+}
+_SCOPES = {"projections": "the projections", "model": "the whole model"}
+_MEMORY_SCOPES = {
+    "projections": "the projections, prefill",
+    "model": "the whole model, prefill",
+    "decode_projections": "the projections, decoding token by token",
+    "decode": "the whole model, decoding token by token",
+}
+
+
+def of_spikes(models: Sequence[Model]) -> list[Block]:
+    """Spikes of the forward passes that gave the scores, and by task; nothing without a spiking model."""
+    spiking = [model for model in models if model["spikes"]]
+    if not spiking:
+        return []
+    header = ["model", "tokens", "mean |s|", "non-zero %", "silent channels", "accumulations", "dense MACs"]
+    rows, dearer = [], []
+    for model in spiking:
+        spikes = model["spikes"]
+        layers = list(spikes["projections"].values())
+        accumulations, dense = (
+            spikes[key] if spikes.get(key) is not None else sum(row[key] or 0.0 for row in layers)
+            for key in ("accumulations", "dense_macs")
+        )
+        tokens = spikes.get("tokens") or max((row["tokens"] for row in layers), default=0)
+        silent = sum(row["silent_channels"] or 0 for row in layers)
+        rows.append(
+            [
+                model["name"],
+                f"{tokens:,}",
+                number(spikes["mean_abs"], 3),
+                number(spikes["nonzero_share"], 1, 100),
+                f"{silent:,}",
+                f"{accumulations:.4g}",
+                f"{dense:.4g}",
+            ]
+        )
+        if accumulations > dense:
+            dearer.append(model["name"])
+    blocks: list[Block] = [Heading("Spikes"), Table(header, rows)]
+    blocks.append(
+        Paragraph(
+            "Counted in the forward passes that gave the scores above, padding left out. Mean |s| and the "
+            "share of non-zero counts are weighted by the projections' output widths; an accumulation is "
+            "one unit of |s| times one output."
+        )
+    )
+    if dearer:
+        blocks.append(Paragraph(f"More accumulations than the dense model's MACs: {', '.join(dearer)}."))
+    if rows := _spikes_by_task(spiking):
+        header = ["task", "of", *(model["name"] for model in spiking)]
+        blocks += [Heading("By task", 3), Table(header, rows)]
+    return blocks
+
+
+def _spikes_by_task(models: Sequence[Model]) -> list[list[str]]:
+    columns: list[tuple[str, Callable[[Mapping[str, Any]], str]]] = [
+        ("mean |s|", lambda spikes: number(spikes["mean_abs"], 3)),
+        ("non-zero %", lambda spikes: number(spikes["nonzero_share"], 1, 100)),
+        ("tokens", lambda spikes: f"{spikes['tokens']:,}"),
+    ]
+    rows = []
+    for task in shared_tasks(models):
+        found = [(model["tasks"].get(task) or {}).get("spikes") for model in models]
+        if any(found):
+            rows += [[task, label, *(show(f) if f else "–" for f in found)] for label, show in columns]
+    return rows
+
+
+def of_energy(models: Sequence[Model]) -> list[Block]:
+    """Energy by operation counts, a table a scope; nothing where none was counted."""
+    counted = [model for model in models if model["energy"]]
+    if not counted:
+        return []
+    blocks: list[Block] = [
+        Heading("Energy by operation counts"),
+        Paragraph(
+            "Estimates, not measurements: per token, operations counted in the passes that gave the scores, "
+            "times a cost table; fp32, fp16 and int8 are Horowitz's at 45 nm (ISSCC 2014). The rival "
+            "'quantised' has the same 2D + 1 "
+            "activation levels and integer MACs; it is the fair one. A table is hypothetical where the "
+            "accuracy was not measured in its precision. A ratio below 1 says that spikes cost more."
+        ),
+    ]
+    if costs := {name: cost for m in counted for name, cost in (m["energy"].get("costs") or {}).items()}:
+        rows = []
+        for name, cost in costs.items():
+            integer = cost["mac"] if cost["quantised_mac"] is None else cost["quantised_mac"]
+            rows.append([name, *(f"{v:g}" for v in (cost["mac"], cost["ac"], integer, cost["byte"]))])
+        header = ["cost table, pJ", "MAC", "accumulation", "MAC of the quantised", "byte of memory"]
+        blocks.append(Table(header, rows))
+    for scope, name in _SCOPES.items():
+        blocks += _energy_table(f"Compute only, {name}", [(m, m["energy"].get(scope)) for m in counted])
+    scopes = list(dict.fromkeys(s for m in counted for s in m["energy"].get("with_memory") or {}))
+    for scope in scopes:
+        blocks += _energy_table(
+            f"With memory traffic, {_MEMORY_SCOPES.get(scope, scope)}",
+            [(m, (m["energy"].get("with_memory") or {}).get(scope)) for m in counted],
+        )
+    passes = {(p["batch"], p["length"]) for m in counted if (p := m["energy"].get("pass"))}
+    if passes:
+        shapes = " or ".join(f"{batch} x {length:,}" for batch, length in sorted(passes))
+        blocks.append(Paragraph(f"Prefill is a pass of {shapes} tokens (batch x length)."))
+    parts = list(dict.fromkeys(p for m in counted for p in m["energy"].get("operations_per_token") or {}))
+    if parts:
+        rows = [
+            [
+                part,
+                *(number((m["energy"].get("operations_per_token") or {}).get(part), 0) for m in counted),
+            ]
+            for part in parts
+        ]
+        blocks += [
+            Heading("Operations per token", 3),
+            Table(["part", *(m["name"] for m in counted)], rows),
+            Paragraph("Multiply-accumulates of the dense model unless the part's name says otherwise."),
+        ]
+    return blocks
+
+
+def _energy_table(
+    title: str, found: Sequence[tuple[Model, Mapping[str, Mapping[str, Any]] | None]]
+) -> list[Block]:
+    rows = []
+    for model, tables in found:
+        for table, row in (tables or {}).items():
+            hypothetical = table in (model["energy"].get("hypothetical") or ())
+            energies = [row.get(key) for key in _SPENDERS]
+            label = f"{model['name']}, {table}" + (" (hypothetical)" if hypothetical else "")
+            rows.append([label, *map(_energy_number, energies), *(_ratio(row.get(key)) for key in _RIVALS)])
+    if not rows:
+        return []
+    header = ["model, cost table", *_SPENDERS.values(), *(f"gain {name}" for name in _RIVALS.values())]
+    return [Heading(title, 3), Table(header, rows)]
+
+
+def _energy_number(picojoules: float | None) -> str:
+    if picojoules is None or not math.isfinite(picojoules):
+        return number(picojoules)
+    scale, name = unit(picojoules)
+    return f"{picojoules / scale:.4g} {name}"
+
+
+def of_joules(models: Sequence[Model]) -> list[Block]:
+    """What the GPU's counter saw; nothing where there was none."""
+    measured = {model["name"]: flat(model["joules"]) for model in models if model["joules"]}
+    if not measured:
+        return []
+    keys = list(dict.fromkeys(key for values in measured.values() for key in values))
+
+    def cell(value: Any) -> str:
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        return f"{value:.5g}" if numeric else "–" if value is None else str(value)
+
+    rows = [[key, *(cell(values.get(key)) for values in measured.values())] for key in keys]
+    note = (
+        "What the GPU's own counter (NVML) saw while this software ran: dense matrix units multiply the "
+        "spikes too, so that it is no measure of spiking hardware. The estimates above contain nothing of it."
+    )
+    return [Heading("Energy measured on this GPU"), Table(["", *measured], rows), Paragraph(note)]
+
+
+def _file_name(name: str, taken: set[str]) -> str:
+    """A harmless part of a file name, of its own for each model."""
+    slug = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:60] or "model"
+    candidate, suffix = slug, 2
+    while candidate.lower() in taken:
+        candidate, suffix = f"{slug}-{suffix}", suffix + 1
+    taken.add(candidate.lower())
+    return candidate
+
+
+def of_layers(folder: Path, models: Sequence[Model]) -> list[Block]:
+    """Pictures of energy and spikes by layer, written to ``folder``."""
+    blocks: list[Block] = []
+    taken: set[str] = set()
+    for model in models:
+        name = _file_name(model["name"], taken)
+        pictures = []
+        if (model["energy"] or {}).get("layers"):
+            path = folder / f"layer_energy-{name}.png"
+            draw_layer_energy(path, model["energy"])
+            pictures.append(Picture(path, f"Energy per token by layer, dense and spiking: {model['name']}"))
+        if model["spikes"]:
+            path = folder / f"spikes-{name}.png"
+            if draw_spike_map(path, model["spikes"]):
+                pictures.append(Picture(path, f"Spikes by layer: {model['name']}"))
+        if pictures:
+            blocks += [Heading(model["name"], 3), *pictures]
+    note = "Energy of the projections: operation counts at the fp32 table, compute only."
+    return [Heading("Layer by layer"), Paragraph(note), *blocks] if blocks else []
+
+
+def number(value: float | None, digits: int = 2, factor: float = 1.0) -> str:
+    """``factor * value`` for a cell; a dash for what is not there."""
+    if value is None or math.isnan(value):
+        return "–"
+    return "infinite" if math.isinf(value) else f"{factor * value:,.{digits}f}"
+
+
+def _ratio(value: float | None) -> str:
+    text = number(value)
+    if text == "–":
+        return text
+    return f"{text}x" if value >= 1 else f"{number(value, 3)}x: costs more"  # type: ignore[operator]
+
+
+def shared_tasks(models: Sequence[Model]) -> list[str]:
+    """All tasks, in the order in which they first come."""
+    return list(dict.fromkeys(task for model in models for task in model["tasks"]))
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one with dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

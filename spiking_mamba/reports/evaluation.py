@@ -1,0 +1,270 @@
+"""What an evaluation found: ``report.md``, ``report.html`` and their pictures, from its results.
+
+The results are those of ``recipes/evaluate``, plain data as in its ``results.json``; parts that an evaluation
+does not have (no spiking model, a single seed, no reference) are left out of its report.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from spiking_mamba.common.files import write_whole
+from spiking_mamba.reports import energy as energy_report
+from spiking_mamba.reports.document import (
+    Block,
+    Code,
+    Heading,
+    Paragraph,
+    Picture,
+    Table,
+    markdown_table,
+    to_html,
+    to_markdown,
+)
+from spiking_mamba.reports.energy import Model, flat, number, shared_tasks
+from spiking_mamba.reports.figures import accuracy_and_energy, draw_accuracy_energy, draw_gaps
+
+__all__ = ["write_evaluation_report"]
+
+
+def write_evaluation_report(folder: Path, results: Mapping[str, Any]) -> str:
+    """Write ``report.md``, ``report.html`` (one file, its pictures within) and the PNGs to ``folder``.
+
+    Args:
+        folder: is made if it is not there.
+        results: ``provenance``, ``models``, ``groups`` and ``gaps``, see ``recipes/evaluate``.
+
+    Returns:
+        The table of accuracies, for the terminal.
+    """
+    models = results["models"]
+    folder.mkdir(parents=True, exist_ok=True)
+    blocks: list[Block] = [Heading("Evaluation", 1), Paragraph(_lead(results))]
+    blocks += [Heading("Models"), _models(models)]
+    blocks += _accuracy_over_energy(folder, models)
+    blocks += _tasks(models)
+    blocks += _gaps(folder, results.get("gaps") or [])
+    blocks += _seeds(results.get("groups") or {})
+    blocks += _perplexity(models)
+    blocks += energy_report.of_spikes(models)
+    blocks += energy_report.of_energy(models)
+    blocks += energy_report.of_joules(models)
+    blocks += energy_report.of_layers(folder, models)
+    blocks += _provenance(results)
+    write_whole(folder / "report.md", to_markdown(blocks))
+    write_whole(folder / "report.html", to_html(blocks))
+    tables = [block for block in (*_tasks(models), *_perplexity(models)) if isinstance(block, Table)]
+    return "\n\n".join(markdown_table(table.header, table.rows) for table in tables)
+
+
+def _with_error(value: float | None, error: float | None, factor: float = 1.0) -> str:
+    return number(value, 2, factor) + ("" if error is None else f" ± {number(error, 2, factor)}")
+
+
+def _range(row: Mapping[str, Any], digits: int = 2, factor: float = 1.0) -> str:
+    return f"({number(row['low'], digits, factor)} to {number(row['high'], digits, factor)})"
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def _lead(results: Mapping[str, Any]) -> str:
+    models, provenance = results["models"], results.get("provenance") or {}
+    tasks = {task for model in models for task in model["tasks"]}
+    device = (provenance.get("hardware") or {}).get("device", "an unknown device")
+    text = f"{_plural(len(models), 'model')} on {_plural(len(tasks), 'zero-shot task')}"
+    text += f", {provenance.get('date', 'no date')}, on {device}."
+    references = [model["name"] for model in models if model["reference"]]
+    if references:
+        text += f" Gaps are taken against {', '.join(references)}."
+    return text
+
+
+def _models(models: Sequence[Model]) -> Table:
+    header = ["model", "role", "group", "seed", "neuron", "levels", "parameters", "dtype"]
+    rows = [
+        [
+            model["name"],
+            "reference" if model["reference"] else "",
+            model["group"],
+            "–" if model["seed"] is None else str(model["seed"]),
+            model["neuron"] or "dense",
+            "–" if model["levels"] is None else str(model["levels"]),
+            f"{model['parameters']:,}",
+            model["dtype"],
+        ]
+        for model in models
+    ]
+    return Table(header, rows)
+
+
+def _accuracy_over_energy(folder: Path, models: Sequence[Model]) -> list[Block]:
+    points, label = accuracy_and_energy(models)
+    if not points or not any(model.get("energy") for model in models):
+        return []
+    path = folder / "accuracy_energy.png"
+    draw_accuracy_energy(path, models)
+    text = f"Accuracy ({label}) over energy gain. "
+    text += "; ".join(f"{p['name']}: {p['accuracy']:.2f} at {p['projections']:.2f}x" for p in points)
+    note = (
+        "Right is less energy than the dense model, up is more accurate; the star is the reference, at 1x. "
+        "Where a group has several runs, small points are runs and the large one is their mean with "
+        "95 % intervals (Student's t), cut off where they leave the picture."
+    )
+    return [Heading("Accuracy and energy"), Picture(path, text), Paragraph(note)]
+
+
+def _tasks(models: Sequence[Model]) -> list[Block]:
+    tasks = shared_tasks(models)
+    if not tasks:
+        return []
+    rows = []
+    if any(model["average"] is not None for model in models):
+        values = [number(model["average"], 2, 100) for model in models]
+        rows.append(["average of the source's six tasks", "", "", "", *values])
+    for task in tasks:
+        asked = [model["tasks"].get(task) for model in models]
+        known = [result for result in asked if result is not None]
+        names = list(dict.fromkeys(name for result in known for name in result["metrics"]))
+        names.sort(key=lambda name: name != known[0]["main"])
+        for name in names:
+            share = name.startswith("acc")
+            factor = 100.0 if share else 1.0
+            cells = []
+            for result in asked:
+                metric = (result or {"metrics": {}})["metrics"].get(name)
+                cells.append(
+                    "–" if metric is None else _with_error(metric["value"], metric["stderr"], factor)
+                )
+            items = "/".join(dict.fromkeys(f"{result['n']:,}" for result in known))
+            main = "yes" if name == known[0]["main"] else ""
+            chance = number(known[0]["chance"], 2, 100) if share else ""
+            rows.append([f"{task}, {name}" + (" %" if share else ""), main, items, chance, *cells])
+    note = (
+        "± is the standard error over items, as lm-eval gives it. The main metric of a task is the one that "
+        "enters the source's average, gaps and intervals; chance is what guessing scores."
+    )
+    header = ["task, metric", "main", "items", "chance %", *(model["name"] for model in models)]
+    return [Heading("Zero-shot accuracy"), Table(header, rows), Paragraph(note)]
+
+
+def _gaps(folder: Path, gaps: Sequence[Mapping[str, Any]]) -> list[Block]:
+    if not gaps:
+        return []
+    path = folder / "gaps.png"
+    draw_gaps(path, gaps)
+    gaps = sorted(gaps, key=lambda gap: gap["task"] != "average")
+    pairs = list(dict.fromkeys((gap["reference"], gap["model"]) for gap in gaps))
+    found = {(gap["task"], gap["reference"], gap["model"]): gap for gap in gaps}
+    several = len({gap["reference"] for gap in gaps}) > 1
+    rows = []
+    for task in dict.fromkeys(gap["task"] for gap in gaps):
+        cells = []
+        for pair in pairs:
+            gap = found.get((task, *pair))
+            cells.append("–" if gap is None else f"{number(gap['gap'], 2, 100)} {_range(gap, 2, 100)}")
+        items = next(gap["items"] for gap in gaps if gap["task"] == task)
+        rows.append([task, f"{items:,}", *cells])
+    names = [f"{model} to {reference}" if several else model for reference, model in pairs]
+    note = (
+        "Reference minus model in points of accuracy, with a 95 % interval by a paired bootstrap: the items "
+        "that both answered are resampled together, for the average within each task. An interval that "
+        "holds 0 is no evidence of a gap."
+    )
+    text = "Gaps to the reference with 95 % intervals, as in the table below."
+    return [
+        Heading("Gap to the reference"),
+        Picture(path, text),
+        Table(["task", "items", *names], rows),
+        Paragraph(note),
+    ]
+
+
+def _seeds(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Block]:
+    several = {
+        name: quantities
+        for name, quantities in groups.items()
+        if any(row["runs"] > 1 for row in quantities.values())
+    }
+    if not several:
+        return []
+    names = list(dict.fromkeys(name for quantities in several.values() for name in quantities))
+    names.sort(key=lambda name: name != "average")
+    rows = []
+    for name in names:
+        accuracy = name not in ("mean_abs", "gain_fp32") and not name.startswith("perplexity:")
+        factor = 100.0 if accuracy else 1.0
+        cells = []
+        for quantities in several.values():
+            row = quantities.get(name)
+            if row is None:
+                cells.append("–")
+            elif row["sd"] is None:
+                cells.append(f"{number(row['mean'], 2, factor)}, {_plural(row['runs'], 'run')}")
+            else:
+                middle = _with_error(row["mean"], row["sd"], factor)
+                cells.append(f"{middle} {_range(row, 2, factor)}, {_plural(row['runs'], 'run')}")
+        rows.append([_QUANTITIES.get(name, name + (" %" if accuracy else "")), *cells])
+    note = (
+        "Mean ± standard deviation (n - 1) over the runs of a group, and the 95 % interval of the mean by "
+        "Student's t. It tells how far another seed may lie; the standard errors above, how far other items."
+    )
+    return [Heading("Over seeds"), Table(["", *several], rows), Paragraph(note)]
+
+
+_QUANTITIES = {
+    "average": "average of the source's six tasks %",
+    "mean_abs": "mean |s|",
+    "gain_fp32": "energy gain of the projections, fp32, times",
+}
+
+
+def _perplexity(models: Sequence[Model]) -> list[Block]:
+    corpora = list(dict.fromkeys(corpus for model in models for corpus in model["perplexity"] or {}))
+    if not corpora:
+        return []
+    rows = []
+    for corpus in corpora:
+        found = [(model["perplexity"] or {}).get(corpus) for model in models]
+        tokens = "/".join(dict.fromkeys(f"{f['tokens']:,}" for f in found if f is not None))
+        for key, label, digits in (
+            ("perplexity", "perplexity", 2),
+            ("nll_per_token", "nats per token", 4),
+            ("bits_per_byte", "bits per byte", 4),
+        ):
+            cells = [number((f or {}).get(key), digits) for f in found]
+            rows.append([f"{corpus}, {label}", tokens, *cells])
+    header = ["text", "tokens", *(model["name"] for model in models)]
+    note = "Bits per byte compare models whose tokenizers differ; the other two do not."
+    return [Heading("Perplexity"), Table(header, rows), Paragraph(note)]
+
+
+def _provenance(results: Mapping[str, Any]) -> list[Block]:
+    provenance = dict(results.get("provenance") or {})
+    blocks: list[Block] = [Heading("Provenance")]
+    if command := provenance.pop("command", None):
+        blocks.append(Code(str(command)))
+    settings = provenance.pop("settings", None)
+    rows = [[key, "–" if value is None else str(value)] for key, value in flat(provenance).items()]
+    if rows:
+        blocks.append(Table(["", "value"], rows))
+    models = results["models"]
+    rows = [[model["name"], model["path"], model["weights_sha256"]] for model in models]
+    blocks += [Heading("Weights", 3), Table(["model", "path", "sha256"], rows)]
+    rows, notes = [], dict[str, str]()
+    for model in models:
+        for name, result in (model["tasks"] | (model["perplexity"] or {})).items():
+            if data := result.get("data"):
+                size = str(data.get("rows", data.get("documents", "–")))
+                row = [name, data["source"], data.get("split", "–"), size, data["sha256"]]
+                rows += [] if row in rows else [row]
+                notes |= {name: data["note"]} if data.get("note") else {}
+    if rows:
+        blocks += [Heading("Data", 3), Table(["task or text", "source", "split", "rows", "sha256"], rows)]
+        blocks += [Paragraph(f"{name}: {note}.") for name, note in notes.items()]
+    if settings:
+        text = json.dumps(settings, indent=1, default=str, ensure_ascii=False)
+        blocks += [Heading("Settings", 3), Code(text)]
+    return blocks

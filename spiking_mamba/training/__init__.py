@@ -1,0 +1,1 @@
+"""Distillation, pretraining and preference optimisation."""

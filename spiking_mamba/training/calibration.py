@@ -1,0 +1,171 @@
+"""Thresholds that let a student start as close to its teacher as its spikes allow."""
+
+import math
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.model.configuration import PROJECTIONS
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.modes import evaluating, frozen
+from spiking_mamba.spikes.counting import count_spikes
+
+__all__ = ["asks_for_calibration", "calibrate_thresholds", "resolve_threshold"]
+
+TOKENS = 4096  # that a calibration looks at, where a recipe asks for one
+_BATCH = 2048  # tokens at a time
+_HALVINGS = 20
+_CLIPPED = 0.05  # share of the counts at -D and D above which a calibration warns
+_CLOSE = 0.002  # of the mean |s| asked for
+
+
+def calibrate_thresholds(
+    teacher: SpikingMambaForCausalLM, input_ids: torch.Tensor, mean_abs: float, neuron: dict, **student: Any
+) -> list[dict[str, float]]:
+    r"""V_th of every projection, so that a student spikes as much as asked and loses least.
+
+    Counting its input in steps of V adds to a projection's input an error of variance V^2 / 12 (Widrow, IRE
+    Trans. Circuit Theory 3, 1956), which to second order raises the KL divergence from the teacher by
+    V^2 F / 24 a token, with the Fisher information ``F = sum_o E[g_o^2] sum_c W_oc^2``, where g is the
+    gradient of the log-probability of a token drawn from the teacher by the projection's output. Its spikes
+    cost ``A / V`` accumulations, ``A = out_features * sum_c E|u_c|``. The least sum of the first for a given
+    sum of the second has ``V = k (A / F)^(1/3)``; k is found by counting. Errors are taken as independent,
+    and what is cut off at D or hardly spikes as if it were rounded like the rest.
+
+    Args:
+        teacher: dense; it is evaluated and left as it is.
+        input_ids: text, ``[rows, length]``, a few thousand tokens.
+        mean_abs: the student's mean ``|s|`` on that text, weighted by output width, before distillation.
+        neuron: of the student, one that rounds to integers.
+        student: further arguments of ``SpikingMambaForCausalLM.from_dense``.
+
+    Returns:
+        ``[{"in_proj": V_th, "out_proj": V_th}, ...]``, a mapping for each layer, four digits each: what
+        ``threshold`` of the config takes.
+
+    Raises:
+        ValueError: ``mean_abs`` is not positive, the teacher is not dense, or no V_th gives that mean.
+    """
+    if isinstance(mean_abs, bool) or not isinstance(mean_abs, int | float) or not 0 < mean_abs < math.inf:
+        raise ValueError(f"mean_abs must be a positive number, got {mean_abs!r}.")
+    if teacher.config.neuron is not None:
+        raise ValueError("Thresholds are calibrated by a dense teacher; this one has neurons.")
+    input_ids = input_ids.to(teacher.device)
+    batches = input_ids.split(max(1, _BATCH // input_ids.shape[1]))
+    cost, information = _cost_and_information(teacher, batches)
+    shape = {name: (cost[name] / information[name]) ** (1 / 3) for name in cost}
+    model = SpikingMambaForCausalLM.from_dense(teacher, neuron=neuron, **student).eval()
+
+    def found(scale: float) -> float:
+        for name, projection in model.projections().items():
+            projection.initial_threshold = scale * shape[name]
+        with torch.no_grad(), count_spikes(model, histogram=False) as spikes:
+            for ids in batches:
+                model(input_ids=ids, use_cache=False, logits_to_keep=1)
+        return spikes.mean_abs
+
+    # mean |s| falls about as 1 / V: start where the costs say, then close in
+    projections = model.projections().values()
+    ops = sum(p.in_features * p.out_features for p in projections)
+    scale = sum(cost[name] / shape[name] for name in cost) / ops / mean_abs
+    low, high = 0.0, math.inf
+    for _ in range(_HALVINGS):
+        mean = found(scale)
+        if abs(mean / mean_abs - 1) < _CLOSE:
+            break
+        low, high = (scale, high) if mean > mean_abs else (low, scale)
+        scale = scale * mean / mean_abs if mean > 0 else scale / 2
+        if not low < scale < high:
+            scale = (low + high) / 2 if high < math.inf else 2 * low
+    else:
+        raise ValueError(f"No threshold gives a mean |s| of {mean_abs}; the last try gave {mean:.4g}.")
+    _warn_of_clipping(model, batches[0])
+    layers: list[dict[str, float]] = [{} for _ in range(teacher.config.num_hidden_layers)]
+    for name, value in shape.items():
+        _, _, layer, _, projection = name.split(".")
+        layers[int(layer)][projection] = float(f"{scale * value:.4g}")
+    return layers
+
+
+def _warn_of_clipping(model: SpikingMambaForCausalLM, input_ids: torch.Tensor) -> None:
+    """A mean |s| that is reached by cutting counts off is hardly what was wanted."""
+    with torch.no_grad(), count_spikes(model) as spikes:
+        model(input_ids=input_ids, use_cache=False, logits_to_keep=1)
+    counted = [p.histogram for p in spikes.projections.values() if p.histogram is not None]
+    counted = [levels for levels in counted if len(levels) > 3]  # of ternary spikes all are the largest
+    clipped = sum(int(n[0] + n[-1]) for n in counted) / max(1, sum(int(n.sum()) for n in counted))
+    if clipped > _CLIPPED:
+        warnings.warn(
+            f"{clipped:.0%} of the counts are cut off at the largest that the neuron has: with so few "
+            "levels, ask for a smaller mean |s|, or give thresholds.",
+            stacklevel=3,
+        )
+
+
+def resolve_threshold(threshold: Any, teacher: SpikingMambaForCausalLM, rows: Any, **student: Any) -> Any:
+    """``threshold`` as it is, or, of ``{"mean_abs": number}``, the thresholds calibrated on the first rows.
+
+    Args:
+        rows: a data set with ``input_ids`` of equal length.
+        student: see :func:`calibrate_thresholds`.
+    """
+    if not asks_for_calibration(threshold):
+        return threshold
+    reject_unknown_keys(threshold, ("mean_abs",), "threshold")
+    length = len(rows[0]["input_ids"])
+    first = rows.select(range(min(len(rows), -(-TOKENS // length))))
+    input_ids = torch.as_tensor([list(map(int, row["input_ids"])) for row in first])
+    return calibrate_thresholds(teacher, input_ids, threshold["mean_abs"], **student)
+
+
+def asks_for_calibration(threshold: Any) -> bool:
+    """Whether it is ``{"mean_abs": ...}``."""
+    return isinstance(threshold, dict) and "mean_abs" in threshold
+
+
+def _cost_and_information(
+    teacher: SpikingMambaForCausalLM, batches: tuple[torch.Tensor, ...]
+) -> tuple[dict[str, float], dict[str, float]]:
+    """``A`` and ``F`` of :func:`calibrate_thresholds`, by the projections' names, a token."""
+    modules = {n: m for n, m in teacher.named_modules() if n.rpartition(".")[2] in PROJECTIONS}
+    sizes = {name: 0.0 for name in modules}
+    squares: dict[str, Any] = {name: 0.0 for name in modules}
+    generator = torch.Generator(teacher.device).manual_seed(0)
+
+    def watch(name: str):
+        def hook(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+            sizes[name] += float(args[0].detach().float().abs().sum())
+            # of a frozen teacher nothing asks for a gradient
+            output = output if output.requires_grad else output.requires_grad_()
+            output.register_hook(lambda g: squares.__setitem__(name, squares[name] + _squared(g)))
+            return output
+
+        return hook
+
+    def _squared(gradient: torch.Tensor) -> torch.Tensor:
+        return gradient.detach().double().flatten(0, -2).square().sum(0)
+
+    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    try:
+        with evaluating(teacher), frozen(teacher), torch.enable_grad():
+            for ids in batches:
+                logits = teacher(input_ids=ids, use_cache=False).logits.float()
+                chances = logits.detach().softmax(-1).flatten(0, -2)
+                drawn = torch.multinomial(chances, 1, generator=generator)
+                nn.functional.cross_entropy(logits.flatten(0, -2), drawn[:, 0], reduction="sum").backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    tokens = sum(ids.numel() for ids in batches)
+    cost = {name: module.out_features * sizes[name] / tokens for name, module in modules.items()}
+    information = {
+        name: float((squares[name] @ module.weight.detach().double().square()).sum()) / tokens
+        for name, module in modules.items()
+    }
+    for name in modules:
+        if not (math.isfinite(cost[name]) and cost[name] > 0 and 0 < information[name] < math.inf):
+            raise ValueError(f"{name} has no input or no influence on this text; V_th cannot be calibrated.")
+    return cost, information

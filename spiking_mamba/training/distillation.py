@@ -1,0 +1,240 @@
+"""One-stage distillation of a dense Mamba2 into a spiking one."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from spiking_mamba import data
+from spiking_mamba.common.interruption import interruptible
+from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.model.checkpoint import load_dense
+from spiking_mamba.model.configuration import SpikingMambaConfig
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.tokenizer import load_tokenizer
+from spiking_mamba.spikes.counting import count_spikes
+from spiking_mamba.training.arguments import autocast, compile_blocks, training_arguments
+from spiking_mamba.training.calibration import asks_for_calibration, resolve_threshold
+from spiking_mamba.training.distillation_loss import DistillationLoss
+from spiking_mamba.training.rows import check_rows, collate
+from spiking_mamba.training.run import finish_run, kept_in, run, start_run, whole_model
+from spiking_mamba.training.trainer import SpikingTrainer, sgc_lambda
+
+__all__ = ["DistillationSettings", "DistillationTrainer", "distill", "sgc_lambda"]
+
+
+class DistillationTrainer(SpikingTrainer, Trainer):
+    """transformers' ``Trainer`` with a teacher.
+
+    Args:
+        model: the student.
+        teacher: a dense model with the same vocabulary; it is put in evaluation mode on the trainer's
+            device, and never trained.
+        loss: see :class:`DistillationLoss`.
+        freeze_embeddings: do not train the embeddings (nor a head tied to them), as the source does.
+        others: as in ``Trainer``. Inputs need ``input_ids``, and may have ``attention_mask`` and
+            ``labels``.
+
+    Logged beside the loss: its parts, the mean ``|s|`` weighted by output width, SGC's lambda.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def __init__(
+        self,
+        model: SpikingMambaForCausalLM,
+        teacher: SpikingMambaForCausalLM,
+        loss: DistillationLoss | None = None,
+        freeze_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        if teacher.config.vocab_size != model.config.vocab_size:
+            raise ValueError(
+                f"The teacher's vocabulary has {teacher.config.vocab_size} tokens, "
+                f"the student's {model.config.vocab_size}."
+            )
+        super().__init__(model, freeze_embeddings, **kwargs)
+        self.loss = loss or DistillationLoss()
+        self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
+
+    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        if not self.loss.sparsity:
+            return super().training_step(*args, **kwargs)
+        self.student.keep_spike_sizes()
+        try:
+            return super().training_step(*args, **kwargs)
+        finally:  # they hold on to the step's graph
+            self.student.keep_spike_sizes(False)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inputs = {
+            k: inputs[k] for k in ("input_ids", "attention_mask", "labels") if inputs.get(k) is not None
+        }
+        arguments = {k: v for k, v in inputs.items() if k != "labels"}
+        # One position's logits only: the loss makes the others itself, a piece at a time.
+        arguments |= {"output_hidden_states": True, "logits_to_keep": 1, "use_cache": False}
+        if model.training and self._log_due():
+            with count_spikes(self.student, histogram=False) as spikes:
+                output = model(**arguments)
+            self._note_spikes(spikes)
+        else:
+            output = model(**arguments)
+        with autocast(self):
+            with torch.no_grad():
+                teacher_output = self.teacher(**arguments) if self.loss.needs_teacher else None
+            loss, parts = self.loss(self.student, self.teacher, output, teacher_output, **inputs)
+        if model.training:
+            self._note(**parts)
+        return (loss, output) if return_outputs else loss
+
+
+@dataclass
+class DistillationSettings:
+    """Settings of one distillation; every field is a key of the YAML file.
+
+    Attributes:
+        teacher: folder or hub name of a dense Mamba2 checkpoint.
+        tokenizer: folder or hub name of its tokenizer; null where it lies beside the teacher.
+        output: folder of the run: settings, checkpoints, log, and the student in ``model/``.
+        data: text, see ``spiking_mamba.data.load_text``: a corpus that a package carries, a file, a hub
+            name, or a list of them.
+        length: tokens per row; rows are packed, see ``spiking_mamba.data.tokenize``.
+        neuron: ``{"class": ..., "args": {...}}``, see ``neurons.build``; null for a dense student, which
+            ``loss: {kl: 0, cross_entropy: 1}`` trains like the teacher.
+        sgc: Smoothed Gradient Compensation, see ``SpikingMambaConfig``; null for none.
+        membrane: token or sequence.
+        threshold: V_th: a number, or per projection, or a list per layer; or ``{"mean_abs": number}``, which
+            calibrates one for each projection on the first rows, see ``spiking_mamba.training.calibration``.
+        learn_threshold: train V_th.
+        loss: fields of ``DistillationLoss``.
+        freeze_embeddings: keep the teacher's embeddings.
+        training: fields of transformers' ``TrainingArguments``; ``bf16: auto`` where it pays.
+        seed: of data order and every random generator.
+        compile: run the blocks through ``torch.compile``: true, false, or auto, which means on a GPU.
+        resume: go on with the run in ``output``.
+        overwrite: throw away the run in ``output``.
+        dry_run: true rehearses with a small random teacher and random tokens, 'full' with one of the
+            teacher's size; see ``spiking_mamba.training.rehearsal``.
+    """
+
+    teacher: str
+    output: str
+    data: Any = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
+    tokenizer: Any = None
+    length: int = 256
+    neuron: Any = field(
+        default_factory=lambda: {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
+    )
+    sgc: Any = None
+    membrane: str = "token"
+    threshold: Any = 1.0
+    learn_threshold: bool = False
+    loss: dict = field(default_factory=dict)
+    freeze_embeddings: bool = True
+    training: dict = field(default_factory=dict)
+    compile: Any = "auto"
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+    dry_run: Any = False
+
+    def make_loss(self) -> DistillationLoss:
+        reject_unknown_keys(self.loss, DistillationLoss.__dataclass_fields__, "loss")
+        return DistillationLoss(**self.loss)
+
+    def make_arguments(self) -> TrainingArguments:
+        return training_arguments(Path(self.output), self.training, self.seed)
+
+    def check(self, teacher: SpikingMambaConfig) -> None:
+        """Raise what :func:`distill` would raise about these settings, before there is a teacher."""
+        self.make_loss()
+        self.make_arguments()
+        self.check_student(teacher)
+
+    def check_student(self, teacher: SpikingMambaConfig) -> None:
+        """Raise what a student of such a teacher would raise."""
+        names = ["neuron", "sgc", "membrane", "threshold", "learn_threshold"]
+        if asks_for_calibration(self.threshold):
+            names.remove("threshold")
+        SpikingMambaConfig.from_dict(teacher.to_dict() | {name: getattr(self, name) for name in names})
+
+
+def distill(
+    settings: DistillationSettings,
+    teacher: SpikingMambaForCausalLM | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    rows: Dataset | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> tuple[Path, list[dict[str, float]]]:
+    """Distil a student as the settings say.
+
+    Args:
+        teacher, tokenizer: what ``settings.teacher`` names, where they are in memory already.
+        rows: ``input_ids`` of equal length instead of ``settings.data``; no tokenizer is needed then.
+        callbacks: of transformers, to watch the training or end it early.
+
+    Returns:
+        The student's folder, and the log's rows.
+
+    Raises:
+        RunError, CheckpointError, DataError, ValueError: before anything is written or trained.
+    """
+    set_seed(settings.seed)
+    loss = settings.make_loss()
+    teacher = load_dense(settings.teacher) if teacher is None else teacher
+    if tokenizer is None and rows is None:
+        tokenizer = load_tokenizer(settings.teacher, settings.tokenizer)
+    settings.check_student(teacher.config)  # tokenizing takes long
+    arguments = settings.make_arguments()
+    if rows is None:
+        rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)
+    check_rows(rows, arguments, teacher.config.vocab_size)
+    student = SpikingMambaForCausalLM.from_dense(
+        teacher,
+        neuron=settings.neuron,
+        sgc=settings.sgc,
+        membrane=settings.membrane,
+        threshold=_threshold(settings, teacher, rows, arguments.device),
+        learn_threshold=settings.learn_threshold,
+    )
+    compile_blocks(settings.compile, student, teacher)
+    with interruptible(lambda: kept_in(Path(settings.output))):
+        folder = start_run(settings, settings.resume, settings.overwrite)
+        trainer = DistillationTrainer(
+            student,
+            teacher,
+            loss=loss,
+            freeze_embeddings=settings.freeze_embeddings,
+            args=arguments,
+            train_dataset=rows,
+            data_collator=collate,
+            callbacks=list(callbacks),
+        )
+        history = run(trainer, settings.resume)
+        return finish_run(whole_model(trainer), tokenizer, folder), history
+
+
+def _threshold(
+    settings: DistillationSettings, teacher: SpikingMambaForCausalLM, rows: Dataset, device: torch.device
+) -> Any:
+    """What the settings say, calibrated if they ask for it: by the first process, for all."""
+    if not asks_for_calibration(settings.threshold):
+        return settings.threshold
+    found, home = [None], teacher.device
+    if PartialState().is_main_process:
+        about = {"neuron": settings.neuron, "membrane": settings.membrane}
+        found = [resolve_threshold(settings.threshold, teacher.to(device), rows, **about)]
+        teacher.to(home)
+    return broadcast_object_list(found)[0]

@@ -1,0 +1,366 @@
+"""Preference optimisation of a spiking or dense model: DPO and KTO, by trl's trainers."""
+
+import copy
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import datasets
+from accelerate import PartialState
+from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
+
+from spiking_mamba.common.errors import RunError
+from spiking_mamba.common.files import write_whole
+from spiking_mamba.common.interruption import interruptible
+from spiking_mamba.common.progress import Stage
+from spiking_mamba.common.provenance import provenance
+from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.data.preferences import Preference, RowReport, read_preferences
+from spiking_mamba.data.text import draw_rows
+from spiking_mamba.evaluation.preferences import compare, judge
+from spiking_mamba.model.checkpoint import load_model
+from spiking_mamba.model.configuration import SpikingMambaConfig
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
+from spiking_mamba.spikes.counting import count_spikes
+from spiking_mamba.training.arguments import compile_blocks, training_arguments
+from spiking_mamba.training.run import finish_run, kept_in, run, start_run, whole_model
+from spiking_mamba.training.trainer import SpikingTrainer
+
+try:
+    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
+except ImportError as error:
+    raise ImportError('Preference optimisation needs trl: pip install "spiking-mamba[recipes]"') from error
+
+__all__ = [
+    "METHODS",
+    "PreferenceSettings",
+    "SpikingDPOTrainer",
+    "SpikingKTOTrainer",
+    "optimise",
+    "pair_rows",
+]
+
+
+def _check_reference(reference: str) -> None:
+    if reference not in ("copy", "precomputed"):
+        raise ValueError(f"reference must be 'copy' or 'precomputed', got {reference!r}.")
+
+
+class _PreferenceTrainer(SpikingTrainer):
+    """What the trainers below add to trl's.
+
+    Args:
+        model: spiking or dense; as it is now, it is the reference.
+        reference: 'copy' keeps a copy of the model, frozen; 'precomputed' asks the model for the reference's
+            log-probabilities before training and keeps those.
+        freeze_embeddings: do not train the embeddings (nor a head tied to them).
+        others: as in trl. ``train_dataset`` holds token ids, see :func:`pair_rows`.
+
+    Logged beside what trl logs: mean ``|s|`` weighted by output width and SGC's lambda.
+    """
+
+    def __init__(
+        self,
+        model: SpikingMambaForCausalLM,
+        reference: str = "copy",
+        freeze_embeddings: bool = True,
+        **kwargs: Any,
+    ) -> None:
+        _check_reference(reference)
+        model.eval()  # training mode has SGC's path, which the reference has not
+        kwargs["args"] = dataclasses.replace(
+            kwargs["args"], precompute_ref_log_probs=reference == "precomputed"
+        )
+        frozen = copy.deepcopy(model).requires_grad_(False) if reference == "copy" else None
+        super().__init__(model, freeze_embeddings, ref_model=frozen, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        if not (model.training and self._log_due()):
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        with count_spikes(self.student, histogram=False) as spikes:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._note_spikes(spikes)
+        return loss
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        return dataset  # trl would tokenize here, and leave out and cut rows without a word
+
+    def _send_telemetry(self) -> None:
+        pass
+
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        pass  # trl writes one at every checkpoint, over what the run's folder holds
+
+
+class SpikingDPOTrainer(_PreferenceTrainer, DPOTrainer):
+    """trl's ``DPOTrainer`` for a spiking model; rows have ``prompt_ids, chosen_ids, rejected_ids``."""
+
+
+class SpikingKTOTrainer(_PreferenceTrainer, KTOTrainer):
+    """trl's ``KTOTrainer`` for a spiking model. Rows have ``prompt_ids``, ``completion_ids``, ``label``.
+
+    The KL term compares prompts with the completions of their neighbours in a step's rows, whose order is
+    the data set's, as trl asks; trl pairs within one process, here it is within all, so that several
+    processes train as one does.
+    """
+
+    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
+        if not self.calculate_KL:
+            return dataset
+        completions, size = dataset["completion_ids"][:], args.train_batch_size * args.world_size
+        rotated = []
+        for start in range(0, len(completions), size):
+            rows = completions[start : start + size]
+            rotated += [rows[-1], *rows[:-1]]
+        return dataset.add_column("KL_completion_ids", rotated)
+
+
+class Method(NamedTuple):
+    """The trainer of a method, and trl's arguments for it."""
+
+    trainer: type[_PreferenceTrainer]
+    config: type[TrainingArguments]
+
+
+METHODS = {"dpo": Method(SpikingDPOTrainer, DPOConfig), "kto": Method(SpikingKTOTrainer, KTOConfig)}
+
+
+def pair_rows(preferences: Sequence[Preference], method: str, seed: int = 0) -> datasets.Dataset:
+    """Rows for the trainer of ``method``: 'dpo' needs pairs; for 'kto' each pair makes two rows, shuffled.
+
+    Raises:
+        RunError: there is no pair.
+    """
+    labelled = preferences[0].label is not None
+    if method == "dpo":
+        if labelled:
+            raise RunError("DPO needs pairs: rows with chosen and rejected. For labelled ones there is KTO.")
+        return datasets.Dataset.from_dict(
+            {
+                "prompt_ids": [p.prompt for p in preferences],
+                "chosen_ids": [p.completions[0] for p in preferences],
+                "rejected_ids": [p.completions[1] for p in preferences],
+            }
+        )
+    rows = [
+        {"prompt_ids": p.prompt, "completion_ids": completion, "label": label}
+        for p in preferences
+        for completion, label in zip(p.completions, (p.label,) if labelled else (True, False), strict=True)
+    ]
+    return datasets.Dataset.from_list(rows).shuffle(seed=seed).flatten_indices()
+
+
+@dataclass
+class PreferenceSettings:
+    """Settings of one preference optimisation; every field is a key of the YAML file.
+
+    Attributes:
+        model: folder or hub name of the checkpoint to start from, spiking or dense, in any form.
+        output: folder of the run: settings, checkpoints, log, ``results.json``, the model in ``model/``.
+        method: dpo or kto.
+        data: pairs or labelled completions, see ``spiking_mamba.data.preferences.load_preferences``.
+        split: of ``data``, to train on.
+        limit: how many of its rows to take at most, drawn by ``seed``; null for all.
+        held_out: source of the pairs that the preference accuracy is measured on; null for none.
+        held_out_split: of ``held_out``.
+        held_out_items: questions of each task in it, with all their pairs, the same for every seed; null for
+            all.
+        length: tokens of prompt and completion together.
+        end_of_text: let completions that are no conversations end with the end-of-text token.
+        bad_rows: 'skip' or 'refuse', see ``spiking_mamba.data.preferences.BAD_ROWS``.
+        tokenizer: folder or hub name, for checkpoints without one of their own.
+        reference: 'copy' or 'precomputed', see ``SpikingDPOTrainer``.
+        sgc: Smoothed Gradient Compensation, see ``SpikingMambaConfig``; null for none.
+        freeze_embeddings: keep the embeddings.
+        objective: fields of trl's ``DPOConfig`` or ``KTOConfig``: ``beta``, ``loss_type`` ...
+        training: fields of transformers' ``TrainingArguments``; ``bf16: auto`` where it pays.
+        text: text for the perplexity that nothing was trained on, see ``spiking_mamba.data.load_text``; null
+            for none.
+        text_rows, text_length: how many rows of it, of how many tokens.
+        compile: run the blocks through ``torch.compile``, every new length for a minute: true, false or auto.
+        seed: of data order and every random generator.
+        resume: go on with the run in ``output``.
+        overwrite: throw away the run in ``output``.
+    """
+
+    model: str
+    output: str
+    method: str
+    data: str = "answer_preference"
+    split: str = "train"
+    limit: Any = None
+    held_out: Any = "answer_preference"
+    held_out_split: str = "validation"
+    held_out_items: Any = 500
+    length: int = 128
+    end_of_text: bool = True
+    bad_rows: str = "skip"
+    tokenizer: Any = None
+    reference: str = "copy"
+    sgc: Any = None
+    freeze_embeddings: bool = True
+    objective: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    text: Any = "wikipedia-passages"
+    text_rows: int = 200
+    text_length: int = 256
+    compile: Any = False
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ValueError(f"method must be one of {', '.join(METHODS)}, got {self.method!r}.")
+
+    def read(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Preference], RowReport]:
+        """The rows to train on."""
+        return self._read(self.data, self.split, tokenizer, limit=self.limit, seed=self.seed)
+
+    def read_held_out(
+        self, tokenizer: PreTrainedTokenizerBase
+    ) -> tuple[list[Preference] | None, RowReport | None]:
+        """The pairs that the accuracy is measured on; None without."""
+        if self.held_out is None:
+            return None, None
+        split, limit = self.held_out_split, self.held_out_items
+        found, report = self._read(self.held_out, split, tokenizer, limit=limit, per_task=True)
+        if found[0].label is not None:
+            raise RunError(f"held_out: {self.held_out} must hold pairs: rows with chosen and rejected.")
+        return found, report
+
+    def _read(
+        self, source: str, split: str, tokenizer: PreTrainedTokenizerBase, **options: Any
+    ) -> tuple[list[Preference], RowReport]:
+        options |= {"end_of_text": self.end_of_text, "bad_rows": self.bad_rows}
+        return read_preferences(source, split, tokenizer, self.length, **options)
+
+    def make_arguments(self) -> TrainingArguments:
+        own = {f.name for f in dataclasses.fields(METHODS[self.method].config) if f.init}
+        # what a setting above decides, or what trl does to rows that it gets as text
+        own -= {"max_length", "precompute_ref_log_probs", "model_init_kwargs", "trust_remote_code"}
+        own -= {"truncation_mode", "dataset_num_proc", "pad_token", "padding_free", "use_liger_kernel"}
+        own -= {f.name for f in dataclasses.fields(TrainingArguments)}
+        reject_unknown_keys(self.objective, own, "objective")
+        _check_reference(self.reference)
+        training = {"gradient_checkpointing": False} | self.training  # trl's default is true
+        return training_arguments(
+            Path(self.output),
+            training,
+            self.seed,
+            METHODS[self.method].config,
+            max_length=self.length,
+            **self.objective,
+        )
+
+
+def _with_sgc(model: SpikingMambaForCausalLM, sgc: dict | None) -> SpikingMambaForCausalLM:
+    """The model with the SGC path that the settings ask for; checkpoints have none."""
+    if sgc is None:
+        return model
+    if model.config.neuron is None:
+        raise ValueError("A dense model has no use for sgc: leave it null.")
+    config = SpikingMambaConfig.from_dict(model.config.to_dict() | {"sgc": sgc})
+    trained = SpikingMambaForCausalLM(config).eval()
+    trained.load_state_dict(model.state_dict())
+    trained.generation_config = model.generation_config
+    return trained
+
+
+def optimise(settings: PreferenceSettings) -> dict[str, Any] | None:
+    """Train a model on preferences as the settings say, and measure it before and after.
+
+    Returns:
+        What ``results.json`` holds, on the first process: see :func:`judge` and :func:`compare`; ``rows``
+        and ``held_out`` say what became of the data.
+
+    Raises:
+        RunError, CheckpointError, DataError, ValueError: before anything is written or trained.
+    """
+    start = time.time()
+    set_seed(settings.seed)
+    arguments = settings.make_arguments()
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        raise RunError("Preference optimisation divides no models: launch it with recipes/distill/ddp.yaml.")
+    model = _with_sgc(load_model(settings.model), settings.sgc)
+    tokenizer = load_tokenizer(settings.model, settings.tokenizer)
+    check_vocabulary(tokenizer, model)
+    preferences, report = settings.read(tokenizer)
+    rows = pair_rows(preferences, settings.method, settings.seed)
+    if len(rows) < (batch := arguments.train_batch_size * arguments.world_size):
+        raise RunError(f"The data make {len(rows)} rows, fewer than one batch of {batch}: {report}.")
+    held_out, held_out_report = settings.read_held_out(tokenizer)
+    text = settings.text and draw_rows(settings.text, tokenizer, settings.text_length, settings.text_rows)
+    compile_blocks(settings.compile, model)
+    with interruptible(lambda: kept_in(Path(settings.output))):
+        folder = start_run(settings, settings.resume, settings.overwrite)
+        main = PartialState().is_main_process
+        if main:
+            print(f"{settings.data}: {report}.")
+        if settings.reference == "precomputed":
+            rows = _on_disk(rows, folder / "rows")
+        trainer = METHODS[settings.method].trainer(
+            model,
+            reference=settings.reference,
+            freeze_embeddings=settings.freeze_embeddings,
+            args=arguments,
+            train_dataset=rows,
+            processing_class=tokenizer,
+        )
+        history = run(trainer, settings.resume)
+        trained = finish_run(whole_model(trainer), tokenizer, folder)
+        if not main:
+            return None
+        seconds = time.time() - start
+        del trainer, model  # room for the two to be measured
+        results = {
+            "method": settings.method,
+            "model": str(trained),
+            "rows": report.to_dict(),
+            "held_out": held_out_report and held_out_report.to_dict(),
+            **_measured(settings.model, trained, held_out, text, arguments),
+            "log": history,
+            "seconds": {"training": seconds, "all": time.time() - start},
+            "provenance": provenance(settings),
+        }
+        write_whole(folder / "results.json", json.dumps(results, indent=1))
+    return results
+
+
+def _measured(
+    before: str,
+    after: Path,
+    held_out: list[Preference] | None,
+    text: datasets.Dataset | None,
+    arguments: TrainingArguments,
+) -> dict[str, Any]:
+    """What the two models are worth, and what changed between them."""
+    found: dict[str, Any] = {}
+    with Stage(2 * ((held_out is not None) + (text is not None)), "evaluating") as stage:
+        for stage.label, name in (("before", before), ("after", after)):
+            # one model at a time: no variable of it
+            found[stage.label] = judge(
+                load_model(name).to(arguments.device),
+                held_out,
+                text,
+                arguments.per_device_eval_batch_size,
+                stage,
+            )
+    return found | {"change": compare(found["before"], found["after"])}
+
+
+def _on_disk(rows: datasets.Dataset, folder: Path) -> datasets.Dataset:
+    """The same rows from a file: beside it trl keeps the reference's log-probabilities, for all processes to
+    find, and for a resumed run."""
+    with PartialState().main_process_first():
+        if not folder.exists():
+            draft = folder.with_name(folder.name + ".part")
+            rows.save_to_disk(str(draft))
+            draft.replace(folder)
+    return datasets.load_from_disk(str(folder))

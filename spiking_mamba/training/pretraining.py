@@ -1,0 +1,158 @@
+"""Pretraining of a small dense Mamba2, to be distilled later."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+
+from spiking_mamba import data
+from spiking_mamba.common.files import file_sha256
+from spiking_mamba.common.interruption import interruptible
+from spiking_mamba.common.provenance import provenance
+from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.model.configuration import SpikingMambaConfig
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.training.arguments import autocast, compile_blocks, training_arguments
+from spiking_mamba.training.head_loss import head_loss
+from spiking_mamba.training.rows import check_rows, collate
+from spiking_mamba.training.run import finish_run, kept_in, run, start_run, whole_model
+
+__all__ = ["PretrainingSettings", "PretrainingTrainer", "pretrain"]
+
+
+class PretrainingTrainer(Trainer):
+    """transformers' ``Trainer``, whose next-token loss never holds the logits of a whole batch.
+
+    Inputs need ``input_ids`` and ``labels`` ``[B, L]``; -100 is ignored.
+    """
+
+    loss_is_scaled_for_ga = False
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        # One position's logits only: the loss makes the others itself, a piece at a time.
+        output = model(inputs["input_ids"], output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        targets = inputs["labels"][:, 1:]
+        counted = targets != -100
+        hidden = output.hidden_states[-1][:, :-1][counted]
+        with autocast(self):
+            loss, _ = head_loss(
+                hidden, self.model.lm_head.weight, targets=targets[counted], compiles=self.model.compiles
+            )
+        return (loss, output) if return_outputs else loss
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        compiles = self.model.compiles
+        self.model.compile_blocks(False)  # compiling takes longer than the few batches of an evaluation
+        try:
+            return super().evaluate(*args, **kwargs)
+        finally:
+            self.model.compile_blocks(compiles)
+
+
+@dataclass
+class PretrainingSettings:
+    """Settings of one pretraining; every field is a key of the YAML file.
+
+    Attributes:
+        output: folder of the run: settings, checkpoints, log, and in ``model/`` the model and
+            ``training.json``, which says how it came to be.
+        data: text, see ``spiking_mamba.data.load_text``; without ``held_out`` its train split.
+        held_out: text whose loss goes into the log every ``training.eval_steps``; null for none.
+        length: tokens per row.
+        vocab_size: entries of the byte-level BPE that is trained on the text.
+        tokenizer: folder or hub name of a tokenizer to use instead; null to train one.
+        model: fields of ``SpikingMambaConfig``.
+        training: fields of transformers' ``TrainingArguments``; ``bf16: auto`` where it pays.
+        save_dtype: of the exported weights, ``float32`` or ``bfloat16``; checkpoints are float32.
+        seed: of the weights, the data order and every random generator.
+        compile: run the blocks through ``torch.compile``: true, false, or auto, which means on a GPU.
+        resume: go on with the run in ``output``.
+        overwrite: throw away the run in ``output``.
+    """
+
+    output: str
+    data: Any = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
+    length: int = 256
+    vocab_size: int = 4096
+    tokenizer: Any = None
+    held_out: Any = None
+    model: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    compile: Any = "auto"
+    save_dtype: str = "float32"
+    seed: int = 0
+    resume: bool = False
+    overwrite: bool = False
+
+    def make_config(self, vocab_size: int, end: int) -> SpikingMambaConfig:
+        """The model's configuration; the number of heads follows from the widths.
+
+        Args:
+            end: id of the end-of-text token.
+        """
+        reject_unknown_keys(self.model, SpikingMambaConfig.__dataclass_fields__, "model")
+        fields = {"head_dim": 32, "n_groups": 1, "expand": 2, "tie_word_embeddings": True} | self.model
+        if "hidden_size" not in fields:
+            raise ValueError("model must set hidden_size.")
+        fields.setdefault("num_heads", fields["hidden_size"] * fields["expand"] // fields["head_dim"])
+        return SpikingMambaConfig(
+            vocab_size=vocab_size, bos_token_id=end, eos_token_id=end, pad_token_id=end, **fields
+        )
+
+    def make_arguments(self) -> TrainingArguments:
+        evaluation = {} if self.held_out is None else {"eval_strategy": "steps"}
+        return training_arguments(Path(self.output), evaluation | self.training, self.seed)
+
+
+def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]]]:
+    """Pretrain a dense model as the settings say.
+
+    Returns:
+        The model's folder, and the log's rows.
+
+    Raises:
+        RunError, DataError, ValueError: before anything is written or trained.
+    """
+    if settings.save_dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"save_dtype must be float32 or bfloat16, got {settings.save_dtype!r}.")
+    set_seed(settings.seed)
+    text = data.load_text(settings.data, split="train" if settings.held_out is None else None)
+    if settings.tokenizer is None:
+        tokenizer = data.train_tokenizer(text["text"], settings.vocab_size)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+    config = settings.make_config(len(tokenizer), tokenizer.eos_token_id)
+    arguments = settings.make_arguments()
+    rows = data.tokenize(text, tokenizer, settings.length)
+    check_rows(rows, arguments, config.vocab_size)
+    held_out = None
+    if settings.held_out is not None:
+        held_out_text = data.load_text(settings.held_out)
+        if not set(text["text"]).isdisjoint(held_out_text["text"]):
+            raise data.DataError("Documents of held_out stand in data, too.")
+        held_out = data.tokenize(held_out_text, tokenizer, settings.length)
+    model = SpikingMambaForCausalLM(config)
+    compile_blocks(settings.compile, model)
+    with interruptible(lambda: kept_in(Path(settings.output))):
+        folder = start_run(settings, settings.resume, settings.overwrite)
+        trainer = PretrainingTrainer(
+            model=model, args=arguments, train_dataset=rows, eval_dataset=held_out, data_collator=collate
+        )
+        history = run(trainer, settings.resume)
+        sources = [settings.data] if isinstance(settings.data, str) else list(settings.data)
+        tokens = trainer.state.global_step * arguments.train_batch_size * arguments.world_size
+        tokens *= arguments.gradient_accumulation_steps * settings.length
+        record = provenance(settings) | {
+            "gpus_or_processes": arguments.world_size,
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "corpus_tokens": len(rows) * settings.length,
+            "tokens_seen": tokens,
+            "epochs": tokens / (len(rows) * settings.length),
+            "data_sha256": {name: file_sha256(Path(name)) for name in sources if Path(name).is_file()},
+        }
+        trained = whole_model(trainer)
+        if trained is not None:
+            trained.to(getattr(torch, settings.save_dtype))
+        return finish_run(trained, tokenizer, folder, record=record), history

@@ -1,0 +1,328 @@
+"""The report of made-up evaluations: complete, self-contained, and sensible where parts are missing."""
+
+import base64
+import copy
+import re
+import warnings
+from html.parser import HTMLParser
+
+import markdown_it
+import pytest
+
+from spiking_mamba.evaluation.statistics import SOURCE_TASKS
+from spiking_mamba.reports.document import Code, Heading, Paragraph, Picture, Table, to_html, to_markdown
+from spiking_mamba.reports.evaluation import write_evaluation_report
+from spiking_mamba.reports.figures import accuracy_and_energy, short
+from tests.helpers.evaluations import evaluation_model, evaluation_results, seeds
+
+VOID = {"meta", "img", "br"}
+SMALL = {"items": 60, "layers": 2}
+
+
+class Page(HTMLParser):
+    """The page's tags, all closed in their order, its texts, and the cells of its tables."""
+
+    def __init__(self, path):
+        super().__init__()
+        self.tags, self.open, self.attributes, self.text = [], [], [], ""
+        self.tables, self.titles = [], []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        self.close()
+        assert not self.open
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+        if tag == "table":
+            self.tables.append([])
+        elif tag == "tr":
+            self.tables[-1].append([])
+        elif tag in ("td", "th"):
+            self.tables[-1][-1].append("")
+        elif tag in ("h1", "h2", "h3"):
+            self.titles.append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+        if self.open and self.open[-1] in ("td", "th"):
+            self.tables[-1][-1][-1] += data
+        elif self.open and self.open[-1] in ("h1", "h2", "h3"):
+            self.titles[-1] += data
+
+    def row(self, first, *more):
+        """The one row that starts with these cells."""
+        found = [row for table in self.tables for row in table if row[: 1 + len(more)] == [first, *more]]
+        assert len(found) == 1, found
+        return found[0]
+
+
+def check_page(folder):
+    """What holds for every report; returns the page."""
+    page = Page(folder / "report.html")
+    assert ("meta", {"name": "viewport", "content": "width=device-width, initial-scale=1"}) in page.attributes
+    assert not {"script", "link", "iframe", "object", "a"} & set(page.tags)
+    for tag, attributes in page.attributes:
+        assert not any(name.startswith("on") or name == "href" for name in attributes)
+        if "src" in attributes:
+            assert tag == "img"
+            kind, data = attributes["src"].split(",", 1)
+            assert kind == "data:image/png;base64"
+            assert base64.b64decode(data, validate=True).startswith(b"\x89PNG")
+            assert attributes["alt"]
+    assert "url(" not in page.source
+    assert "@import" not in page.source
+    for position, (tag, _) in enumerate(page.attributes):
+        if tag == "table":  # scrolls sideways on its own
+            assert page.attributes[position - 1][1].get("class") == "wide"
+    for table in page.tables:
+        assert len({len(row) for row in table}) == 1
+    text = (folder / "report.md").read_text(encoding="utf-8")
+    linked = re.findall(r"!\[[^\n]*\]\(([^)\s]+)\)", text)
+    assert sorted(linked) == sorted(path.name for path in folder.glob("*.png"))
+    assert page.tags.count("img") == len(linked)
+    assert not list(folder.glob("*.part*"))
+    assert "nan" not in page.text.split()
+    assert "None" not in page.text.split()
+    return page
+
+
+def test_a_whole_report(tmp_path):
+    results = evaluation_results(seeds(3, joules=True, **SMALL), resamples=200)
+    before = copy.deepcopy(results)
+    summary = write_evaluation_report(tmp_path / "new/folder", results)
+    assert results == before
+    page = check_page(tmp_path / "new/folder")
+    models = results["models"]
+
+    assert page.titles[0] == "Evaluation"
+    for title in ("Zero-shot accuracy", "Gap to the reference", "Over seeds", "Perplexity", "Spikes"):
+        assert title in page.titles
+    score = models[2]["tasks"]["hellaswag"]["metrics"]["acc_norm"]
+    cell = f"{100 * score['value']:.2f} ± {100 * score['stderr']:.2f}"
+    row = page.row("hellaswag, acc_norm %")
+    assert row[1:4] == ["yes", "60", "25.00"]
+    assert row[4 + 2] == cell
+    assert cell in summary
+    assert page.row("hellaswag, acc %")[1:4] == ["", "60", "25.00"]
+    assert page.row("average of the source's six tasks", "", "")[4] == f"{100 * models[0]['average']:.2f}"
+
+    gap = next(g for g in results["gaps"] if (g["model"], g["task"]) == ("student-seed1", "average"))
+    text = "{:.2f} ({:.2f} to {:.2f})".format(*(100 * gap[key] for key in ("gap", "low", "high")))
+    assert page.row("average", "360")[3] == text
+    group = results["groups"]["student"]["perplexity:wikipedia-leads"]
+    text = "{mean:.2f} ± {sd:.2f} ({low:.2f} to {high:.2f}), 3 runs".format(**group)
+    assert page.row("perplexity:wikipedia-leads")[1] == text
+    perplexity = models[1]["perplexity"]["wikipedia-leads"]
+    assert page.row("wikipedia-leads, perplexity")[3] == f"{perplexity['perplexity']:.2f}"
+    assert page.row("wikipedia-leads, bits per byte")[3] == f"{perplexity['bits_per_byte']:.4f}"
+
+    energies = [row for table in page.tables for row in table if row[0] == "student-seed0, fp32"]
+    assert len(energies) == 5  # projections, model; both and decoding with memory traffic
+    first = models[1]["energy"]["projections"]["fp32"]
+    assert energies[0][5] == f"{first['gain']:.2f}x"
+    assert energies[0][1] == f"{first['dense_pj_per_token'] / 1e6:.4g} µJ"
+    assert "student-seed0, int8 (hypothetical)" in page.text
+    assert "fp32 (hypothetical)" not in page.text
+    assert "Prefill is a pass of 1 x 2,048 tokens" in page.text
+    assert page.row("joules")[1] == "812.5"
+    assert page.text.index("Energy measured") > page.text.index("Operations per token")
+    for known in ("0123456789abcdef", "python recipes/evaluate/evaluate.py", "2.13.0", models[0]["path"]):
+        assert known in page.text
+    assert page.row("fp32", "4.6")[1:] == ["4.6", "0.9", "0.23", "24.96"]
+    assert page.row("int8", "0.23")[1:] == ["0.23", "0.03", "0.23", "24.96"]
+    assert page.row("wikipedia-leads", "wikipedia-leads")[2:] == ["–", "77", f"{'wikipedia-leads':0<64}"]
+    assert page.text.count("sciq: other items than the stock task's.") == 1
+    assert page.row("piqa", "packages")[1:] == ["packages", "validation", "60", f"{'piqa':0<64}"]
+
+
+def test_ratios_below_one_and_dearer_spikes_are_said_plainly(tmp_path):
+    results = evaluation_results([evaluation_model("hot", rate=6.0, **SMALL)])
+    row = results["models"][0]["energy"]["projections"]["fp32"]
+    assert row["gain"] < 1
+    write_evaluation_report(tmp_path, results)
+    page = check_page(tmp_path)
+    assert f"{row['gain']:.3f}x: costs more" in page.text
+    assert "More accumulations than the dense model's MACs: hot." in page.text
+
+
+@pytest.mark.parametrize(
+    ("models", "absent"),
+    [
+        ([evaluation_model("teacher", reference=True, spiking=False, **SMALL)],
+         ["Spikes", "Energy by operation counts", "Gap to the reference", "Over seeds",
+          "Accuracy and energy"]),
+        ([evaluation_model("lone", tasks=("sciq",), **SMALL)], ["Gap to the reference", "Over seeds"]),
+        (seeds(1, **SMALL), ["Over seeds", "Energy measured on this GPU"]),
+        ([evaluation_model("no-tasks", tasks=(), **SMALL)], ["Zero-shot accuracy", "Accuracy and energy"]),
+    ],
+    ids=["dense", "single", "one seed", "perplexity only"],
+)  # fmt: skip
+def test_what_an_evaluation_lacks_is_left_out(models, absent, tmp_path):
+    write_evaluation_report(tmp_path, evaluation_results(models))
+    page = check_page(tmp_path)
+    assert not set(absent) & set(page.titles)
+    assert {"Models", "Perplexity", "Provenance"} <= set(page.titles)
+
+
+def test_values_that_are_not_there(tmp_path):
+    """null of a single item, of an energy without any spike, of counts without a histogram."""
+    results = evaluation_results(seeds(1, **SMALL), resamples=50)
+    student = results["models"][1]
+    student["tasks"]["piqa"]["metrics"]["acc"]["stderr"] = None
+    student["tasks"]["piqa"]["chance"] = None
+    student["perplexity"] = {}
+    student["seed"] = None
+    for row in student["spikes"]["projections"].values():
+        row["histogram"] = None
+    for row in student["energy"]["projections"].values():
+        row |= {"gain": None, "gain_over_quantised": float("inf")}
+    results["provenance"] = {}
+    write_evaluation_report(tmp_path, results)
+    page = check_page(tmp_path)
+    assert "infinite" in page.text
+    assert not (tmp_path / "accuracy_energy.png").exists() or accuracy_and_energy(results["models"])[0]
+    assert not list(tmp_path.glob("spikes-*.png"))
+
+
+HOSTILE = "<script>alert(1)</script> $x_1$ |a| [l](http://e.x) `c` _u_ &lt; \n# h \ud800 ../../etc"
+
+
+def test_names_are_shown_and_never_interpreted(tmp_path):
+    models = seeds(2, **SMALL)
+    for index, model in enumerate(models[1:]):
+        model["name"] = HOSTILE + "é" * index
+        model["group"] = f"_<b>$\\bad$ {model['group']}</b>"
+        model["path"] = '"><img src=x onerror=alert(1)>'
+        model["tasks"]["sciq"]["data"]["source"] = "</td><td>"
+    results = evaluation_results(models, resamples=50)
+    results["provenance"]["command"] = "evaluate ```\n</pre><script>"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        write_evaluation_report(tmp_path, results)
+    page = check_page(tmp_path)
+    shown = " ".join(HOSTILE.replace("\ud800", " ").split())
+    assert shown in page.text
+    assert "script" not in page.tags
+    assert all("/" not in path.name and "<" not in path.name for path in tmp_path.iterdir())
+    assert len(list(tmp_path.glob("layer_energy-*.png"))) == 2
+
+    # a Markdown reader, too, sees text
+    reader = markdown_it.MarkdownIt("commonmark").enable("table")
+    tokens = reader.parse((tmp_path / "report.md").read_text(encoding="utf-8"))
+    flat = [t for token in tokens for t in (token, *(token.children or []))]
+    kinds = {token.type for token in flat}
+    assert not kinds & {"html_block", "html_inline", "link_open", "em_open", "strong_open", "code_inline"}
+    assert shown in {"".join(c.content for c in t.children or []) for t in tokens if t.type == "inline"}
+    fences = [token.content for token in flat if token.type == "fence"]
+    assert "evaluate ```\n</pre><script>\n" in fences
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Of every picture that is written: its axes' names, and all texts drawn with their boxes."""
+    from matplotlib.figure import Figure
+    from matplotlib.text import Text
+
+    pictures = []
+    draw, save = Text.draw, Figure.savefig
+
+    def record(text, renderer, *args, **kwargs):
+        if text.get_visible() and text.get_text().strip():
+            boxes[text] = text.get_window_extent(renderer)
+        draw(text, renderer, *args, **kwargs)
+
+    def keep(figure, path, dpi):
+        boxes.clear()
+        save(figure, path, dpi=dpi)
+        size = figure.get_size_inches() * dpi
+        labels = [axes.get_xlabel() for axes in figure.axes] + [axes.get_ylabel() for axes in figure.axes]
+        pictures.append(
+            (path.name, size, labels, [(t.get_text(), b) for t, b in boxes.items() if t.figure is figure])
+        )
+
+    boxes = {}
+    monkeypatch.setattr(Text, "draw", record)
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return pictures
+
+
+def check_pictures(drawn):
+    for name, size, labels, boxes in drawn:
+        assert sum(map(bool, labels)) >= 1, name
+        assert len(boxes) > 5
+        for index, (text, box) in enumerate(boxes):
+            inside = (box.x0 > -1, box.y0 > -1, box.x1 < size[0] + 1, box.y1 < size[1] + 1)
+            assert all(inside), (name, text)
+            for other, other_box in boxes[index + 1 :]:
+                shared = box.intersection(box, other_box)
+                assert shared is None or min(shared.width, shared.height) < 1.5, (name, text, other)
+
+
+@pytest.mark.parametrize(("number", "layers"), [(1, 2), (3, 12), (12, 64)])
+def test_labels_lie_in_the_pictures_and_do_not_overlap(number, layers, tmp_path, drawn):
+    models = seeds(min(3, number), items=40, layers=layers, levels=17, channels=number == 3)
+    models += [evaluation_model(f"dense-{i}", spiking=False, items=40) for i in range(number - 3)]
+    for model in models[1:]:
+        model["name"] = f"runs/a-long-name-of-a-folder/{model['name']}/model"
+        model["group"] = model["name"] if number == 12 else model["group"]
+    write_evaluation_report(tmp_path, evaluation_results(models, resamples=50))
+    page = check_page(tmp_path)
+    assert len(page.row("piqa, acc %")) == 4 + len(models)
+    assert len(drawn) == page.tags.count("img") == 2 + 2 * min(3, number)
+    check_pictures(drawn)
+
+
+def test_points_of_the_scatter():
+    models = seeds(2, items=50)
+    points, label = accuracy_and_energy(models)
+    assert "six" in label
+    assert [point["accuracy"] for point in points] == [100 * m["average"] for m in models]
+    assert [p["projections"] for p in points] == [
+        1.0, *(m["energy"]["projections"]["fp32"]["gain"] for m in models[1:])
+    ]  # fmt: skip
+    models[1]["average"] = None
+    del models[1]["tasks"]["winogrande"]
+    points, label = accuracy_and_energy(models)
+    assert label == "mean accuracy of 6 tasks, %"
+    tasks = (*SOURCE_TASKS[:-1], "sciq")
+    found = [models[2]["tasks"][task] for task in tasks]
+    mean = sum(task["metrics"][task["main"]]["value"] for task in found) / 6
+    assert points[2]["accuracy"] == pytest.approx(100 * mean)
+    models[2]["energy"]["model"]["fp32"]["gain"] = None  # a model that never spiked
+    assert [point["name"] for point in accuracy_and_energy(models)[0]] == ["teacher", "student-seed0"]
+
+
+def test_short_names():
+    assert short("a" * 34) == "a" * 34
+    assert len(short("runs/" + "a" * 80 + "/model")) <= 34
+    assert short("runs/" + "a" * 80 + "/model").endswith("/model")
+    assert not short("_hidden").startswith("_")
+
+
+def test_both_forms_of_a_document(tmp_path):
+    path = tmp_path / "one.png"
+    path.write_bytes(b"\x89PNG")
+    blocks = [
+        Heading("Title", 1),
+        Heading("Part"),
+        Paragraph("1 < 2 & 3"),
+        Code("a\n  b"),
+        Table(["x", "y"], [["1", "2"]]),
+        Picture(path, 'a "picture"'),
+    ]
+    assert to_markdown(blocks) == (
+        "# Title\n\n## Part\n\n1 \\< 2 \\& 3\n\n```text\na\n  b\n```\n\n"
+        '| x  |  y |\n| -- | -: |\n| 1  |  2 |\n\n![a "picture"](one.png)\n'
+    )
+    page = to_html(blocks)
+    assert "<title>Title</title>" in page
+    assert "<p>1 &lt; 2 &amp; 3</p>" in page
+    assert "<td>1</td><td>2</td>" in page
+    assert '<pre tabindex="0">a\n  b</pre>' in page
+    assert f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"' in page
