@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from spiking_mamba.model.configuration import PROJECTIONS
-from spiking_mamba.model.projection import SpikingProjection
+from spiking_mamba.model.projection import spike_fed
 
 __all__ = ["number_of_outliers", "overwrite_largest", "replace_outliers"]
 
@@ -65,19 +65,17 @@ def replace_outliers(
         raise ValueError(f"fraction is {fraction}; it is a share, from 0 to 1.")
     if not math.isfinite(value):
         raise ValueError(f"value is {value}; it must be finite.")
-    projections = [
-        module
-        for name, module in model.named_modules()
-        if isinstance(module, SpikingProjection) and name.rpartition(".")[2] == site
-    ]
-    if not projections:
-        raise ValueError(f"The model has no SpikingProjection named {site}; load it with load_model.")
+    encoders = [p.spikes for name, p in spike_fed(model) if name.rpartition(".")[2] == site]
+    if not encoders:
+        raise ValueError(
+            f"The model has no projection {site} that spikes could feed; load it with load_model."
+        )
 
     def overwrite(module: nn.Module, arguments: tuple) -> tuple:
         x, *others = arguments
         return overwrite_largest(x, fraction, value, per), *others
 
-    hooks = [p.register_forward_pre_hook(overwrite) for p in projections if fraction > 0.0]
+    hooks = [encoder.register_forward_pre_hook(overwrite) for encoder in encoders if fraction > 0.0]
     try:
         yield
     finally:

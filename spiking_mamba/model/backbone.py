@@ -63,6 +63,7 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         attention_mask: torch.Tensor | None = None,
+        output_accumulations: bool = False,
         **kwargs: Any,
     ) -> tuple | SpikingMambaOutput:
         """A batch of sequences, or their next tokens behind those that a cache has seen.
@@ -78,6 +79,7 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
             use_cache: return a cache, a new one where none is passed; by default as the configuration says,
                 and not in training.
             output_hidden_states: return the residual stream behind every block.
+            output_accumulations: return what the spikes cost, see :class:`SpikingMambaOutput`.
             return_dict: false for a tuple.
             attention_mask: ``[B, L]``, or longer by what the cache has seen; 1 for tokens, 0 for padding.
 
@@ -106,8 +108,17 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         kept: tuple[torch.Tensor, ...] = ()
+        accumulations = None
         for block in self.layers:
-            hidden_states = block(hidden_states, cache=cache, attention_mask=mask)
+            hidden_states = block(
+                hidden_states,
+                cache=cache,
+                attention_mask=mask,
+                output_accumulations=output_accumulations,
+            )
+            if output_accumulations:
+                hidden_states, cost = hidden_states
+                accumulations = cost if accumulations is None else accumulations + cost
             if output_hidden_states:
                 kept += (hidden_states,)
         hidden_states = self.norm_f(hidden_states)
@@ -117,9 +128,13 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         all_states = (*kept, hidden_states) if output_hidden_states else None
         cache = cache if use_cache else None
         if not (self.config.return_dict if return_dict is None else return_dict):
-            return tuple(value for value in (hidden_states, cache, all_states) if value is not None)
+            return tuple(
+                value for value in (hidden_states, cache, all_states, accumulations) if value is not None
+            )
         named = {caches.OUTPUT_NAME: cache}
-        return SpikingMambaOutput(last_hidden_state=hidden_states, hidden_states=all_states, **named)
+        return SpikingMambaOutput(
+            last_hidden_state=hidden_states, hidden_states=all_states, accumulations=accumulations, **named
+        )
 
     def _check_ids(self, input_ids: torch.Tensor | None) -> None:
         if input_ids is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():

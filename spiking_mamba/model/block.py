@@ -15,13 +15,13 @@ from torch import nn
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-import neurons
 from spiking_mamba.model import cache as caches
 from spiking_mamba.model import scan as ssd
 from spiking_mamba.model.cache import Cache, takes_any_cache_name
-from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
+from spiking_mamba.model.configuration import SpikingMambaConfig
+from spiking_mamba.model.mlp import SpikingMambaMLP
 from spiking_mamba.model.norms import GatedRMSNorm, RMSNorm
-from spiking_mamba.model.projection import SpikingProjection
+from spiking_mamba.model.spike_fed import SpikeFed
 
 __all__ = ["SpikingMambaBlock", "SpikingMambaMixer"]
 
@@ -31,16 +31,15 @@ def _hide_padding(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch
     return x if attention_mask is None else (x * attention_mask[..., None]).to(x.dtype)
 
 
-class SpikingMambaMixer(nn.Module):
-    """Mamba2's mixer between two :class:`SpikingProjection`; parameters and names are Mamba2's.
+class SpikingMambaMixer(SpikeFed):
+    """Mamba2's mixer between two linear layers fed by spikes; parameters and names are Mamba2's.
 
     A mixer that is made alone has Mamba2's initial values, its time steps evenly spaced; a whole model draws
     them, see ``SpikingMambaPreTrainedModel``.
     """
 
     def __init__(self, config: SpikingMambaConfig, layer_idx: int) -> None:
-        super().__init__()
-        self.layer_idx = layer_idx
+        super().__init__(config, layer_idx)
         self.hidden_size = config.hidden_size
         self.intermediate_size = config.expand * config.hidden_size
         self.num_heads = config.num_heads
@@ -52,7 +51,6 @@ class SpikingMambaMixer(nn.Module):
         self.chunk_size = config.chunk_size
         self.activation = config.hidden_act
         self.time_step_limit = config.time_step_limit
-        self.states_per_neuron = config.states_per_neuron
 
         self.conv1d = nn.Conv1d(
             self.conv_dim,
@@ -62,30 +60,16 @@ class SpikingMambaMixer(nn.Module):
             padding=config.conv_kernel - 1,
             bias=config.use_conv_bias,
         )
-        self.in_proj = self._projection(
-            config, "in_proj", config.hidden_size, self.intermediate_size + self.conv_dim + config.num_heads
-        )
+        self.in_spikes = self._encoder(config, "in_proj")
+        width = self.intermediate_size + self.conv_dim + config.num_heads
+        self.in_proj = nn.Linear(config.hidden_size, width, bias=config.use_bias)
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
         self.A_log = nn.Parameter(torch.empty(config.num_heads))
         self.D = nn.Parameter(torch.empty(config.num_heads))
         self.initialise(config, torch.linspace(0.0, 1.0, config.num_heads))
         self.norm = GatedRMSNorm(self.intermediate_size, config.n_groups, config.layer_norm_epsilon)
-        self.out_proj = self._projection(config, "out_proj", self.intermediate_size, config.hidden_size)
-
-    def _projection(
-        self, config: SpikingMambaConfig, name: str, in_features: int, out_features: int
-    ) -> SpikingProjection:
-        return SpikingProjection(
-            in_features,
-            out_features,
-            bias=config.use_bias,
-            neuron=None if config.neuron is None else neurons.build(config.neuron),
-            membrane=config.membrane,
-            threshold=config.layer_threshold(self.layer_idx)[name],
-            learn_threshold=config.learn_threshold,
-            sgc=config.sgc,
-            spike_driven=config.spike_driven,
-        )
+        self.out_spikes = self._encoder(config, "out_proj")
+        self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     @torch.no_grad()
     def initialise(self, config: SpikingMambaConfig, quantiles: torch.Tensor) -> None:
@@ -105,14 +89,20 @@ class SpikingMambaMixer(nn.Module):
         for name, value in values.items():
             init.copy_(getattr(self, name), value)
 
+    def before_out_proj(self) -> torch.Tensor:
+        """The weight that scales what ``out_proj``'s neuron gets."""
+        return self.norm.weight
+
     @takes_any_cache_name
     def forward(
         self,
         hidden_states: torch.Tensor,
         cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
+        accumulations: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """``[B, L, hidden_size] -> [B, L, hidden_size]``; states are read from and written to the cache."""
+        """``[B, L, hidden_size] -> [B, L, hidden_size]``; states are read from and written to the cache.
+        ``accumulations`` as in :class:`SpikeFed`."""
         batch, length, _ = hidden_states.shape
         hidden_states = _hide_padding(hidden_states, attention_mask)
         scan_state = None
@@ -122,7 +112,7 @@ class SpikingMambaMixer(nn.Module):
             if length == 1 and conv_state is not None:
                 return self.step(hidden_states, conv_state, scan_state, cache)
 
-        gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache))
+        gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache, accumulations))
         if cache is not None:  # what comes back starts with the tokens before these
             xBC = caches.update_conv_state(
                 cache, self.layer_idx, xBC.transpose(1, 2), self.conv_kernel_size
@@ -146,7 +136,7 @@ class SpikingMambaMixer(nn.Module):
             y, scan_state = y
             caches.update_scan_state(cache, self.layer_idx, scan_state)
         y = self.norm(y.reshape(batch, length, -1), gate)
-        return self._project("out_proj", y.to(hidden_states.dtype), cache)
+        return self._project("out_proj", y.to(hidden_states.dtype), cache, accumulations)
 
     def step(
         self,
@@ -185,28 +175,20 @@ class SpikingMambaMixer(nn.Module):
         x = x.unflatten(-1, (self.num_heads, self.head_dim))
         return x, B.unflatten(-1, groups), C.unflatten(-1, groups)
 
-    def _project(self, name: str, x: torch.Tensor, cache: Cache | None) -> torch.Tensor:
-        """Run a projection; its neuron's states live in slots of the cache behind convolution and scan."""
-        projection = getattr(self, name)
-        if cache is None or not self.states_per_neuron:
-            return projection(x)
-        first = 1 + PROJECTIONS.index(name) * self.states_per_neuron
-        slots = range(first, first + self.states_per_neuron)
-        states = caches.neuron_states(cache, self.layer_idx, slots)
-        y = projection(x, states)
-        caches.update_neuron_states(cache, self.layer_idx, slots, states)
-        return y
+
+_MIXERS: dict[str, type[SpikeFed]] = {"mamba": SpikingMambaMixer, "mlp": SpikingMambaMLP}
 
 
 class SpikingMambaBlock(GradientCheckpointingLayer):
-    """The residual block around a :class:`SpikingMambaMixer`."""
+    """The residual block around a :class:`SpikingMambaMixer`, or around a :class:`SpikingMambaMLP` where the
+    configuration's ``layers_block_type`` says "mlp"."""
 
     def __init__(self, config: SpikingMambaConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
         self.residual_in_fp32 = config.residual_in_fp32
         self.norm = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self.mixer = SpikingMambaMixer(config, layer_idx)
+        self.mixer = _MIXERS[config.block_type(layer_idx)](config, layer_idx)
         self.compiles = False
 
     @takes_any_cache_name
@@ -215,23 +197,28 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         hidden_states: torch.Tensor,
         cache: Cache | None = None,
         attention_mask: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """``[B, L, hidden_size] -> [B, L, hidden_size]``."""
+        output_accumulations: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """``[B, L, hidden_size] -> [B, L, hidden_size]``, and if asked for, how many accumulations the spikes
+        of each token cost, float32 ``[B, L]``."""
         run = self._run
         if self.compiles and cache is None and not self._is_watched():
             run = functools.partial(_compiled_block(), self)
-        try:
-            return run(hidden_states, cache, attention_mask)
-        finally:  # out here, so that first and later passes are compiled alike
-            for projection in (self.mixer.in_proj, self.mixer.out_proj):
-                if projection.keeps_spike_size:
-                    projection.keep_spike_size()
+        return run(hidden_states, cache, attention_mask, output_accumulations)
 
     def _run(
-        self, hidden_states: torch.Tensor, cache: Cache | None, attention_mask: torch.Tensor | None
-    ) -> torch.Tensor:
+        self,
+        hidden_states: torch.Tensor,
+        cache: Cache | None,
+        attention_mask: torch.Tensor | None,
+        output_accumulations: bool,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        accumulations: list[torch.Tensor] | None = [] if output_accumulations else None
         normalised, residual = self._normalise(hidden_states)
-        return residual + self.mixer(normalised, cache, attention_mask)
+        hidden_states = residual + self.mixer(normalised, cache, attention_mask, accumulations)
+        if accumulations is None:
+            return hidden_states
+        return hidden_states, sum(accumulations, torch.zeros((), device=residual.device))
 
     def _normalise(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mixer's input and the residual stream, each ``[B, L, hidden_size]``."""

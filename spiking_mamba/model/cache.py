@@ -63,7 +63,11 @@ class SpikingMambaOutput(BaseModelOutputWithPast):
     Attributes:
         last_hidden_state: ``[B, L, hidden_size]``, behind the last norm.
         hidden_states: the residual stream behind every block, then ``last_hidden_state``, where asked for.
+        accumulations: how many the spikes of each token cost, ``sum |s| * out_features`` over all
+            projections, with the gradient of the neurons' surrogate; float32 ``[B, L]``, where asked for.
     """
+
+    accumulations: torch.Tensor | None = None
 
 
 @_readable_by_any_name
@@ -74,8 +78,10 @@ class SpikingMambaCausalLMOutput(CausalLMOutputWithPast):
     Attributes:
         loss: mean cross-entropy, a scalar, where labels were given.
         logits: ``[B, L, vocab_size]``, float32.
-        hidden_states: as in :class:`SpikingMambaOutput`.
+        hidden_states, accumulations: as in :class:`SpikingMambaOutput`.
     """
+
+    accumulations: torch.Tensor | None = None
 
 
 def one_cache(**named: Cache | None) -> Cache | None:

@@ -95,7 +95,7 @@ def export(
     exported.config.sgc = None
     exported.config.use_cache = True  # training has switched it off
     for projection in exported.projections().values():
-        projection.sgc, projection.sgc_lambda = None, 0.0
+        projection.spikes.sgc, projection.spikes.sgc_lambda = None, 0.0
     exported.save_pretrained(folder)
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)

@@ -14,6 +14,7 @@ from spiking_mamba.common.settings import reject_unknown_keys
 __all__ = ["PROJECTIONS", "SGC_FUNCTIONS", "SGC_MODES", "SGC_SCHEDULES", "SpikingMambaConfig"]
 
 PROJECTIONS = ("in_proj", "out_proj")
+BLOCK_TYPES = ("mamba", "mlp")
 MEMBRANES = ("token", "sequence")
 SGC_MODES = compensation.MODES
 SGC_FUNCTIONS = tuple(compensation.SMOOTH_FUNCTIONS)
@@ -49,6 +50,9 @@ class SpikingMambaConfig(PretrainedConfig):
             "out_proj": ..}``, or a list with one such entry per layer.
         learn_threshold: make every V_th a trained parameter (its logarithm, float32).
         spike_driven: feed every projection ternary micro-steps and sum them, instead of integers.
+        layers_block_type: ``None`` for Mamba2 alone, or a list of "mamba" and "mlp", one a layer, as
+            transformers' Nemotron-H names them.
+        intermediate_size: width of the gated MLPs, for "mlp" layers.
 
     Raises:
         TypeError, ValueError: a field has the wrong type or is out of its range.
@@ -90,11 +94,14 @@ class SpikingMambaConfig(PretrainedConfig):
     threshold: Any = 1.0
     learn_threshold: bool = False
     spike_driven: bool = False
+    layers_block_type: list[str] | None = None
+    intermediate_size: int | None = None
 
     def __post_init__(self, **kwargs):
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
+        self._check_block_types()
         self._check_neuron()
         self._check_sgc()
         if self.membrane not in MEMBRANES:
@@ -118,6 +125,34 @@ class SpikingMambaConfig(PretrainedConfig):
     def layer_types(self) -> list[str]:
         """What transformers' cache has to keep for every layer."""
         return ["linear_attention"] * self.num_hidden_layers
+
+    def block_type(self, layer_idx: int) -> str:
+        """What a layer's residual block is built around: "mamba" or "mlp"."""
+        return "mamba" if self.layers_block_type is None else self.layers_block_type[layer_idx]
+
+    def number_of_blocks(self, kind: str) -> int:
+        """How many layers are of this kind, "mamba" or "mlp"."""
+        return sum(self.block_type(layer_idx) == kind for layer_idx in range(self.num_hidden_layers))
+
+    def _check_block_types(self) -> None:
+        kinds = self.layers_block_type
+        if kinds is None:
+            if self.intermediate_size is not None:
+                raise ValueError(
+                    "intermediate_size is the width of MLP layers, and layers_block_type has none."
+                )
+            return
+        for kind in kinds:
+            if kind not in BLOCK_TYPES:
+                raise ValueError(f"layers_block_type must list {' and '.join(BLOCK_TYPES)}, got {kind!r}.")
+        if len(kinds) != self.num_hidden_layers:
+            raise ValueError(
+                f"layers_block_type lists {len(kinds)} layers, the model has {self.num_hidden_layers}."
+            )
+        if ("mlp" in kinds) != (self.intermediate_size is not None):
+            raise ValueError("MLP layers and intermediate_size, their width, go together: set both or none.")
+        if self.intermediate_size is not None and self.intermediate_size < 1:
+            raise ValueError(f"intermediate_size must be positive, got {self.intermediate_size}.")
 
     def _check_neuron(self) -> None:
         if self.neuron is None:

@@ -4,8 +4,8 @@ import copy
 
 import torch
 
-from spiking_mamba.model.configuration import PROJECTIONS
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.projection import spike_fed
 
 __all__ = ["fold_thresholds", "spike_driven"]
 
@@ -25,28 +25,27 @@ def spike_driven(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
     driven = copy.deepcopy(model)
     driven.config = driven.backbone.config = config
     for projection in driven.projections().values():
-        projection.spike_driven = True
+        projection.spikes.spike_driven = True
     return driven
 
 
 @torch.no_grad()
 def fold_thresholds(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
-    """A copy of ``model`` with every V_th equal to 1: 1/V_th is folded into the RMSNorm before the neuron
-    and V_th into the projection, so that accumulations stay accumulations.
+    """A copy of ``model`` with every V_th equal to 1: 1/V_th is folded into the weight before the
+    neuron, of a norm or of an MLP's upper half, and V_th into the projection, so that accumulations stay
+    accumulations.
 
     Exact where V_th is a power of two; else in float32 up to rounding, which may tip a spike that stands
     on a tie.
     """
     folded = copy.deepcopy(model)
     for block in folded.backbone.layers:
-        for name, norm in zip(PROJECTIONS, (block.norm, block.mixer.norm), strict=True):
-            projection = getattr(block.mixer, name)
-            threshold = projection.threshold
-            norm.weight.div_(threshold)
+        for name, projection in spike_fed(block.mixer):
+            threshold = projection.spikes.threshold
+            before = block.norm.weight if name == "in_proj" else block.mixer.before_out_proj()
+            before.div_(threshold)
             projection.weight.mul_(threshold)
-            if hasattr(projection, "log_threshold"):
-                del projection.log_threshold
-            projection.initial_threshold = 1.0
+            projection.spikes.fix_threshold(1.0)
     folded.config.threshold = 1.0
     folded.config.learn_threshold = False
     return folded

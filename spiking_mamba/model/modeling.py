@@ -20,7 +20,7 @@ from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.decoding import DecodingGraphs
 from spiking_mamba.model.dense import read_dense, student_of
 from spiking_mamba.model.pretrained import SpikingMambaPreTrainedModel
-from spiking_mamba.model.projection import SpikingProjection
+from spiking_mamba.model.projection import SpikingProjection, spike_fed
 
 __all__ = ["SpikingMambaForCausalLM"]
 
@@ -92,6 +92,7 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         attention_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        output_accumulations: bool = False,
         **kwargs: Any,
     ) -> tuple | SpikingMambaCausalLMOutput:
         """Next-token logits, and their loss where labels are given.
@@ -100,15 +101,16 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
             labels: ``[B, L]``, the tokens themselves, shifted in here; -100 is ignored.
             logits_to_keep: positions whose logits are wanted: the last so many, 0 for all, or a tensor of
                 indices ``[n]`` or ``[B, n]``.
-            input_ids, inputs_embeds, cache, output_hidden_states, return_dict, use_cache, attention_mask: see
-                :meth:`SpikingMambaModel.forward`.
+            input_ids, inputs_embeds, cache, output_hidden_states, return_dict, use_cache, attention_mask,
+                output_accumulations: see :meth:`SpikingMambaModel.forward`.
             kwargs: of the loss, as ``num_items_in_batch``.
 
         Returns:
             Logits ``[B, L, vocab_size]`` in float32, and the mean cross-entropy.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        if self.graphs is not None and labels is None and not output_hidden_states and return_dict:
+        plain = labels is None and not output_hidden_states and not output_accumulations and return_dict
+        if self.graphs is not None and plain:
             logits, moved = self._captured(input_ids, cache, use_cache)
             if logits is not None:
                 return SpikingMambaCausalLMOutput(logits=logits, **{caches.OUTPUT_NAME: moved})
@@ -120,6 +122,7 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
             output_hidden_states=output_hidden_states,
             return_dict=True,
             attention_mask=attention_mask,
+            output_accumulations=output_accumulations,
         )
         hidden_states = _positions_to_keep(output.last_hidden_state, logits_to_keep)
         logits = self._head(hidden_states)
@@ -129,12 +132,13 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
                 logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
             )
         if not return_dict:
-            values = loss, logits, output.cache, output.hidden_states
+            values = loss, logits, output.cache, output.hidden_states, output.accumulations
             return tuple(value for value in values if value is not None)
         return SpikingMambaCausalLMOutput(
             loss=loss,
             logits=logits,
             hidden_states=output.hidden_states,
+            accumulations=output.accumulations,
             **{caches.OUTPUT_NAME: output.cache},
         )
 
@@ -161,12 +165,8 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         return self._head(self.backbone.one_token(input_ids, cache))
 
     def projections(self) -> dict[str, SpikingProjection]:
-        """All spiking projections by module name, ``backbone.layers.0.mixer.in_proj`` and so on."""
-        return {
-            name: module
-            for name, module in self.named_modules()
-            if isinstance(module, SpikingProjection) and module.neuron is not None
-        }
+        """All projections that neurons feed, by name, ``backbone.layers.0.mixer.in_proj`` and so on."""
+        return {name: p for name, p in spike_fed(self) if p.spikes.neuron is not None}
 
     @property
     def compiles(self) -> bool:
@@ -194,46 +194,15 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         """
         self.graphs = DecodingGraphs(self._one_token, self.backbone.layers) if captures else None
 
-    def keep_spike_sizes(self, keeps: bool = True) -> None:
-        """Let every projection keep its spikes' size in the next forward pass in training, for
-        :meth:`mean_spike_size`; to be called before each, for what is kept stays."""
-        for projection in self.projections().values():
-            projection.keeps_spike_size, projection.kept_spike_size = keeps, None
-
-    def mean_spike_size(self, mask: torch.Tensor | None = None) -> torch.Tensor:
-        """Mean ``|s|`` of the last forward pass in training, weighted by output width as in
-        ``SpikeCounts.mean_abs``; a float32 scalar with the surrogate's gradient.
-
-        Args:
-            mask: ``[B, L]`` bool, which tokens count; None: all.
-
-        Raises:
-            RuntimeError: the sizes were not kept, or kept without a graph, as under reentrant gradient
-                checkpointing.
-        """
-        projections = self.projections().values()
-        if any(projection.kept_spike_size is None for projection in projections) or not projections:
-            raise RuntimeError("No spike sizes: call keep_spike_sizes() before a forward pass in training.")
-        if torch.is_grad_enabled() and not all(p.kept_spike_size.requires_grad for p in projections):
-            raise RuntimeError(
-                "The spike sizes have no gradient: reentrant gradient checkpointing cannot give one; use "
-                "gradient_checkpointing_kwargs={'use_reentrant': False}."
-            )
-        total = sum(p.kept_spike_size * p.out_features for p in projections)  # [B, L]
-        weight = sum(p.in_features * p.out_features for p in projections)
-        if mask is None:
-            return total.mean() / weight
-        return (total * mask).sum() / mask.sum().clamp(min=1) / weight
-
     @property
     def sgc_lambda(self) -> float:
         """SGC's lambda now; 0 without the path."""
-        return max((projection.sgc_lambda for projection in self.projections().values()), default=0.0)
+        return max((p.spikes.sgc_lambda for p in self.projections().values()), default=0.0)
 
     def set_sgc_lambda(self, lam: float) -> None:
         """Set SGC's lambda of every projection; 0 switches the path off."""
         for projection in self.projections().values():
-            projection.sgc_lambda = lam
+            projection.spikes.sgc_lambda = lam
 
     @classmethod
     def from_dense(

@@ -12,7 +12,8 @@ from transformers import initialization as init
 import neurons
 from spiking_mamba.model.block import SpikingMambaMixer
 from spiking_mamba.model.configuration import SpikingMambaConfig
-from spiking_mamba.model.projection import SpikingProjection
+from spiking_mamba.model.projection import SpikeEncoder
+from spiking_mamba.model.spike_fed import FIRST_FORM
 
 __all__ = ["SpikingMambaPreTrainedModel"]
 
@@ -47,8 +48,8 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
             init.kaiming_uniform_(module.out_proj.weight, a=math.sqrt(5))
             if self.config.rescale_prenorm_residual:  # as GPT-2: the residual stream sums as many of them
                 module.out_proj.weight /= math.sqrt(self.config.num_hidden_layers)
-        if isinstance(module, SpikingProjection) and hasattr(module, "log_threshold"):
-            init.constant_(module.log_threshold, math.log(module.initial_threshold))
+        if isinstance(module, SpikeEncoder):
+            module.reset_parameters()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """As in transformers; a neuron that was swapped by hand goes into the configuration first.
@@ -57,14 +58,15 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
             ValueError: the projections have different neurons, for which the configuration has one place.
             TypeError: the neuron cannot be described, see ``neurons.spec_of``.
         """
-        nodes = [module.neuron for module in self.modules() if isinstance(module, SpikingProjection)]
+        nodes = [module.neuron for module in self.modules() if isinstance(module, SpikeEncoder)]
         if nodes:
             own = None if self.config.neuron is None else neurons.build(self.config.neuron)
             if any(type(node) is not type(nodes[0]) or not _same(node, nodes[0]) for node in nodes):
                 raise ValueError("The projections have different neurons; a configuration holds one for all.")
             if type(nodes[0]) is not type(own) or not _same(nodes[0], own):
                 self.config.neuron = None if nodes[0] is None else neurons.spec_of(nodes[0])
-        super().save_pretrained(*args, **kwargs)
+        # or names of the first form, if it was loaded from them
+        super().save_pretrained(*args, **{"save_original_format": False} | kwargs)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
@@ -73,6 +75,7 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
         Raises:
             ValueError: a key is missing or unexpected, or a shape disagrees with the config.
         """
+        kwargs["key_mapping"] = FIRST_FORM | (kwargs.get("key_mapping") or {})
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         problems = {
             key: sorted(map(str, info[key]))

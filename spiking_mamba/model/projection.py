@@ -1,16 +1,23 @@
-"""A linear projection fed by spikes, with Smoothed Gradient Compensation (SGC) in training."""
+"""A linear layer fed by spikes: ``y = V_th * W S(x / V_th) + b``, with compensation (SGC) in training.
+
+What turns activations into spikes stands in front of a plain ``nn.Linear``, so that whatever wraps, adapts or
+quantises linear layers from outside works here too, and sees spikes. Spikes are never scaled before the
+product, which therefore consists of accumulations; V_th scales its result.
+"""
 
 import math
+from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from spikingjelly.activation_based.base import MemoryModule
 from torch import nn
-from torch.nn import functional as F
+from transformers import initialization as init
 
 import neurons
 from neurons.compensation import compensate
 
-__all__ = ["SpikingProjection"]
+__all__ = ["SpikeEncoder", "Spikes", "SpikingProjection", "project", "spike_fed"]
 
 
 def _scalar(value: float) -> torch.Tensor:
@@ -19,32 +26,35 @@ def _scalar(value: float) -> torch.Tensor:
     return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
-class SpikingProjection(nn.Linear):
-    r"""``y = V_th * W S(x / V_th) + b``: a linear layer fed by spikes, or a plain one without a neuron.
-
-    The weight keeps ``nn.Linear``'s name and shape, so dense checkpoints load unchanged. Spikes are never
-    scaled before the product, which therefore consists of accumulations; V_th scales its result.
-
-    Args:
-        in_features, out_features, bias: as in ``nn.Linear``.
-        neuron: a spikingjelly node at unit threshold, or ``None`` for a dense layer.
-        membrane: 'token' (every token starts at V = 0) or 'sequence' (V runs along the token axis).
-        threshold: V_th, > 0, in the units of ``x``.
-        learn_threshold: train ``log V_th`` as the float32 parameter ``log_threshold``.
-        sgc: ``None`` or the complete SGC settings of the config; see :mod:`neurons.compensation`.
-        spike_driven: feed the weight ternary micro-steps and sum, instead of integers; without SGC.
+class Spikes(NamedTuple):
+    """What a :class:`SpikeEncoder` makes of activations ``[B, L, C]``.
 
     Attributes:
-        keeps_spike_size: keep ``spike_size`` in training, for a penalty on it.
-        spike_size: ``sum |s|`` over the channels in the last forward pass; float32 ``[B, L]``, in the graph.
-        kept_spike_size: see :meth:`keep_spike_size`.
+        fed: what the linear layer gets, in the dtype of the activations: the spikes, in training perhaps
+            mixed with SGC's smooth path; where inference is spike-driven, ``[D, B, L, C]`` ternary steps.
+        emitted: the neuron's spikes ``[B, L, C]``; None without a neuron.
+        threshold: V_th, by which the layer's result is to be multiplied; None for 1.
+    """
+
+    fed: torch.Tensor
+    emitted: torch.Tensor | None = None
+    threshold: float | torch.Tensor | None = None
+
+
+class SpikeEncoder(nn.Module):
+    """Turns activations into spikes in units of V_th; without a neuron it passes them on.
+
+    Args:
+        neuron: a spikingjelly node at unit threshold, or ``None`` in a dense model.
+        membrane: 'token' (every token starts at V = 0) or 'sequence' (V runs along the token axis).
+        threshold: V_th, > 0, in the units of the activations.
+        learn_threshold: train ``log V_th`` as the float32 parameter ``log_threshold``.
+        sgc: ``None`` or the complete SGC settings of the config; see :mod:`neurons.compensation`.
+        spike_driven: make ternary micro-steps of the integers; without SGC.
     """
 
     def __init__(
         self,
-        in_features: int,
-        out_features: int,
-        bias: bool = False,
         neuron: MemoryModule | None = None,
         membrane: str = "token",
         threshold: float = 1.0,
@@ -52,43 +62,52 @@ class SpikingProjection(nn.Linear):
         sgc: dict | None = None,
         spike_driven: bool = False,
     ) -> None:
-        super().__init__(in_features, out_features, bias=bias)
+        super().__init__()
         self.neuron = neuron
         self.membrane = membrane
-        self.keeps_spike_size = False
-        self.spike_size: torch.Tensor | None = None
-        self.kept_spike_size: torch.Tensor | None = None
-        if learn_threshold:
-            # of shape [1]: FSDP shards no scalars
-            self.log_threshold = nn.Parameter(torch.full((1,), math.log(threshold)))
-        self.initial_threshold = threshold
+        # of shape [1]: FSDP shards no scalars
+        self.log_threshold = nn.Parameter(torch.zeros(1)) if learn_threshold else None
+        self.threshold = threshold
         self.sgc = sgc
         self.sgc_lambda = 0.0 if sgc is None else float(sgc["lam"])
         self.spike_driven = spike_driven
 
     def extra_repr(self) -> str:
-        text = super().extra_repr()
-        if self.neuron is not None:
-            text += f", membrane={self.membrane}, threshold={float(self.threshold):.4g}, sgc={self.sgc}"
-        return text
+        if self.neuron is None:
+            return ""
+        threshold = torch.as_tensor(self.threshold).item()
+        return f"membrane={self.membrane}, threshold={threshold:.4g}, sgc={self.sgc}"
 
     @property
     def threshold(self) -> float | torch.Tensor:
-        """V_th: a number, or a float32 tensor ``[1]`` where it is learned."""
-        if hasattr(self, "log_threshold"):
-            return self.log_threshold.float().exp()
-        return self.initial_threshold
+        """V_th: a number, or a float32 tensor ``[1]`` where it is learned. Setting it makes it a number, from
+        which a learned one goes on."""
+        return self._threshold if self.log_threshold is None else self.log_threshold.float().exp()
 
-    @property
-    def initial_threshold(self) -> float:
-        """V_th as it was given; it stays so unless it is learned."""
-        return self._initial_threshold
+    @threshold.setter
+    def threshold(self, value: float) -> None:
+        self._threshold = float(value)
+        self._unit = self._threshold == 1.0
+        self._compiled_threshold = _scalar(value)
+        self.reset_parameters()
 
-    @initial_threshold.setter
-    def initial_threshold(self, threshold: float) -> None:
-        self._initial_threshold = threshold
-        self._unit = threshold == 1.0 and not hasattr(self, "log_threshold")
-        self._fixed = _scalar(threshold)
+    def _factor(self) -> float | torch.Tensor | None:
+        """V_th, None for 1; no number that a compiled block would have to be compiled anew for."""
+        if self.log_threshold is not None:
+            return self.threshold
+        if self._unit:
+            return None
+        return self._compiled_threshold if torch.compiler.is_compiling() else self._threshold
+
+    def reset_parameters(self) -> None:
+        """Let a learned V_th start again from the number that was given."""
+        if self.log_threshold is not None:
+            init.constant_(self.log_threshold, math.log(self._threshold))
+
+    def fix_threshold(self, value: float) -> None:
+        """Make V_th this number, learned no more."""
+        self.log_threshold = None
+        self.threshold = value
 
     @property
     def sgc_lambda(self) -> float:
@@ -98,8 +117,8 @@ class SpikingProjection(nn.Linear):
     @sgc_lambda.setter
     def sgc_lambda(self, lam: float) -> None:
         self._sgc_lambda = float(lam)
-        self._compensates = self.sgc is not None and lam > 0.0
-        self._lam = _scalar(lam)
+        self._compensates = self._sgc_lambda > 0.0
+        self._compiled_lambda = _scalar(lam)
 
     @property
     def max_spike_count(self) -> int:
@@ -107,22 +126,35 @@ class SpikingProjection(nn.Linear):
         surrogate = getattr(self.neuron, "surrogate_function", None)
         return int(getattr(self.neuron, "max_spike_count", getattr(surrogate, "max_spike_count", 1)))
 
-    def spikes(self, u: torch.Tensor, states: list | None = None) -> torch.Tensor:
-        """Drive the neuron over a batch of sequences.
-
-        The neuron's state belongs to the caller: it goes in, comes out, and is reset, so that nothing is
-        left in the module whatever order a checkpointed backward pass recomputes in.
+    def forward(self, x: torch.Tensor, states: list | None = None) -> Spikes:
+        """Encode activations ``[B, L, C]``.
 
         Args:
-            u: input in units of V_th, shape ``[B, L, in_features]``.
-            states: the neuron's states after the previous token, each ``[B, in_features]``, or an empty
-                list for a fresh sequence; replaced by the states after the last token.
+            states: the neuron's states after the previous token, each ``[B, C]``, or an empty list for a
+                fresh sequence; replaced by the states after the last token.
+        """
+        if self.neuron is None:
+            return Spikes(x)
+        threshold = self._factor()
+        u = x if threshold is None else x.float() / threshold
+        if self.training and self._compensates and not self.spike_driven:
+            emitted, fed = self._compensated(u, states)
+        else:
+            emitted = fed = self._emit(u, states)
+        if not torch.is_autocast_enabled(x.device.type):
+            fed = fed.to(x.dtype)
+        if self.spike_driven:
+            fed = neurons.SignedCountToTernary(self.max_spike_count)(fed.unsqueeze(0))
+        return Spikes(fed, emitted, threshold)
 
-        Returns:
-            Spikes ``[B, L, in_features]``.
+    def _emit(self, u: torch.Tensor, states: list | None = None) -> torch.Tensor:
+        """The neuron's spikes ``[B, L, C]`` for ``u``, in units of V_th.
+
+        Its state belongs to the caller: it goes in and comes out, and nothing is left in the module, whatever
+        order a checkpointed backward pass recomputes in.
         """
         node = self.neuron
-        assert node is not None, "a dense projection has no spikes"
+        assert node is not None
         if self._stateless:
             node.stateless = True
             return node(u.unsqueeze(0))[0]
@@ -146,52 +178,100 @@ class SpikingProjection(nn.Linear):
         """Whether the node works without a potential: nobody will ask for it, every token being a window."""
         return self.membrane == "token" and isinstance(self.neuron, neurons.SILIFNode)
 
-    def keep_spike_size(self) -> None:
-        """Keep the size of the first pass. Gradient checkpointing calls again in the backward pass, and to
-        hold a tensor from there would hold the whole block's recomputed activations."""
-        if self.kept_spike_size is None:
-            self.kept_spike_size = self.spike_size
-        self.spike_size = None
-
     def _compensated(self, u: torch.Tensor, states: list | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """The spikes, and these with SGC's smooth path mixed in, each ``[B, L, in_features]``."""
+        """The spikes, and these with SGC's smooth path mixed in, each ``[B, L, C]``."""
         assert self.sgc is not None
         mode, function = self.sgc["mode"], self.sgc["function"]
         compiling = torch.compiler.is_compiling()
         if compiling or not self._stateless:
-            lam = self._lam if compiling else self.sgc_lambda
-            spike = self.spikes(u, states)
+            lam = self._compiled_lambda if compiling else self._sgc_lambda
+            spike = self._emit(u, states)
             return spike, compensate(u, spike, mode, function, lam, self.max_spike_count)
         node = self.neuron
-        node.compensation = mode, function, self.sgc_lambda
+        node.compensation = mode, function, self._sgc_lambda
         try:
-            return self.spikes(u), node.compensated[0]
+            return self._emit(u), node.compensated[0]
         finally:
             node.compensation = node.compensated = None
 
-    def forward(self, x: torch.Tensor, states: list | None = None) -> torch.Tensor:
-        """Project ``x`` of shape ``[B, L, in_features]`` to ``[B, L, out_features]``; ``states`` as in
-        :meth:`spikes`."""
-        if self.neuron is None:
-            return super().forward(x)
-        compiles = torch.compiler.is_compiling() and not hasattr(self, "log_threshold")
-        threshold = self._fixed if compiles else self.threshold
-        u = x if self._unit else x.float() / threshold
-        if self._compensates and self.training and not self.spike_driven:
-            emitted, spike = self._compensated(u, states)
-        else:
-            emitted = spike = self.spikes(u, states)
-        if self.keeps_spike_size and self.training:
-            self.spike_size = emitted.abs().sum(-1, dtype=torch.float32)
-        if not torch.is_autocast_enabled(x.device.type):
-            spike = spike.to(self.weight.dtype)
-        y = self._accumulate(spike)
-        y = y if self._unit else (y * threshold).to(y.dtype)
-        return y if self.bias is None else y + self.bias
 
-    def _accumulate(self, spike: torch.Tensor) -> torch.Tensor:
-        if not self.spike_driven:
-            return F.linear(spike, self.weight)
-        slots = self.max_spike_count
-        ternary = neurons.SignedCountToTernary(slots)(spike.unsqueeze(0))  # [D, B, L, in]
-        return neurons.MicroStepSum(slots)(F.linear(ternary, self.weight))[0]
+def project(linear: nn.Module, spikes: Spikes) -> torch.Tensor:
+    """``V_th * W s + b``, ``[B, L, out_features]``, by a linear layer with weight ``W`` and bias ``b``.
+
+    The layer is called as it is, for it may be wrapped: where its bias came in scaled or several times, the
+    difference is made up for.
+    """
+    fed, emitted, threshold = spikes
+    y, calls = linear(fed), 1
+    if emitted is not None and fed.ndim > emitted.ndim:  # micro-steps, each of which met the bias
+        calls = fed.shape[0]
+        y = neurons.MicroStepSum(calls)(y)[0]
+    if threshold is not None:
+        y = (y * threshold).to(y.dtype)
+    bias = getattr(linear, "bias", None)
+    if bias is None or (threshold is None and calls == 1):
+        return y
+    return (y + (1 - calls * (1.0 if threshold is None else threshold)) * bias).to(y.dtype)
+
+
+class SpikingProjection(nn.Module):
+    """A linear layer and the spikes that feed it, as one layer for any network.
+
+    Inside the model the two stand side by side under names of their own; there this is a view of both, see
+    ``SpikingMambaForCausalLM.projections``.
+
+    Args:
+        linear: an ``nn.Linear``, or what has taken its place.
+        spikes: what feeds it.
+    """
+
+    def __init__(self, linear: nn.Module, spikes: SpikeEncoder) -> None:
+        super().__init__()
+        self.linear = linear
+        self.spikes = spikes
+
+    @property
+    def neuron(self) -> MemoryModule | None:
+        """The node; another one may be put in its place."""
+        return self.spikes.neuron
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "neuron":  # torch would take a module for a new one of this layer's own
+            self.spikes.neuron = value  # type: ignore[assignment]
+        else:
+            super().__setattr__(name, value)
+
+    @property
+    def threshold(self) -> float | torch.Tensor:
+        """V_th, see :class:`SpikeEncoder`."""
+        return self.spikes.threshold
+
+    @property
+    def in_features(self) -> int:
+        return self.linear.in_features  # type: ignore[return-value]
+
+    @property
+    def out_features(self) -> int:
+        return self.linear.out_features  # type: ignore[return-value]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """``[out_features, in_features]``."""
+        return self.linear.weight  # type: ignore[return-value]
+
+    def forward(self, x: torch.Tensor, states: list | None = None) -> torch.Tensor:
+        """``[B, L, in_features] -> [B, L, out_features]``; ``states`` as in :class:`SpikeEncoder`."""
+        return project(self.linear, self.spikes(x, states))
+
+
+def spike_fed(model: nn.Module) -> Iterator[tuple[str, SpikingProjection]]:
+    """All projections of a model with their names, dense ones too, in the order of the blocks.
+
+    A module with projections says in ``encoders`` which of its linear layers each of its encoders feeds.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, SpikingProjection):
+            yield name, module
+        for layer, encoder in getattr(module, "encoders", {}).items():
+            path = f"{name}.{layer}" if name else layer
+            yield path, SpikingProjection(getattr(module, layer), getattr(module, encoder))

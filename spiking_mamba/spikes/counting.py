@@ -26,7 +26,7 @@ from torch import nn
 
 from spiking_mamba.model.backbone import SpikingMambaModel
 from spiking_mamba.model.cache import CACHE_NAMES, one_cache
-from spiking_mamba.model.projection import SpikingProjection
+from spiking_mamba.model.projection import SpikeEncoder, spike_fed
 
 if TYPE_CHECKING:
     import pandas
@@ -402,26 +402,22 @@ def count_spikes(model: nn.Module, *, histogram: bool = True) -> Iterator[SpikeC
             called without it have none.
         histogram: count every level of ``-D .. D`` too; without it counting costs less.
     """
-    projections = {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, SpikingProjection) and module.neuron is not None
-    }
+    projections = {name: p for name, p in spike_fed(model) if p.spikes.neuron is not None}
     counts = SpikeCounts(
         {
-            name: ProjectionSpikes(p.in_features, p.out_features, p.max_spike_count, histogram)
+            name: ProjectionSpikes(p.in_features, p.out_features, p.spikes.max_spike_count, histogram)
             for name, p in projections.items()
         }
     )
     masks = _Masks()
 
-    def counter(projection: SpikingProjection, spikes: ProjectionSpikes):
+    def counter(encoder: SpikeEncoder, spikes: ProjectionSpikes):
         def count(node: nn.Module, args: tuple, output: torch.Tensor) -> None:
             if torch._C._current_graph_task_id() != -1:  # recomputed by gradient checkpointing
                 return
             # detached at once: what this saved for a backward pass, the recomputation would not
             spike = output.detach()  # [1, B, L, C] or [L, B, C]
-            spike = spike[0] if projection.membrane == "token" else spike.transpose(0, 1)
+            spike = spike[0] if encoder.membrane == "token" else spike.transpose(0, 1)
             spikes.add(spike, masks.layout(spike.shape[1]))
 
         return count
@@ -432,8 +428,9 @@ def count_spikes(model: nn.Module, *, histogram: bool = True) -> Iterator[SpikeC
             hooks.append(module.register_forward_pre_hook(masks.before, with_kwargs=True))
             hooks.append(module.register_forward_hook(masks.after, always_call=True))
     for name, projection in projections.items():
-        assert projection.neuron is not None
-        hooks.append(projection.neuron.register_forward_hook(counter(projection, counts.projections[name])))
+        encoder = projection.spikes
+        assert encoder.neuron is not None
+        hooks.append(encoder.neuron.register_forward_hook(counter(encoder, counts.projections[name])))
     try:
         yield counts
     finally:

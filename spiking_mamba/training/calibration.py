@@ -61,7 +61,7 @@ def calibrate_thresholds(
 
     def found(scale: float) -> float:
         for name, projection in model.projections().items():
-            projection.initial_threshold = scale * shape[name]
+            projection.spikes.threshold = scale * shape[name]
         with torch.no_grad(), count_spikes(model, histogram=False) as spikes:
             for ids in batches:
                 model(input_ids=ids, use_cache=False, logits_to_keep=1)

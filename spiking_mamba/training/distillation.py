@@ -69,15 +69,6 @@ class DistillationTrainer(SpikingTrainer, Trainer):
         self.loss = loss or DistillationLoss()
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> torch.Tensor:
-        if not self.loss.sparsity:
-            return super().training_step(*args, **kwargs)
-        self.student.keep_spike_sizes()
-        try:
-            return super().training_step(*args, **kwargs)
-        finally:  # they hold on to the step's graph
-            self.student.keep_spike_sizes(False)
-
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = {
             k: inputs[k] for k in ("input_ids", "attention_mask", "labels") if inputs.get(k) is not None
@@ -85,12 +76,13 @@ class DistillationTrainer(SpikingTrainer, Trainer):
         arguments = {k: v for k, v in inputs.items() if k != "labels"}
         # One position's logits only: the loss makes the others itself, a piece at a time.
         arguments |= {"output_hidden_states": True, "logits_to_keep": 1, "use_cache": False}
+        asked = {"output_accumulations": model.training and self.loss.sparsity > 0}
         if model.training and self._log_due():
             with count_spikes(self.student, histogram=False) as spikes:
-                output = model(**arguments)
+                output = model(**arguments, **asked)
             self._note_spikes(spikes)
         else:
-            output = model(**arguments)
+            output = model(**arguments, **asked)
         with autocast(self):
             with torch.no_grad():
                 teacher_output = self.teacher(**arguments) if self.loss.needs_teacher else None

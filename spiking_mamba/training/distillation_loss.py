@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from spiking_mamba.model.cache import SpikingMambaCausalLMOutput
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.training.head_loss import head_loss
+from spiking_mamba.training.spike_penalty import mean_spike_size
 
 __all__ = ["DistillationLoss", "hidden_loss", "token_mask"]
 
@@ -113,7 +114,7 @@ class DistillationLoss:
                 ``needs_teacher`` says so.
             input_ids, attention_mask, labels: ``[B, L]``; labels are needed for the cross-entropy.
 
-        A sparsity term needs the student's ``keep_spike_sizes()`` before the forward pass.
+        A sparsity term needs a student's output made with ``output_accumulations``.
         """
         mask = token_mask(input_ids, attention_mask, labels)
         own, theirs, targets = student_output.hidden_states[-1][mask], None, None
@@ -142,7 +143,7 @@ class DistillationLoss:
             parts["hidden"] = torch.stack(terms).mean()
             loss = loss + self.hidden * parts["hidden"]
         if self.sparsity and student.training:
-            parts["spike_size"] = student.mean_spike_size(mask)
+            parts["spike_size"] = mean_spike_size(student, student_output.accumulations, mask)
             loss = loss + self.sparsity * (parts["spike_size"] - self.sparsity_target).clamp(min=0)
         return loss, {name: part.detach() for name, part in parts.items()}
 

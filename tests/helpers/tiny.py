@@ -60,7 +60,7 @@ def recorded_spikes(model):
         return hook
 
     hooks = [
-        projection.neuron.register_forward_hook(record(name, projection.membrane))
+        projection.neuron.register_forward_hook(record(name, projection.spikes.membrane))
         for name, projection in model.projections().items()
     ]
     try:

@@ -251,7 +251,7 @@ def test_models_of_other_kinds(tmp_path):
         load_dense(tmp_path / "other")
 
 
-@pytest.mark.parametrize("key", [LAYER + "A_log", LAYER + "in_proj.log_threshold"])
+@pytest.mark.parametrize("key", [LAYER + "A_log", LAYER + "in_spikes.log_threshold"])
 def test_from_pretrained_with_a_missing_or_extra_key(key, tmp_path):
     tiny_model(neuron=INTEGER, learn_threshold=True).save_pretrained(tmp_path)
     change_weights(tmp_path, lambda weights: weights.update({"stray": weights.pop(key)}))
@@ -288,7 +288,7 @@ def test_a_learned_threshold_stays_float32(dtype, tmp_path):
     assert loaded.dtype is torch.bfloat16
     for model in (student, loaded):
         for projection in model.projections().values():
-            assert projection.log_threshold.dtype is torch.float32
+            assert projection.spikes.log_threshold.dtype is torch.float32
             assert projection.threshold.item() == pytest.approx(0.3, rel=1e-6)
     assert logits(loaded).isfinite().all()
 

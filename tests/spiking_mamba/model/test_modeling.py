@@ -170,10 +170,10 @@ def test_the_membrane_of_a_sequence_leaks_from_token_to_token():
     model, ids = spiking("sequence"), tokens(2, 12)
     other = spiking("token")
     assert not torch.allclose(full(model, ids), full(other, ids))
-    projection = model.backbone.layers[0].mixer.in_proj
+    encoder = model.backbone.layers[0].mixer.in_spikes
     u = torch.randn(2, 12, 32)
     states = []
-    spikes = projection.spikes(u, states)
+    spikes = encoder(u, states).emitted
     v = torch.zeros(2, 32)
     for t in range(12):
         h = 0.5 * v + u[:, t]
@@ -275,7 +275,7 @@ def test_spike_driven(membrane, threshold):
     assert not model.config.spike_driven
     for name, projection in model.projections().items():
         other, x = driven.projections()[name], 3 * torch.randn(2, 50, projection.in_features)
-        assert torch.equal(projection.spikes(x), other.spikes(x))
+        assert torch.equal(projection.spikes(x).emitted, other.spikes(x).emitted)
         assert torch.allclose(projection(x), other(x), atol=1e-5)
     with recorded_spikes(model) as integers:
         expected = full(model, ids)
@@ -296,7 +296,7 @@ def test_spike_driven_weights_meet_ternary_spikes_only(monkeypatch):
         seen.append((x, weight))
         return linear(x, weight, *rest)
 
-    monkeypatch.setattr("spiking_mamba.model.projection.F.linear", watched)
+    monkeypatch.setattr("torch.nn.modules.linear.F.linear", watched)
     full(driven, tokens(2, 9))
     inputs = [x for x, w in seen if any(w is p.weight for p in driven.projections().values())]
     assert len(inputs) == 4
@@ -384,9 +384,7 @@ def test_gradient_checkpointing(membrane, reentrant):
     plain, counted = gradients()
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
     calls = []
-    hook = model.projections()["backbone.layers.0.mixer.in_proj"].register_forward_hook(
-        lambda *_: calls.append(1)
-    )
+    hook = model.backbone.layers[0].mixer.in_proj.register_forward_hook(lambda *_: calls.append(1))
     again, counted_again = gradients()
     hook.remove()
     assert len(calls) == 2, "nothing was recomputed"
@@ -503,7 +501,7 @@ def test_token_outside_the_vocabulary(token):
 
 
 def test_integer_input_of_a_projection():
-    projection = spiking("token").backbone.layers[0].mixer.in_proj
+    projection = spiking("token").projections()["backbone.layers.0.mixer.in_proj"]
     with pytest.raises(TypeError, match="floating-point"):
         projection(torch.ones(1, 2, 32, dtype=torch.long))
     assert projection.neuron.step_mode == "s"
@@ -532,7 +530,7 @@ def test_a_neuron_swapped_by_hand_is_saved(tmp_path):
         assert torch.equal(
             SpikingMambaForCausalLM.from_pretrained(tmp_path).eval()(input_ids).logits, expected
         )
-    model.backbone.layers[0].mixer.in_proj.neuron = neuron.LIFNode(tau=3.0)
+    model.backbone.layers[0].mixer.in_spikes.neuron = neuron.LIFNode(tau=3.0)
     with pytest.raises(ValueError, match="different neurons"):
         model.save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()

@@ -9,6 +9,7 @@ import neurons
 from neurons.compensation import compensate
 from spiking_mamba import SpikingProjection
 from spiking_mamba.model.configuration import SGC_FUNCTIONS, SGC_MODES
+from spiking_mamba.model.projection import SpikeEncoder
 from spiking_mamba.training.distillation import sgc_lambda
 from tests.helpers.tiny import INTEGER, LEAKY, tiny_model, tokens
 
@@ -35,7 +36,8 @@ def by_hand(mode, function, lam, u, spike, slope):
 
 def scalar(**arguments):
     """A 1 x 1 projection of weight 1."""
-    projection = SpikingProjection(1, 1, neuron=neurons.SILIFNode(D), **arguments)
+    linear = torch.nn.Linear(1, 1, bias=False)
+    projection = SpikingProjection(linear, SpikeEncoder(neurons.SILIFNode(D), **arguments))
     torch.nn.init.ones_(projection.weight)
     return projection.double()
 
@@ -56,7 +58,7 @@ def test_sgc_by_hand(mode, function, lam):
         wanted = by_hand(mode, function, lam, u, spike, slope)
         assert value_and_slope(projection.train(), u) == pytest.approx(wanted, abs=1e-12)
         assert value_and_slope(projection.eval(), u) == (spike, slope)  # no trace in eval mode
-    projection.sgc_lambda = 0.0
+    projection.spikes.sgc_lambda = 0.0
     for u, spike, slope in TABLE:
         assert value_and_slope(projection.train(), u) == (spike, slope)
 
@@ -107,12 +109,12 @@ def test_sgc_of_a_whole_model_is_set_and_switched_off():
 
 def test_threshold_scales_the_result_not_the_spikes():
     """``y = V W S(x / V) + b`` with the integers recomputed here."""
-    projection = SpikingProjection(8, 5, bias=True, neuron=neurons.SILIFNode(D), threshold=0.3)
+    projection = SpikingProjection(torch.nn.Linear(8, 5), SpikeEncoder(neurons.SILIFNode(D), threshold=0.3))
     x = torch.randn(2, 7, 8)
     u = x / 0.3
     spike = (u.sign() * (u.abs() - 0.5).ceil()).clamp(-D, D)
     assert spike.abs().max() == D
-    wanted = 0.3 * (spike @ projection.weight.T) + projection.bias
+    wanted = 0.3 * (spike @ projection.weight.T) + projection.linear.bias
     assert torch.allclose(projection(x), wanted, atol=1e-6)
 
 
@@ -121,10 +123,10 @@ def test_gradient_of_a_learned_threshold_by_hand():
     for u, spike, slope in TABLE:
         projection = scalar(threshold=0.5, learn_threshold=True)
         torch.nn.init.constant_(projection.weight, 1.7)
-        projection.log_threshold.data = torch.tensor([math.log(0.5)])
+        projection.spikes.log_threshold.data = torch.tensor([math.log(0.5)])
         x = 0.5 * u
         projection(torch.tensor([[[x]]], dtype=torch.float64)).sum().backward()
-        assert projection.log_threshold.grad.item() == pytest.approx(
+        assert projection.spikes.log_threshold.grad.item() == pytest.approx(
             1.7 * (0.5 * spike - slope * x), abs=1e-5
         )
 
@@ -134,19 +136,19 @@ def test_gradient_of_a_learned_threshold_by_finite_differences():
     torch.manual_seed(0)  # a difference close to 0 would say nothing of its gradient
     smooth = neurons.SignedSpikeCount(D, alpha=0.7, grad_window=3.0, spiking=False)
     x, weight = torch.randn(2, 6, 5, dtype=torch.float64) * 2, torch.randn(2, 6, 3, dtype=torch.float64)
-    projection = SpikingProjection(
-        5, 3, neuron=neurons.SILIFNode(D, surrogate_function=smooth), threshold=0.6, learn_threshold=True
-    ).double()
+    node = neurons.SILIFNode(D, surrogate_function=smooth)
+    encoder = SpikeEncoder(node, threshold=0.6, learn_threshold=True)
+    projection = SpikingProjection(torch.nn.Linear(5, 3, bias=False), encoder).double()
 
     def loss(log_threshold):
-        projection.log_threshold.data = torch.tensor([log_threshold])
+        projection.spikes.log_threshold.data = torch.tensor([log_threshold])
         return (projection(x) * weight).sum()
 
     at, step = math.log(0.6), 1e-2
     loss(at).backward()
     difference = (loss(at + step) - loss(at - step)).item() / (2 * step)
     assert abs(difference) > 0.1
-    assert projection.log_threshold.grad.item() == pytest.approx(difference, rel=2e-3)
+    assert projection.spikes.log_threshold.grad.item() == pytest.approx(difference, rel=2e-3)
 
 
 def test_thresholds_per_projection_and_per_layer():
@@ -166,10 +168,10 @@ def test_a_learned_threshold_starts_as_the_fixed_one(membrane):
     assert torch.allclose(fixed(ids).logits, learned(ids).logits, atol=1e-5)
     learned(ids, labels=ids).loss.backward()
     for projection in learned.projections().values():
-        assert projection.log_threshold.dtype is torch.float32
-        assert projection.log_threshold.grad.abs() > 0
+        assert projection.spikes.log_threshold.dtype is torch.float32
+        assert projection.spikes.log_threshold.grad.abs() > 0
 
 
 def test_a_dense_projection_is_a_linear_layer():
-    projection, x = SpikingProjection(4, 3, bias=True), torch.randn(2, 5, 4)
-    assert torch.equal(projection(x), torch.nn.functional.linear(x, projection.weight, projection.bias))
+    linear, x = torch.nn.Linear(4, 3), torch.randn(2, 5, 4)
+    assert torch.equal(SpikingProjection(linear, SpikeEncoder())(x), linear(x))

@@ -11,7 +11,7 @@ from spikingjelly.activation_based.op_counter import ACCounter, DispatchCounterM
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spiking_mamba import SpikingMambaModel, spike_driven
-from spiking_mamba.model.projection import SpikingProjection
+from spiking_mamba.model.projection import SpikeEncoder, SpikingProjection
 from spiking_mamba.spikes.counting import Layout, ProjectionSpikes, SpikeCounts, count_spikes
 from tests.helpers.tiny import INTEGER, LEAKY, joined, recorded_spikes, tiny_model, tokens
 
@@ -107,7 +107,7 @@ def test_spike_driven_counts_are_the_integers(membrane):
     x = torch.randn(2, 9, 32)
     with count_spikes(model) as integers, count_spikes(driven) as unrolled:
         for each in (model, driven):
-            each.backbone.layers[0].mixer.in_proj(x)
+            each.backbone.layers[0].mixer.in_spikes(x)
     name = "backbone.layers.0.mixer.in_proj"
     assert integers.projections[name].total == unrolled.projections[name].total > 0
     with recorded_spikes(driven) as spikes, count_spikes(driven) as counts:
@@ -288,7 +288,7 @@ def test_the_backbone_alone_and_a_model_in_a_wrapper():
     with count_spikes(model) as direct:
         with pytest.raises(ValueError):
             model(ids + 1000, attention_mask=mask)
-        model.backbone.layers[0].mixer.in_proj(torch.randn(3, 17, 32))
+        model.backbone.layers[0].mixer.in_spikes(torch.randn(3, 17, 32))
     assert direct.projections["backbone.layers.0.mixer.in_proj"].tokens == 51, "the mask outlived its pass"
 
 
@@ -427,7 +427,9 @@ def test_other_neurons_and_bare_projections():
     """Binary spikes of spikingjelly's nodes, in any module that holds a projection."""
     from spikingjelly.activation_based import neuron
 
-    layer = SpikingProjection(4, 3, neuron=neuron.IFNode(v_threshold=0.5), membrane="sequence")
+    layer = SpikingProjection(
+        torch.nn.Linear(4, 3), SpikeEncoder(neuron.IFNode(v_threshold=0.5), membrane="sequence")
+    )
     x = torch.tensor([[[0.6, 0.3, 0.0, 5.0], [0.0, 0.3, 0.0, -9.0]]])
     with count_spikes(torch.nn.Sequential(layer)) as counts:
         layer(x)

@@ -1,0 +1,82 @@
+"""What a Mamba2 mixer and an MLP share: an input and an output projection, each fed by spikes."""
+
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+import neurons
+from spiking_mamba.model import cache as caches
+from spiking_mamba.model.cache import Cache
+from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
+from spiking_mamba.model.projection import SpikeEncoder, project
+
+__all__ = ["SpikeFed"]
+
+
+class SpikeFed(nn.Module):
+    """A module with linear layers ``in_proj`` and ``out_proj``, and what feeds them with spikes:
+    ``in_spikes`` and ``out_spikes``."""
+
+    encoders: ClassVar = {"in_proj": "in_spikes", "out_proj": "out_spikes"}
+
+    def __init__(self, config: SpikingMambaConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.states_per_neuron = config.states_per_neuron
+        self.register_load_state_dict_pre_hook(_rename_first_form)
+
+    def _encoder(self, config: SpikingMambaConfig, name: str) -> SpikeEncoder:
+        return SpikeEncoder(
+            neuron=None if config.neuron is None else neurons.build(config.neuron),
+            membrane=config.membrane,
+            threshold=config.layer_threshold(self.layer_idx)[name],
+            learn_threshold=config.learn_threshold,
+            sgc=config.sgc,
+            spike_driven=config.spike_driven,
+        )
+
+    def before_out_proj(self) -> torch.Tensor:
+        """The weight that scales what ``out_proj``'s neuron gets."""
+        raise NotImplementedError
+
+    def _project(
+        self, name: str, x: torch.Tensor, cache: Cache | None, accumulations: list[torch.Tensor] | None = None
+    ) -> torch.Tensor:
+        """Run a projection; its neuron's states live in slots of the cache behind convolution and scan.
+
+        Args:
+            accumulations: takes up how many accumulations the spikes cost, float32 ``[B, L]``.
+        """
+        linear, encoder = getattr(self, name), getattr(self, self.encoders[name])
+        if cache is None or not self.states_per_neuron:
+            spikes = encoder(x)
+        else:
+            first = 1 + PROJECTIONS.index(name) * self.states_per_neuron
+            slots = range(first, first + self.states_per_neuron)
+            states = caches.neuron_states(cache, self.layer_idx, slots)
+            spikes = encoder(x, states)
+            caches.update_neuron_states(cache, self.layer_idx, slots, states)
+        if accumulations is not None and spikes.emitted is not None:
+            size = spikes.emitted.abs().sum(-1, dtype=torch.float32)
+            accumulations.append(size * linear.out_features)
+        return project(linear, spikes)
+
+
+def _rename_first_form(module: SpikeFed, state_dict: dict, prefix: str, *args: object) -> None:
+    """Take up checkpoints in which neuron and threshold belonged to the linear layer."""
+    for linear, encoder in module.encoders.items():
+        for part in ("log_threshold", "neuron."):
+            old = f"{prefix}{linear}.{part}"
+            for key in [key for key in state_dict if key.startswith(old)]:
+                state_dict[f"{prefix}{encoder}.{key.removeprefix(f'{prefix}{linear}.')}"] = state_dict.pop(
+                    key
+                )
+
+
+# the same for from_pretrained
+FIRST_FORM = {
+    f"{linear}.{part}": f"{encoder}.{part}"
+    for linear, encoder in SpikeFed.encoders.items()
+    for part in ("log_threshold", "neuron")
+}
