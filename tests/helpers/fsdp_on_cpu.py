@@ -1,5 +1,6 @@
 """Run a script under accelerate's FSDP plugin on CPUs, where accelerate would ignore it."""
 
+import os
 import runpy
 import sys
 
@@ -19,4 +20,5 @@ def with_plugin(self, *args, fsdp_plugin=None, **kwargs):
 if __name__ == "__main__":
     AcceleratorState.__init__ = with_plugin
     sys.argv = sys.argv[1:]
+    sys.path[0] = os.path.dirname(sys.argv[0])  # as Python does for a script
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -37,4 +37,5 @@ if __name__ == "__main__":
     else:
         at(harness.SpikingMambaLM, "_model_call")
     sys.argv = sys.argv[2:]
+    sys.path[0] = os.path.dirname(sys.argv[0])  # as Python does for a script
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -39,4 +39,5 @@ if __name__ == "__main__":
     moment = sys.argv[1]
     (in_step if moment == "step" else in_checkpoint)(moment)
     sys.argv = sys.argv[2:]
+    sys.path[0] = os.path.dirname(sys.argv[0])  # as Python does for a script
     runpy.run_path(sys.argv[0], run_name="__main__")

@@ -18,6 +18,7 @@ import spiking_mamba
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, evaluation
 from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import train_tokenizer
+from spiking_mamba.evaluation import evaluator
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, ROOT / "recipes/evaluate/evaluate.py", ROOT / "recipes/evaluate/evaluate.yaml"]
@@ -208,7 +209,7 @@ def test_a_killed_run_goes_on(checkpoints, tmp_path, call):
 def test_ctrl_c_keeps_what_is_measured(checkpoints, tmp_path, call, monkeypatch):
     output = tmp_path / "stopped"
     arguments = [f"models={checkpoints}/student0/model", f"output={output}", *SMALL]
-    measure = evaluation.score
+    measure = evaluator.score
 
     def interrupt(lm, task, *others):
         if task.config.task != "copa":
@@ -216,7 +217,7 @@ def test_ctrl_c_keeps_what_is_measured(checkpoints, tmp_path, call, monkeypatch)
         return measure(lm, task, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluation, "score", interrupt)
+        patch.setattr(evaluator, "score", interrupt)
         done = call(*arguments)
     said = f"the cache {output / 'cache'} keeps what is measured (1 so far); the same command goes on."
     assert (done.returncode, done.stderr.splitlines()[-1]) == (130, f"interrupted: {said}")
