@@ -11,6 +11,7 @@ from spiking_mamba.model.block import SpikingMambaBlock
 from spiking_mamba.model.cache import Cache, SpikingMambaOutput, takes_any_cache_name
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.norms import RMSNorm
+from spiking_mamba.model.packing import documents_of, moved, pack, real_tokens, reject_unknown_arguments
 from spiking_mamba.model.pretrained import SpikingMambaPreTrainedModel
 
 __all__ = ["SpikingMambaModel", "Stream"]
@@ -64,6 +65,9 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         return_dict: bool | None = None,
         attention_mask: torch.Tensor | None = None,
         output_accumulations: bool = False,
+        seq_idx: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple | SpikingMambaOutput:
         """A batch of sequences, or their next tokens behind those that a cache has seen.
@@ -81,13 +85,18 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
             output_hidden_states: return the residual stream behind every block.
             output_accumulations: return what the spikes cost, see :class:`SpikingMambaOutput`.
             return_dict: false for a tuple.
-            attention_mask: ``[B, L]``, or longer by what the cache has seen; 1 for tokens, 0 for padding.
+            attention_mask: ``[B, L]``, or longer by what the cache has seen; 1 for tokens, 0 for padding, on
+                any side or inside: no state moves there, and what comes out at it means nothing.
+            seq_idx, position_ids, cu_seq_lens_q: any of them says where documents begin that are packed in
+                one row, see :func:`~spiking_mamba.model.packing.documents_of`; each starts afresh.
 
         Raises:
+            TypeError: an argument that is none of these, nor one of :data:`~.packing.IGNORED`.
             ValueError: neither ids nor embeddings are given, or both; a token id lies outside the vocabulary
                 (checked on the CPU); the batch size has changed in the midst of a stream; a cache is passed
                 in training with gradient checkpointing, which would run every block twice on it.
         """
+        reject_unknown_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         self._check_ids(input_ids)
@@ -104,17 +113,18 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
             cache = caches.new_cache(self.config)
 
         hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        mask = _local_mask(attention_mask, hidden_states.shape[1])
+        shape = hidden_states.shape[:2]
+        real = real_tokens(attention_mask, shape)
+        document = documents_of(shape, seq_idx, position_ids, cu_seq_lens_q, real)
+        order, packing = pack(shape, real, document, cache is not None, self.config.states_per_neuron > 0)
+        hidden_states = moved(hidden_states, order)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         kept: tuple[torch.Tensor, ...] = ()
         accumulations = None
         for block in self.layers:
             hidden_states = block(
-                hidden_states,
-                cache=cache,
-                attention_mask=mask,
-                output_accumulations=output_accumulations,
+                hidden_states, cache=cache, packing=packing, output_accumulations=output_accumulations
             )
             if output_accumulations:
                 hidden_states, cost = hidden_states
@@ -122,6 +132,10 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
             if output_hidden_states:
                 kept += (hidden_states,)
         hidden_states = self.norm_f(hidden_states)
+        if order is not None:
+            back = torch.argsort(order, dim=1)
+            hidden_states, *kept = (moved(tensor, back) for tensor in (hidden_states, *kept))
+            accumulations = None if accumulations is None else moved(accumulations, back)
         if streaming:
             self.stream.cache = cache
 
@@ -168,15 +182,3 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
                 "call functional.reset_net(model) between sequences."
             )
         return cache
-
-
-def _local_mask(attention_mask: torch.Tensor | None, length: int) -> torch.Tensor | None:
-    """The mask ``[B, L]`` of these tokens, out of one that covers a cache's past too; None: all are real.
-
-    A single token is never padding: ``generate()`` keeps the mask of the prompt.
-    """
-    if attention_mask is None or length == 1:
-        return None
-    if not torch.compiler.is_compiling() and bool((attention_mask == 1).all()):
-        return None
-    return attention_mask[:, -length:].contiguous()

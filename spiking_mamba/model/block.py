@@ -12,23 +12,34 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 from transformers import initialization as init
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from spiking_mamba.model import cache as caches
-from spiking_mamba.model import scan as ssd
+from spiking_mamba.model import scan
 from spiking_mamba.model.cache import Cache, takes_any_cache_name
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.mlp import SpikingMambaMLP
 from spiking_mamba.model.norms import GatedRMSNorm, RMSNorm
+from spiking_mamba.model.packing import Packing
 from spiking_mamba.model.spike_fed import SpikeFed
 
 __all__ = ["SpikingMambaBlock", "SpikingMambaMixer"]
 
 
-def _hide_padding(x: torch.Tensor, attention_mask: torch.Tensor | None) -> torch.Tensor:
-    """``[B, L, C]`` with zeros wherever the mask ``[B, L]`` is 0."""
-    return x if attention_mask is None else (x * attention_mask[..., None]).to(x.dtype)
+def _last(window: torch.Tensor, taps: int, packing: Packing | None) -> torch.Tensor:
+    """The last ``taps`` inputs ``[B, taps, C]`` of each row of ``[B, taps + L, C]`` before its padding, zeros
+    where they belong to a document before the last."""
+    if packing is None:
+        return window[:, -taps:]
+    ends = packing.lengths(window[:, taps:])
+    at = ends[:, None] + torch.arange(taps, device=window.device)  # [B, taps]
+    last = window.gather(1, at[..., None].expand(-1, -1, window.shape[2]))
+    if packing.document is None:
+        return last
+    document = F.pad(packing.document, (taps, 0), value=0).gather(1, at)
+    return last.masked_fill((document != document[:, -1:])[..., None], 0)
 
 
 class SpikingMambaMixer(SpikeFed):
@@ -98,28 +109,24 @@ class SpikingMambaMixer(SpikeFed):
         self,
         hidden_states: torch.Tensor,
         cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
+        packing: Packing | None = None,
         accumulations: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """``[B, L, hidden_size] -> [B, L, hidden_size]``; states are read from and written to the cache.
-        ``accumulations`` as in :class:`SpikeFed`."""
+        ``packing`` and ``accumulations`` as in :class:`SpikeFed`."""
         batch, length, _ = hidden_states.shape
-        hidden_states = _hide_padding(hidden_states, attention_mask)
-        scan_state = None
+        scan_state = conv_state = None
         if cache is not None:
             scan_state = caches.scan_state(cache, self.layer_idx)
             conv_state = caches.conv_state(cache, self.layer_idx)
-            if length == 1 and conv_state is not None:
+            moves_in_place = length == 1 and packing is None and not torch.is_grad_enabled()
+            if conv_state is not None and moves_in_place and accumulations is None:
                 return self.step(hidden_states, conv_state, scan_state, cache)
 
-        gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache, accumulations))
-        if cache is not None:  # what comes back starts with the tokens before these
-            xBC = caches.update_conv_state(
-                cache, self.layer_idx, xBC.transpose(1, 2), self.conv_kernel_size
-            ).transpose(1, 2)
-        xBC = ssd.causal_conv1d(xBC, self.conv1d.weight.squeeze(1), self.conv1d.bias, self.activation)
-        x, B, C = self._split_heads(_hide_padding(xBC[:, -length:], attention_mask))
-        y = ssd.chunk_scan(
+        gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache, packing, accumulations))
+        xBC = self._convolve(xBC, conv_state, cache, packing)
+        x, B, C = self._split_heads(xBC)
+        y = scan.chunk_scan(
             x,
             dt,
             self._A(),
@@ -131,12 +138,36 @@ class SpikingMambaMixer(SpikeFed):
             dt_limit=self.time_step_limit,
             initial_states=scan_state,
             return_final_states=cache is not None,
+            document=None if packing is None else packing.document,
+            real=None if packing is None else packing.real,
         )
         if cache is not None:
             y, scan_state = y
             caches.update_scan_state(cache, self.layer_idx, scan_state)
         y = self.norm(y.reshape(batch, length, -1), gate)
-        return self._project("out_proj", y.to(hidden_states.dtype), cache, accumulations)
+        return self._project("out_proj", y.to(hidden_states.dtype), cache, packing, accumulations)
+
+    def _convolve(
+        self,
+        xBC: torch.Tensor,
+        state: torch.Tensor | None,
+        cache: Cache | None,
+        packing: Packing | None,
+    ) -> torch.Tensor:
+        """The convolution of ``[B, L, conv_dim]`` behind the inputs before, which move on in the cache."""
+        length, taps = xBC.shape[1], self.conv_kernel_size
+        document = None if packing is None else packing.document
+        if cache is not None:
+            before = xBC.new_zeros(xBC.shape[0], taps, xBC.shape[2])
+            if state is not None:
+                before = state.transpose(1, 2).to(xBC.dtype)
+            window = torch.cat([before, xBC], 1)  # [B, taps + L, conv_dim]
+            caches.update_conv_state(cache, self.layer_idx, _last(window, taps, packing).transpose(1, 2))
+            if state is not None:
+                xBC = window
+                document = None if document is None else F.pad(document, (taps, 0), value=0)
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        return scan.causal_conv1d(xBC, weight, bias, self.activation, document)[:, -length:]
 
     def step(
         self,
@@ -152,9 +183,9 @@ class SpikingMambaMixer(SpikeFed):
         """
         gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache))
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        xBC = ssd.causal_conv1d_update(xBC, conv_state, weight, bias, self.activation)
+        xBC = scan.causal_conv1d_update(xBC, conv_state, weight, bias, self.activation)
         x, B, C = (tensor[:, 0] for tensor in self._split_heads(xBC))
-        y = ssd.state_update(
+        y = scan.state_update(
             scan_state, x, dt[:, 0], self._A(), B, C, self.D, self.dt_bias, self.time_step_limit
         )
         y = self.norm(y.flatten(1).unsqueeze(1), gate)
@@ -196,7 +227,7 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         self,
         hidden_states: torch.Tensor,
         cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
+        packing: Packing | None = None,
         output_accumulations: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """``[B, L, hidden_size] -> [B, L, hidden_size]``, and if asked for, how many accumulations the spikes
@@ -204,18 +235,18 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         run = self._run
         if self.compiles and cache is None and not self._is_watched():
             run = functools.partial(_compiled_block(), self)
-        return run(hidden_states, cache, attention_mask, output_accumulations)
+        return run(hidden_states, cache, packing, output_accumulations)
 
     def _run(
         self,
         hidden_states: torch.Tensor,
         cache: Cache | None,
-        attention_mask: torch.Tensor | None,
+        packing: Packing | None,
         output_accumulations: bool,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         accumulations: list[torch.Tensor] | None = [] if output_accumulations else None
         normalised, residual = self._normalise(hidden_states)
-        hidden_states = residual + self.mixer(normalised, cache, attention_mask, accumulations)
+        hidden_states = residual + self.mixer(normalised, cache, packing, accumulations)
         if accumulations is None:
             return hidden_states
         return hidden_states, sum(accumulations, torch.zeros((), device=residual.device))

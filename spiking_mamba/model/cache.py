@@ -130,9 +130,11 @@ def conv_state(cache: Cache, layer_idx: int) -> torch.Tensor | None:
     return cache.get_conv_state(layer_idx)
 
 
-def update_conv_state(cache: Cache, layer_idx: int, x: torch.Tensor, kernel_size: int) -> torch.Tensor:
-    """Append ``x`` ``[B, conv_dim, L]``; return it behind the earlier inputs that the convolution sees."""
-    return cache.update_conv_state(x, layer_idx, conv_kernel_size=kernel_size)
+def update_conv_state(cache: Cache, layer_idx: int, state: torch.Tensor) -> None:
+    """Replace the last inputs ``[B, conv_dim, K]`` of a layer's convolution."""
+    layer = cache.layers[layer_idx]
+    layer.has_previous_state[0] = False  # or it would be put behind what is there
+    cache.update_conv_state(state, layer_idx, conv_kernel_size=state.shape[-1])
 
 
 def scan_state(cache: Cache, layer_idx: int) -> torch.Tensor | None:

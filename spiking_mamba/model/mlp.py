@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from spiking_mamba.model.cache import Cache, takes_any_cache_name
 from spiking_mamba.model.configuration import SpikingMambaConfig
+from spiking_mamba.model.packing import Packing
 from spiking_mamba.model.spike_fed import SpikeFed
 
 __all__ = ["SpikingMambaMLP"]
@@ -41,13 +42,13 @@ class SpikingMambaMLP(SpikeFed):
         self,
         hidden_states: torch.Tensor,
         cache: Cache | None = None,
-        attention_mask: torch.Tensor | None = None,
+        packing: Packing | None = None,
         accumulations: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """``[B, L, hidden_size] -> [B, L, hidden_size]``; the mask is a mixer's and does nothing here.
+        """``[B, L, hidden_size] -> [B, L, hidden_size]``; ``packing`` and
         ``accumulations`` as in :class:`SpikeFed`."""
-        gate, up = self._project("in_proj", hidden_states, cache, accumulations).chunk(2, dim=-1)
-        return self._project("out_proj", F.silu(gate) * up, cache, accumulations)
+        gate, up = self._project("in_proj", hidden_states, cache, packing, accumulations).chunk(2, dim=-1)
+        return self._project("out_proj", F.silu(gate) * up, cache, packing, accumulations)
 
     def step(
         self,

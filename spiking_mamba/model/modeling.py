@@ -78,6 +78,11 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         inputs = super().prepare_inputs_for_generation(
             input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
         )
+        if cache is not None and not is_first_iteration and inputs.get("attention_mask") is not None:
+            ids = inputs.get("input_ids")
+            if ids is not None and ids.shape[1] == 1:  # a token that was just drawn is no padding
+                inputs["attention_mask"] = None
+        inputs.pop("position_ids", None)  # documents are not packed here
         return inputs | {"cache": cache}
 
     @takes_any_cache_name
@@ -93,6 +98,10 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         output_accumulations: bool = False,
+        seq_idx: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        cu_seq_lens_q: torch.Tensor | None = None,
+        num_items_in_batch: int | torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple | SpikingMambaCausalLMOutput:
         """Next-token logits, and their loss where labels are given.
@@ -102,15 +111,17 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
             logits_to_keep: positions whose logits are wanted: the last so many, 0 for all, or a tensor of
                 indices ``[n]`` or ``[B, n]``.
             input_ids, inputs_embeds, cache, output_hidden_states, return_dict, use_cache, attention_mask,
-                output_accumulations: see :meth:`SpikingMambaModel.forward`.
-            kwargs: of the loss, as ``num_items_in_batch``.
+                output_accumulations, seq_idx, position_ids, cu_seq_lens_q: see
+                :meth:`SpikingMambaModel.forward`.
+            num_items_in_batch: by what the loss's sum is divided, instead of by its number of tokens.
 
         Returns:
             Logits ``[B, L, vocab_size]`` in float32, and the mean cross-entropy.
         """
         return_dict = self.config.return_dict if return_dict is None else return_dict
-        plain = labels is None and not output_hidden_states and not output_accumulations and return_dict
-        if self.graphs is not None and plain:
+        others = labels, attention_mask, seq_idx, position_ids, cu_seq_lens_q
+        plain = all(value is None for value in others) and not (output_hidden_states or output_accumulations)
+        if self.graphs is not None and plain and return_dict:
             logits, moved = self._captured(input_ids, cache, use_cache)
             if logits is not None:
                 return SpikingMambaCausalLMOutput(logits=logits, **{caches.OUTPUT_NAME: moved})
@@ -123,13 +134,20 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
             return_dict=True,
             attention_mask=attention_mask,
             output_accumulations=output_accumulations,
+            seq_idx=seq_idx,
+            position_ids=position_ids,
+            cu_seq_lens_q=cu_seq_lens_q,
+            **kwargs,
         )
         hidden_states = _positions_to_keep(output.last_hidden_state, logits_to_keep)
         logits = self._head(hidden_states)
         loss = None
         if labels is not None:
             loss = self.loss_function(
-                logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs
+                logits=logits,
+                labels=labels,
+                vocab_size=self.config.vocab_size,
+                num_items_in_batch=num_items_in_batch,
             )
         if not return_dict:
             values = loss, logits, output.cache, output.hidden_states, output.accumulations

@@ -16,6 +16,8 @@ from transformers import initialization as init
 
 import neurons
 from neurons.compensation import compensate
+from spiking_mamba.model.membrane import drive, drive_pieces
+from spiking_mamba.model.packing import Packing
 
 __all__ = ["SpikeEncoder", "Spikes", "SpikingProjection", "project", "spike_fed"]
 
@@ -126,73 +128,65 @@ class SpikeEncoder(nn.Module):
         surrogate = getattr(self.neuron, "surrogate_function", None)
         return int(getattr(self.neuron, "max_spike_count", getattr(surrogate, "max_spike_count", 1)))
 
-    def forward(self, x: torch.Tensor, states: list | None = None) -> Spikes:
+    def forward(self, x: torch.Tensor, states: list | None = None, packing: Packing | None = None) -> Spikes:
         """Encode activations ``[B, L, C]``.
+
+        The neuron's state belongs to the caller: it goes in and comes out, and nothing of it is in the
+        module, whatever order a checkpointed backward pass recomputes in, and whoever calls at the same time.
 
         Args:
             states: the neuron's states after the previous token, each ``[B, C]``, or an empty list for a
                 fresh sequence; replaced by the states after the last token.
+            packing: where the tokens are.
         """
         if self.neuron is None:
             return Spikes(x)
         threshold = self._factor()
         u = x if threshold is None else x.float() / threshold
         if self.training and self._compensates and not self.spike_driven:
-            emitted, fed = self._compensated(u, states)
+            emitted, fed = self._compensated(u, states, packing)
         else:
-            emitted = fed = self._emit(u, states)
+            emitted = fed = self._emit(u, states, packing)
         if not torch.is_autocast_enabled(x.device.type):
             fed = fed.to(x.dtype)
         if self.spike_driven:
             fed = neurons.SignedCountToTernary(self.max_spike_count)(fed.unsqueeze(0))
         return Spikes(fed, emitted, threshold)
 
-    def _emit(self, u: torch.Tensor, states: list | None = None) -> torch.Tensor:
-        """The neuron's spikes ``[B, L, C]`` for ``u``, in units of V_th.
-
-        Its state belongs to the caller: it goes in and comes out, and nothing is left in the module, whatever
-        order a checkpointed backward pass recomputes in.
-        """
+    def _emit(
+        self, u: torch.Tensor, states: list | None = None, packing: Packing | None = None
+    ) -> torch.Tensor:
+        """The neuron's spikes ``[B, L, C]`` for ``u``, in units of V_th."""
         node = self.neuron
         assert node is not None
-        if self._stateless:
-            node.stateless = True
-            return node(u.unsqueeze(0))[0]
-        step_mode = node.step_mode
-        node.step_mode = "m"
-        try:
-            if self.membrane == "token":
-                return node(u.unsqueeze(0))[0]
-            if states:
-                node._memories.update(zip(node._memories, states, strict=True))
-            spike = node(u.transpose(0, 1)).transpose(0, 1)
-            if states is not None:
-                states[:] = node._memories.values()
-            return spike
-        finally:
-            node.reset()
-            node.step_mode = step_mode
+        if self.membrane == "token":
+            return node.stateless_step(u[None])[0] if self._stateless else drive(node, u[None], [])[0]
+        pieces = None if packing is None else packing.pieces
+        states = [] if states is None else states
+        if pieces is not None:
+            return drive_pieces(node, u, states, pieces)
+        return drive(node, u.transpose(0, 1), states).transpose(0, 1)
 
     @property
     def _stateless(self) -> bool:
         """Whether the node works without a potential: nobody will ask for it, every token being a window."""
-        return self.membrane == "token" and isinstance(self.neuron, neurons.SILIFNode)
+        node = self.neuron
+        able = getattr(node, "supports_stateless_step", False) and not getattr(node, "store_v_seq", False)
+        return self.membrane == "token" and able
 
-    def _compensated(self, u: torch.Tensor, states: list | None) -> tuple[torch.Tensor, torch.Tensor]:
+    def _compensated(
+        self, u: torch.Tensor, states: list | None, packing: Packing | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """The spikes, and these with SGC's smooth path mixed in, each ``[B, L, C]``."""
         assert self.sgc is not None
         mode, function = self.sgc["mode"], self.sgc["function"]
-        compiling = torch.compiler.is_compiling()
-        if compiling or not self._stateless:
+        compiling, node = torch.compiler.is_compiling(), self.neuron
+        if compiling or not (self._stateless and getattr(node, "supports_compensation", False)):
             lam = self._compiled_lambda if compiling else self._sgc_lambda
-            spike = self._emit(u, states)
+            spike = self._emit(u, states, packing)
             return spike, compensate(u, spike, mode, function, lam, self.max_spike_count)
-        node = self.neuron
-        node.compensation = mode, function, self._sgc_lambda
-        try:
-            return self._emit(u), node.compensated[0]
-        finally:
-            node.compensation = node.compensated = None
+        spike, mixed = node.compensated(u[None], mode, function, self._sgc_lambda)
+        return spike[0], mixed[0]
 
 
 def project(linear: nn.Module, spikes: Spikes) -> torch.Tensor:

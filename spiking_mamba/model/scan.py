@@ -15,7 +15,7 @@ import sys
 import types
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional as F
@@ -69,13 +69,27 @@ def _conv_kernel_takes(x: torch.Tensor, weight: torch.Tensor, activation: str) -
 
 
 def causal_conv1d(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, activation: str
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    activation: str,
+    document: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Depthwise causal convolution and activation, ``[B, L, C] -> [B, L, C]``; weight ``[C, K]``."""
-    if torch.compiler.is_compiling():
+    """Depthwise causal convolution and activation, ``[B, L, C] -> [B, L, C]``; weight ``[C, K]``.
+
+    ``document``, int ``[B, L]``: a token sees those of its own document only.
+    """
+    if torch.compiler.is_compiling() or document is not None:
         length, taps = x.shape[1], weight.shape[1]
         padded = F.pad(x, (0, 0, taps - 1, 0))
-        y = sum(padded[:, k : k + length] * weight[:, k] for k in range(taps))
+        windows = [padded[:, k : k + length] for k in range(taps)]
+        if document is not None:
+            before = F.pad(document, (taps - 1, 0), value=-1)
+            windows = [
+                window.masked_fill((before[:, k : k + length] != document)[..., None], 0)
+                for k, window in enumerate(windows)
+            ]
+        y = sum(window * weight[:, k] for k, window in enumerate(windows))
         return ACT2FN[activation](y if bias is None else y + bias).to(x.dtype)
     channels_first = x.transpose(1, 2)
     if x.is_cuda and (kernels := _conv_kernels()) is not None and _conv_kernel_takes(x, weight, activation):
@@ -95,6 +109,14 @@ def causal_conv1d_update(
     return ACT2FN[activation](y if bias is None else y + bias).to(x.dtype)[:, None]
 
 
+def _options(
+    D: torch.Tensor, dt_bias: torch.Tensor, document: torch.Tensor | None, dt_min: float, dt_max: float
+) -> dict[str, Any]:
+    """mamba-ssm's names of what a fresh scan takes."""
+    limit = dt_min, dt_max
+    return {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "dt_limit": limit, "seq_idx": document}
+
+
 @torch.library.custom_op("spiking_mamba::chunk_scan", mutates_args=())
 def _scan_operator(
     x: torch.Tensor,
@@ -104,6 +126,7 @@ def _scan_operator(
     C: torch.Tensor,
     D: torch.Tensor,
     dt_bias: torch.Tensor,
+    document: torch.Tensor | None,
     chunk_size: int,
     dt_min: float,
     dt_max: float,
@@ -111,12 +134,18 @@ def _scan_operator(
     """mamba-ssm's scan from a fresh state, as ``torch.compile`` takes it; arguments: :func:`chunk_scan`."""
     kernels = _triton_kernels()
     assert kernels is not None
-    options = {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "dt_limit": (dt_min, dt_max)}
+    options = {
+        "D": D,
+        "dt_bias": dt_bias,
+        "dt_softplus": True,
+        "dt_limit": (dt_min, dt_max),
+        "seq_idx": document,
+    }
     return kernels.forward(x, dt, A, B, C, chunk_size, **options)[0].contiguous()
 
 
 @_scan_operator.register_fake
-def _(x, dt, A, B, C, D, dt_bias, chunk_size, dt_min, dt_max):
+def _(x, dt, A, B, C, D, dt_bias, document, chunk_size, dt_min, dt_max):
     return x.new_empty(x.shape)
 
 
@@ -131,20 +160,27 @@ def _scan_backward_operator(
     C: torch.Tensor,
     D: torch.Tensor,
     dt_bias: torch.Tensor,
+    document: torch.Tensor | None,
     chunk_size: int,
     dt_min: float,
     dt_max: float,
 ) -> list[torch.Tensor]:
     kernels = _triton_kernels()
     assert kernels is not None
-    options = {"D": D, "dt_bias": dt_bias, "dt_softplus": True, "dt_limit": (dt_min, dt_max)}
+    options = {
+        "D": D,
+        "dt_bias": dt_bias,
+        "dt_softplus": True,
+        "dt_limit": (dt_min, dt_max),
+        "seq_idx": document,
+    }
     dx, ddt, dA, dB, dC, dD, _, ddt_bias, _ = kernels.backward(grad, x, dt, A, B, C, y, chunk_size, **options)
     found = zip((dx, ddt, dA, dB, dC, dD, ddt_bias), (x, dt, A, B, C, D, dt_bias), strict=True)
     return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in found]
 
 
 @_scan_backward_operator.register_fake
-def _(grad, y, x, dt, A, B, C, D, dt_bias, chunk_size, dt_min, dt_max):
+def _(grad, y, x, dt, A, B, C, D, dt_bias, document, chunk_size, dt_min, dt_max):
     return [tensor.new_empty(tensor.shape) for tensor in (x, dt, A, B, C, D, dt_bias)]
 
 
@@ -155,7 +191,7 @@ def _scan_setup(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None
 
 
 def _scan_autograd(ctx: Any, grad: torch.Tensor):
-    return (*_scan_backward_operator(grad, *ctx.saved_tensors, *ctx.constants), None, None, None)
+    return (*_scan_backward_operator(grad, *ctx.saved_tensors, *ctx.constants), None, None, None, None)
 
 
 _scan_operator.register_autograd(_scan_autograd, setup_context=_scan_setup)
@@ -171,6 +207,39 @@ def _segment_sums(a: torch.Tensor) -> torch.Tensor:
     return columns.masked_fill(~lower.tril(-1), 0.0).cumsum(-2).masked_fill(~lower, -math.inf)
 
 
+class _Documents(NamedTuple):
+    """Which parts of a chunked scan stay within one document: bool, of tokens ``[b, c, l, s]``, from the
+    start of a chunk and to its end ``[b, c, l]``, and from end to end ``[b, c]``."""
+
+    pairs: torch.Tensor
+    from_start: torch.Tensor
+    to_end: torch.Tensor
+    whole: torch.Tensor
+
+
+def _documents_in_chunks(document: torch.Tensor | None, chunk_size: int) -> _Documents | None:
+    if document is None:
+        return None
+    padded = torch.cat([document, document[:, -1:].expand(-1, -document.shape[1] % chunk_size)], 1)
+    chunks = padded.unflatten(1, (-1, chunk_size))  # [b, c, l]
+    last = chunks[..., -1]
+    before = F.pad(last[:, :-1], (1, 0), value=0)  # the state that comes in belongs to document 0
+    return _Documents(
+        chunks[..., :, None] == chunks[..., None, :],
+        chunks == before[..., None],
+        chunks == last[..., None],
+        last == before,
+    )
+
+
+def _time_steps(
+    dt: torch.Tensor, dt_bias: torch.Tensor, dt_limit: Sequence[float], real: torch.Tensor | None
+) -> torch.Tensor:
+    """``[B, L, H]``, float32; 0 at padding, where the state then stays as it is."""
+    dt = F.softplus(dt.float() + dt_bias.float()).clamp(*dt_limit)
+    return dt if real is None else dt.masked_fill(~real[..., None], 0.0)
+
+
 def _scan_torch(
     x: torch.Tensor,
     dt: torch.Tensor,
@@ -182,6 +251,8 @@ def _scan_torch(
     dt_bias: torch.Tensor,
     dt_limit: Sequence[float],
     initial_states: torch.Tensor | None = None,
+    document: torch.Tensor | None = None,
+    real: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """:func:`chunk_scan` in float32, whatever comes in: ``y`` and the last states.
 
@@ -197,7 +268,7 @@ def _scan_torch(
         padded = F.pad(tensor, (0,) * (2 * tensor.ndim - 3) + (-length % chunk_size,))
         return padded.unflatten(1, (-1, chunk_size))
 
-    dt = F.softplus(dt.float() + dt_bias.float()).clamp(*dt_limit)  # [b, L, h]
+    dt = _time_steps(dt, dt_bias, dt_limit, real)  # [b, L, h]
     x, B, C = x.float(), chunks(B.float()), chunks(C.float())
     inputs = chunks(x * dt[..., None]).unflatten(3, (groups, -1))  # [b, c, l, g, r, p]
     a = chunks(A.float() * dt).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # [b, c, g, r, l]
@@ -205,18 +276,28 @@ def _scan_torch(
 
     # what the tokens of a chunk give one another
     scores = torch.einsum("bclgn,bcsgn->bcgls", C, B)[:, :, :, None] * _segment_sums(a).exp()
+    within = _documents_in_chunks(document, chunk_size)
+    if within is not None:
+        scores = scores * within.pairs[:, :, None, None]
     y = torch.einsum("bcgrls,bcsgrp->bclgrp", scores, inputs)
 
     # what every chunk adds to the state by its end, and the states at the start of each and behind the last
     to_end = (a_sums[..., -1:] - a_sums).exp().permute(0, 1, 4, 2, 3)[..., None]  # [b, c, l, g, r, 1]
+    if within is not None:
+        to_end = to_end * within.to_end[..., None, None, None]
     added = torch.einsum("bclgn,bclgrp->bcgrpn", B, inputs * to_end)
     first = torch.zeros_like(added[:, 0]) if initial_states is None else initial_states.float()
     added = torch.cat([first.view_as(added[:, 0])[:, None], added], 1)
-    across = _segment_sums(F.pad(a_sums[..., -1].movedim(1, -1), (1, 0))).exp()  # [b, g, r, c + 1, c + 1]
+    whole = a_sums[..., -1].movedim(1, -1)  # [b, g, r, c]
+    if within is not None:
+        whole = whole.masked_fill(~within.whole[:, None, None], -math.inf)
+    across = _segment_sums(F.pad(whole, (1, 0))).exp()  # [b, g, r, c + 1, c + 1]
     states = torch.einsum("bgrdc,bcgrpn->bdgrpn", across, added)
 
     # what the tokens before a chunk give it
     from_start = a_sums.exp().permute(0, 1, 4, 2, 3)[..., None]
+    if within is not None:
+        from_start = from_start * within.from_start[..., None, None, None]
     y = y + torch.einsum("bclgn,bcgrpn->bclgrp", C, states[:, :-1]) * from_start
 
     y = y.flatten(1, 2)[:, :length].flatten(2, 3) + D.float()[:, None] * x
@@ -236,22 +317,31 @@ def chunk_scan(
     dt_limit: tuple[float, float],
     initial_states: torch.Tensor | None = None,
     return_final_states: bool = False,
+    document: torch.Tensor | None = None,
+    real: torch.Tensor | None = None,
 ):
     """The chunked scan of Mamba-2 (Dao & Gu, arXiv 2405.21060, section 6).
 
     Args:
         x: ``[B, L, H, P]``. dt: ``[B, L, H]``, before bias and softplus. A: ``[H]``, negative.
         B, C: ``[B, L, G, N]``. D, dt_bias: ``[H]``.
-        initial_states: ``[B, H, P, N]``.
+        initial_states: ``[B, H, P, N]``, where document 0 begins.
+        document: int32 ``[B, L]``, ascending in every row: each but 0 begins at zeros.
+        real: bool ``[B, L]``, false for padding, at which no state moves.
 
     Returns:
         ``y`` of the shape of ``x``, and the last states ``[B, H, P, N]`` if asked for.
     """
     if not _on_triton(x):
-        y, last = _scan_torch(x, dt, A, B, C, chunk_size, D, dt_bias, dt_limit, initial_states)
+        y, last = _scan_torch(
+            x, dt, A, B, C, chunk_size, D, dt_bias, dt_limit, initial_states, document, real
+        )
         return (y, last) if return_final_states else y
-    if torch.compiler.is_compiling() and initial_states is None and not return_final_states:
-        return _scan_operator(x, dt, A, B, C, D, dt_bias, chunk_size, *map(float, dt_limit))
+    softplus = real is None
+    if not softplus:  # the kernel knows no padding
+        dt, dt_bias, dt_limit = _time_steps(dt, dt_bias, dt_limit, real), None, (0.0, math.inf)
+    elif torch.compiler.is_compiling() and initial_states is None and not return_final_states:
+        return _scan_operator(x, dt, A, B, C, D, dt_bias, document, chunk_size, *map(float, dt_limit))
     return _triton_kernels().chunk_scan(
         x,
         dt,
@@ -262,7 +352,8 @@ def chunk_scan(
         D=D,
         dt_bias=dt_bias,
         initial_states=initial_states,
-        dt_softplus=True,
+        seq_idx=document,
+        dt_softplus=softplus,
         dt_limit=tuple(dt_limit),
         return_final_states=return_final_states,
     )

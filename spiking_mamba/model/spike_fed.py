@@ -9,6 +9,7 @@ import neurons
 from spiking_mamba.model import cache as caches
 from spiking_mamba.model.cache import Cache
 from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
+from spiking_mamba.model.packing import Packing
 from spiking_mamba.model.projection import SpikeEncoder, project
 
 __all__ = ["SpikeFed"]
@@ -41,21 +42,27 @@ class SpikeFed(nn.Module):
         raise NotImplementedError
 
     def _project(
-        self, name: str, x: torch.Tensor, cache: Cache | None, accumulations: list[torch.Tensor] | None = None
+        self,
+        name: str,
+        x: torch.Tensor,
+        cache: Cache | None,
+        packing: Packing | None = None,
+        accumulations: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """Run a projection; its neuron's states live in slots of the cache behind convolution and scan.
 
         Args:
+            packing: where the tokens are.
             accumulations: takes up how many accumulations the spikes cost, float32 ``[B, L]``.
         """
         linear, encoder = getattr(self, name), getattr(self, self.encoders[name])
         if cache is None or not self.states_per_neuron:
-            spikes = encoder(x)
+            spikes = encoder(x, packing=packing)
         else:
             first = 1 + PROJECTIONS.index(name) * self.states_per_neuron
             slots = range(first, first + self.states_per_neuron)
             states = caches.neuron_states(cache, self.layer_idx, slots)
-            spikes = encoder(x, states)
+            spikes = encoder(x, states, packing)
             caches.update_neuron_states(cache, self.layer_idx, slots, states)
         if accumulations is not None and spikes.emitted is not None:
             size = spikes.emitted.abs().sum(-1, dtype=torch.float32)

@@ -26,7 +26,7 @@ from torch import nn
 
 from spiking_mamba.model.backbone import SpikingMambaModel
 from spiking_mamba.model.cache import CACHE_NAMES, one_cache
-from spiking_mamba.model.projection import SpikeEncoder, spike_fed
+from spiking_mamba.model.projection import Spikes, spike_fed
 
 if TYPE_CHECKING:
     import pandas
@@ -329,10 +329,12 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, mask: torch.Tensor, length: int) -> "Layout":
-        """The last ``length`` tokens of ``mask`` ``[B, >= L]``, which covers a cache's past too."""
-        real = mask.bool()
-        position = (real.cumsum(1) - 1).clamp_(min=0)[:, -length:].contiguous()
-        real = real[:, -length:]
+        """The last ``length`` tokens of ``mask`` ``[B, >= L]``, which covers a cache's past too, as the
+        blocks see them: before their padding."""
+        before, here = mask[:, :-length].bool().sum(1), mask[:, -length:].bool().sum(1)
+        step = torch.arange(length, device=mask.device)
+        real = step < here[:, None]
+        position = (before[:, None] + step).clamp(max=mask.shape[1] - 1)
         tokens = torch.zeros(mask.shape[1], dtype=torch.float64, device=mask.device)
         tokens.index_add_(0, position.flatten(), real.double().flatten())
         return cls((~real).contiguous(), position, tokens)
@@ -411,13 +413,13 @@ def count_spikes(model: nn.Module, *, histogram: bool = True) -> Iterator[SpikeC
     )
     masks = _Masks()
 
-    def counter(encoder: SpikeEncoder, spikes: ProjectionSpikes):
-        def count(node: nn.Module, args: tuple, output: torch.Tensor) -> None:
+    def counter(spikes: ProjectionSpikes):
+        def count(encoder: nn.Module, args: tuple, output: Spikes) -> None:
             if torch._C._current_graph_task_id() != -1:  # recomputed by gradient checkpointing
                 return
+            assert output.emitted is not None
             # detached at once: what this saved for a backward pass, the recomputation would not
-            spike = output.detach()  # [1, B, L, C] or [L, B, C]
-            spike = spike[0] if encoder.membrane == "token" else spike.transpose(0, 1)
+            spike = output.emitted.detach()  # [B, L, C]
             spikes.add(spike, masks.layout(spike.shape[1]))
 
         return count
@@ -428,9 +430,7 @@ def count_spikes(model: nn.Module, *, histogram: bool = True) -> Iterator[SpikeC
             hooks.append(module.register_forward_pre_hook(masks.before, with_kwargs=True))
             hooks.append(module.register_forward_hook(masks.after, always_call=True))
     for name, projection in projections.items():
-        encoder = projection.spikes
-        assert encoder.neuron is not None
-        hooks.append(encoder.neuron.register_forward_hook(counter(encoder, counts.projections[name])))
+        hooks.append(projection.spikes.register_forward_hook(counter(counts.projections[name])))
     try:
         yield counts
     finally:

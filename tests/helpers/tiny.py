@@ -53,16 +53,10 @@ def recorded_spikes(model):
     """All spikes by projection, ``{name: [[B, L, C] of every call]}``."""
     found = {name: [] for name in model.projections()}
 
-    def record(name, membrane):
-        def hook(node, args, output):
-            found[name].append((output[0] if membrane == "token" else output.transpose(0, 1)).detach())
+    def record(name):
+        return lambda encoder, args, output: found[name].append(output.emitted.detach())
 
-        return hook
-
-    hooks = [
-        projection.neuron.register_forward_hook(record(name, projection.spikes.membrane))
-        for name, projection in model.projections().items()
-    ]
+    hooks = [p.spikes.register_forward_hook(record(name)) for name, p in model.projections().items()]
     try:
         yield found
     finally:
