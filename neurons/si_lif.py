@@ -1,6 +1,7 @@
 """SI-LIF: the signed-integer leaky integrate-and-fire neuron as a spikingjelly node."""
 
 import math
+from dataclasses import dataclass
 from numbers import Real
 
 import torch
@@ -8,10 +9,20 @@ from spikingjelly.activation_based.neuron import BaseNode
 
 from . import compensation, functional
 from .backend import BACKENDS, check_cupy
-from .cupy import ops as cupy_ops
+from .cupy.si_lif import ops as cupy_ops
 from .surrogate import SignedSpikeCount, SurrogateFunctionBase
 
 __all__ = ["SILIFNode"]
+
+
+@dataclass
+class _Mixture:
+    """What a call mixes into its spikes, and the result: beside the output, which hooks see."""
+
+    mode: str
+    function: str
+    lam: float
+    mixed: torch.Tensor | None = None
 
 
 class SILIFNode(BaseNode):
@@ -44,6 +55,9 @@ class SILIFNode(BaseNode):
         TypeError: a parameter, or at the call the input, has the wrong type.
         ValueError: a parameter is out of its range.
     """
+
+    supports_stateless_step = True  # it has `stateless_step`
+    supports_compensation = True  # it has `compensated`
 
     max_spike_count: int
     tau: float
@@ -92,12 +106,8 @@ class SILIFNode(BaseNode):
         self.tau = float(tau)
         self.backend = backend
         # Make every element of the input a window of its own that starts at V = 0, keep no potential, in
-        # either step mode: what a projection asks for whose every token stands alone. Half the traffic.
+        # either step mode: half the traffic where every token stands alone. `stateless_step` does so once.
         self.stateless = False
-        # For such a call in training: (mode, function, lambda) of a smooth path that is mixed into the
-        # spikes in the same pass, see neurons.compensation. The mixture is left in `compensated`.
-        self.compensation: tuple[str, str, float] | None = None
-        self.compensated: torch.Tensor | None = None
 
     @property
     def supported_backends(self) -> tuple[str, ...]:
@@ -159,10 +169,6 @@ class SILIFNode(BaseNode):
         return self.backend == "cupy"
 
     def _signed_spike_count(self, x: torch.Tensor) -> torch.Tensor:
-        if self.compensation is not None:
-            function = (cupy_ops if self._on_cupy() else compensation).compensated_spike_count
-            spike, self.compensated = function(x, self.surrogate_function, *self.compensation)
-            return spike
         signed_spike_count = (cupy_ops if self._on_cupy() else functional).signed_spike_count
         return signed_spike_count(x, self.v_threshold, self.surrogate_function)
 
@@ -187,8 +193,52 @@ class SILIFNode(BaseNode):
         spike_seq, v, _ = self._multi_step(inputs[0], states[0], False)
         return (spike_seq,), (v, *states[1:])
 
-    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-        return self._signed_spike_count(x) if self.stateless else super().forward(x, *args, **kwargs)
+    def forward(
+        self,
+        x: torch.Tensor,
+        *args: object,
+        stateless: bool = False,
+        mixture: _Mixture | None = None,
+        **kwargs: object,
+    ) -> torch.Tensor:
+        """The spikes of ``x``; ``stateless`` and ``mixture`` are for the two methods below."""
+        if mixture is not None:
+            compensated = (cupy_ops if self._on_cupy() else compensation).compensated_spike_count
+            spike, mixture.mixed = compensated(
+                x, self.surrogate_function, mixture.mode, mixture.function, mixture.lam
+            )
+            return spike
+        if stateless or self.stateless:
+            return self._signed_spike_count(x)
+        return super().forward(x, *args, **kwargs)
+
+    def stateless_step(self, x: torch.Tensor) -> torch.Tensor:
+        """The spikes of fresh neurons for one step: a call as if ``stateless`` were set.
+
+        Args:
+            x: any shape, in either step mode.
+
+        Returns:
+            Spikes of that shape. The node's potential is neither read nor written.
+        """
+        return self(x, stateless=True)
+
+    def compensated(
+        self, u: torch.Tensor, mode: str, function: str, lam: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """:meth:`stateless_step` at unit threshold, and its spikes with a smooth path mixed in, in one pass.
+
+        Args:
+            u: input in units of V_th, any shape.
+            mode, function, lam: as in :func:`neurons.compensation.compensate`.
+
+        Returns:
+            ``(spike, mixed)``, each of that shape. Hooks of the node see the spikes.
+        """
+        mixture = _Mixture(mode, function, lam)
+        spike = self(u, mixture=mixture)
+        assert mixture.mixed is not None
+        return spike, mixture.mixed
 
     def multi_step_forward(self, x_seq: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
         states: tuple[object, ...] = (self.v,)

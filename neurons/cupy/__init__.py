@@ -1,8 +1,11 @@
-"""The CuPy backend: one CUDA source, its launcher, its torch operators.
+"""The CuPy backend: a folder for each kernel, one launcher and one way to torch's operators for all.
 
-Inside this package ``import cupy`` is the real CuPy: imports are absolute.
+A kernel is a folder ``<kernel>/`` of two files: ``kernel.cu``, which may include ``arithmetic.cuh`` and
+``vectors.cuh``, and ``ops.py``, which declares it by :func:`neurons.cupy.operators.operator` and runs it by
+:func:`neurons.cupy.launcher.launch`. Inside this package ``import cupy`` is the real CuPy: imports are
+absolute.
 """
 
-from .ops import si_lif_multi_step, signed_spike_count
+from .si_lif.ops import si_lif_multi_step, signed_spike_count
 
 __all__ = ["si_lif_multi_step", "signed_spike_count"]

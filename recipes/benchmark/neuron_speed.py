@@ -28,7 +28,7 @@ from spikingjelly.activation_based import functional as sj_functional
 from spikingjelly.activation_based import neuron as sj_neuron
 
 from neurons import SignedSpikeCount, SILIFNode, compensation
-from neurons.cupy import kernel, ops
+from neurons.cupy.si_lif import kernel, ops
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.interruption import interruptible, measured_so_far
 

@@ -11,7 +11,7 @@ import torch
 from spikingjelly.activation_based import functional as sj_functional
 
 from neurons import SignedSpikeCount, SILIFNode, TILIFNode, compensation, functional, set_backend
-from neurons.cupy import kernel, ops
+from neurons.cupy.si_lif import kernel, ops
 from tests.helpers.kernel_parity import (
     VARIANTS,
     Case,
@@ -23,6 +23,7 @@ from tests.helpers.kernel_parity import (
 )
 
 DEVICE = "cuda"
+OPERATORS = torch.ops.neurons
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 
 pytestmark = [
@@ -198,10 +199,12 @@ def test_opcheck() -> None:
         x = torch.randn(T, *shape, device=DEVICE, requires_grad=True)
         v = torch.randn(shape, device=DEVICE, requires_grad=True)
         args = (x, v, 0.5, 0.7, 4, 1.0, 4.0, False, torch.float32, True, True)
-        torch.library.opcheck(ops._multi_step, args)
+        torch.library.opcheck(OPERATORS.si_lif_multi_step.default, args)
     x = torch.randn(3, 50, device=DEVICE, requires_grad=True)
-    torch.library.opcheck(ops._count, (x, 0.7, 4, 1.0, 4.0, torch.float32, True))
-    torch.library.opcheck(ops._compensated, (x, 4, 1.0, 4.0, "blend", "clip", 0.5, torch.bfloat16))
+    torch.library.opcheck(OPERATORS.signed_spike_count.default, (x, 0.7, 4, 1.0, 4.0, torch.float32, True))
+    torch.library.opcheck(
+        OPERATORS.compensated_spike_count.default, (x, 4, 1.0, 4.0, "blend", "clip", 0.5, torch.bfloat16)
+    )
 
 
 @pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])

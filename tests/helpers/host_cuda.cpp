@@ -1,4 +1,4 @@
-// neurons/cupy/si_lif.cu on the CPU: its kernels use neither barriers nor shared memory, so running their
+// neurons/cupy/si_lif/kernel.cu on the CPU: its kernels use neither barriers nor shared memory, so running their
 // threads one after the other is running them. Compiled and driven by tests/helpers/host_kernel.py.
 #include <cmath>
 #include <cstring>
@@ -49,7 +49,7 @@ DEV unsigned short float_to_half(float f) {
 }
 
 #define ALL_KERNELS  // the one asked for and all others
-#include "si_lif.cu"
+#include "kernel.cu"
 
 extern "C" void run_forward(int family, int grid, int block, FORWARD_PARAMETERS) {
   gridDim.x = grid;

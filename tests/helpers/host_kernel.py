@@ -1,4 +1,4 @@
-"""Runs ``neurons/cupy/si_lif.cu`` on the CPU: compiled by the host's C++ compiler, launched by ctypes."""
+"""Runs ``neurons/cupy/si_lif/kernel.cu`` on the CPU: by the host's C++ compiler and ctypes."""
 
 import ctypes
 import functools
@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from neurons.cupy import kernel
+from neurons.cupy import launcher
+from neurons.cupy.si_lif import kernel
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
 FAMILIES = ("single", "wide", "tall")
@@ -30,25 +31,27 @@ def _library(options: tuple[str, ...]) -> ctypes.CDLL:
     out = Path(_folder().name) / (hashlib.sha256(repr(defines).encode()).hexdigest()[:16] + ".so")
     flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
     source = Path(__file__).with_name("host_cuda.cpp")
-    command = [COMPILER, *flags, f"-I{kernel.SOURCE.parent}", *defines, str(source), "-o", str(out)]
+    command = [COMPILER, *flags, f"-I{kernel.SOURCE.path.parent}", *defines, str(source), "-o", str(out)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return ctypes.CDLL(str(out))
 
 
 def launch(
+    source: launcher.Source,
     name: str,
     device: torch.device,
     options: tuple[str, ...],
-    grid: int,
-    block: int,
+    grid: tuple[int, ...],
+    block: tuple[int, ...],
     args: tuple[np.generic, ...],
 ) -> None:
-    """Stands in for ``kernel.launch``."""
+    """Stands in for ``launcher.launch``."""
+    assert source is kernel.SOURCE
     assert device.type == "cpu"
     direction, family = name.split("_")
     typed = [C_TYPES[a.dtype.str[1:]](a.item()) for a in args]
     library = _library(tuple(o for o in options if "ONLY" not in o))
     if family == "compensated":
-        getattr(library, f"run_{name}")(grid, block, *typed)
+        getattr(library, f"run_{name}")(*grid, *block, *typed)
     else:
-        getattr(library, f"run_{direction}")(FAMILIES.index(family), grid, block, *typed)
+        getattr(library, f"run_{direction}")(FAMILIES.index(family), *grid, *block, *typed)

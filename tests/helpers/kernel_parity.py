@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from neurons import SignedSpikeCount, compensation, functional
-from neurons.cupy import ops
+from neurons.cupy.si_lif import ops
 
 # Gradients may differ from the oracle's by that much of the largest: 1e-6, or one unit in the last place.
 GRADIENT_TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

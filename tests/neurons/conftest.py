@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from neurons import si_lif
-from neurons.cupy import kernel
+from neurons.cupy import launcher
 from tests.helpers import host_kernel
 
 
@@ -35,10 +35,9 @@ class Nvrtc:
         getattr(self.lib, f"nvrtcGet{kind}")(program, buffer)
         return buffer.value.decode()
 
-    def ptx(self, options: tuple[str, ...]) -> str:
-        program = ctypes.c_void_p()
-        source = kernel.SOURCE.read_bytes()
-        assert self.lib.nvrtcCreateProgram(ctypes.byref(program), source, b"si_lif.cu", 0, None, None) == 0
+    def ptx(self, source: launcher.Source, options: tuple[str, ...]) -> str:
+        program, text = ctypes.c_void_p(), source.text.encode()
+        assert self.lib.nvrtcCreateProgram(ctypes.byref(program), text, b"kernel.cu", 0, None, None) == 0
         array = (ctypes.c_char_p * len(options))(*(o.encode() for o in options))
         status = self.lib.nvrtcCompileProgram(program, len(options), array)
         assert status == 0, self._string("ProgramLog", program)
@@ -60,6 +59,6 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
     """The CuPy backend with its kernels running on the CPU."""
     if host_kernel.COMPILER is None:
         pytest.skip("no C++ compiler")
-    monkeypatch.setattr(kernel, "launch", host_kernel.launch)
-    monkeypatch.setattr(kernel, "DEVICE_TYPES", ("cpu",))
+    monkeypatch.setattr(launcher, "launch", host_kernel.launch)
+    monkeypatch.setattr(launcher, "DEVICE_TYPES", ("cpu",))
     monkeypatch.setattr(si_lif, "check_cupy", lambda: None)

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from neurons import SignedSpikeCount, SILIFNode, compensation
-from neurons.cupy import kernel, ops
+from neurons.cupy.launcher import STORAGE
+from neurons.cupy.si_lif import kernel, ops
 from tests.helpers.kernel_parity import check_compensated
 
 FUNCTIONS = tuple(compensation.SMOOTH_FUNCTIONS)
-DTYPES = tuple(kernel.STORAGE)
+DTYPES = tuple(STORAGE)
 VARIANTS = list(itertools.product(compensation.MODES, FUNCTIONS))
 COUNT = SignedSpikeCount(4)
 
@@ -23,11 +24,13 @@ COUNT = SignedSpikeCount(4)
 def test_compiles_to_ptx(nvrtc, name: str, arch: int) -> None:
     pairs = [(x, s) for x in DTYPES for s in {x, torch.float16, torch.bfloat16}]
     instantiations = {
-        kernel.module_options(name, x, s, 1.0, False, grad_spike=grad_spike, mode=mode, function=function)
+        kernel.module_options(name, kernel.Variant(x, s, True, False, False, grad_spike, mode, function))
         for (x, s), (mode, function), grad_spike in itertools.product(pairs, VARIANTS, (True, False))
     }
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sources = pool.map(lambda o: nvrtc.ptx((*o, f"-arch=compute_{arch}")), sorted(instantiations))
+        sources = pool.map(
+            lambda o: nvrtc.ptx(kernel.SOURCE, (*o, f"-arch=compute_{arch}")), sorted(instantiations)
+        )
         for options, ptx in zip(sorted(instantiations), sources, strict=True):
             assert f".entry {name}(" in ptx
             if ("-DX=F32" in options) == ("-DS=F32" in options):  # else 16 bytes in and 8 out
@@ -99,24 +102,24 @@ def test_opcheck() -> None:
     u = torch.randn(3, 50, requires_grad=True)
     for dtype in (torch.float32, torch.bfloat16):
         arguments = (u, 4, 1.0, 4.0, "blend", "scaled_tanh", 0.5, dtype)
-        torch.library.opcheck(ops._compensated, arguments)
+        torch.library.opcheck(torch.ops.neurons.compensated_spike_count.default, arguments)
 
 
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("backend", ["torch", "cupy"])
-def test_a_node_leaves_the_mixture(backend: str) -> None:
+def test_a_node_gives_the_mixture_beside_its_spikes(backend: str) -> None:
     u = torch.randn(1, 3, 50)
     node = SILIFNode(4, step_mode="m", backend=backend)
     seen: list[torch.Tensor] = []
     node.register_forward_hook(lambda node, args, output: seen.append(output))
-    node.stateless, node.compensation = True, ("blend", "scaled_tanh", 0.5)
-    spike = node(u)
+    spike, actual_mixed = node.compensated(u, "blend", "scaled_tanh", 0.5)
     expected, mixed = compensation.compensated_spike_count(u, COUNT, "blend", "scaled_tanh", 0.5)
     assert torch.equal(spike, expected)
     assert torch.equal(seen[0], expected)  # who counts spikes sees spikes
-    torch.testing.assert_close(node.compensated, mixed)
-    node.compensation = None
-    assert torch.equal(node(u), expected)
+    torch.testing.assert_close(actual_mixed, mixed)
+    assert torch.equal(node.stateless_step(u), expected)
+    assert torch.equal(seen[1], expected)
+    assert node.v == 0.0
 
 
 @pytest.mark.usefixtures("host")

@@ -2,13 +2,10 @@
 
 import contextlib
 import dataclasses
-import importlib.util
 import itertools
 import math
 import os
-import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,15 +13,15 @@ import torch
 from spikingjelly.activation_based import functional as sj_functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from neurons import SignedSpikeCount, SILIFNode, TILIFNode, backend, set_backend, si_lif
-from neurons.cupy import kernel, ops
+from neurons import SignedSpikeCount, SILIFNode, TILIFNode
+from neurons.cupy.launcher import STORAGE
+from neurons.cupy.si_lif import kernel, ops
 from tests.helpers.kernel_parity import VARIANTS, Case, check_count, check_multi_step
 
+OPERATORS = torch.ops.neurons
 KERNELS = [f"{d}_{f}" for d in ("forward", "backward") for f in ("single", "wide", "tall")]
 # Input and spikes: equal, or the spikes in one of autocast's two dtypes.
-PAIRS = [
-    (x, s) for x, s in itertools.product(kernel.STORAGE, repeat=2) if s in (x, torch.float16, torch.bfloat16)
-]
+PAIRS = [(x, s) for x, s in itertools.product(STORAGE, repeat=2) if s in (x, torch.float16, torch.bfloat16)]
 
 
 # ---- NVRTC ----
@@ -35,10 +32,10 @@ def _instantiations(name: str) -> list[tuple[str, ...]]:
     forward, single = name.startswith("forward"), name.endswith("single")
     return sorted(
         {
-            kernel.module_options(name, x, s, v_threshold, stateful, v_seq, grad_spike)
-            for (x, s), v_threshold, stateful, v_seq, grad_spike in itertools.product(
+            kernel.module_options(name, kernel.Variant(x, s, unit, stateful, v_seq, grad_spike))
+            for (x, s), unit, stateful, v_seq, grad_spike in itertools.product(
                 PAIRS,
-                (1.0, 0.3),
+                (True, False),
                 (False, True) if single else (True,),
                 (False, True),
                 (True,) if forward else (True, False),
@@ -55,7 +52,9 @@ def test_compiles_to_ptx(nvrtc, name: str, arch: int) -> None:
     instantiations = _instantiations(name)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sources = list(
-            pool.map(lambda o: nvrtc.ptx((*o, f"-arch=compute_{arch}", "-ftz=true")), instantiations)
+            pool.map(
+                lambda o: nvrtc.ptx(kernel.SOURCE, (*o, f"-arch=compute_{arch}", "-ftz=true")), instantiations
+            )
         )
     for options, ptx in zip(instantiations, sources, strict=True):
         assert f".entry {name}(" in ptx
@@ -71,10 +70,11 @@ def test_compiles_to_ptx(nvrtc, name: str, arch: int) -> None:
         assert ("div.rn.f32" in arithmetic) == ("-DUNIT_THRESHOLD=0" in options)
 
 
-@pytest.mark.parametrize("dtype", list(kernel.STORAGE))
+@pytest.mark.parametrize("dtype", list(STORAGE))
 @pytest.mark.parametrize("name", [k for k in KERNELS if not k.endswith("tall")])
 def test_accesses_16_bytes(nvrtc, name: str, dtype: torch.dtype) -> None:
-    ptx = nvrtc.ptx((*kernel.module_options(name, dtype, dtype, 1.0, False), "-arch=compute_90"))
+    options = kernel.module_options(name, kernel.Variant(dtype, dtype, True, False))
+    ptx = nvrtc.ptx(kernel.SOURCE, (*options, "-arch=compute_90"))
     assert "ld.global.nc.v4" in ptx or "ld.global.v4" in ptx
     assert "st.global.v4" in ptx
 
@@ -104,7 +104,7 @@ def test_random_fp32_bit_patterns(v_threshold: float) -> None:
 
 
 @pytest.mark.usefixtures("host")
-@pytest.mark.parametrize("dtype", list(kernel.STORAGE))
+@pytest.mark.parametrize("dtype", list(STORAGE))
 @pytest.mark.parametrize("tau", [math.inf, 3.0, 10.0])
 @pytest.mark.parametrize("v_threshold", [1.0, 0.3, 1.7])
 @pytest.mark.parametrize("detach_reset", [False, True])
@@ -118,7 +118,7 @@ def test_sequences(dtype: torch.dtype, tau: float, v_threshold: float, detach_re
 
 @pytest.mark.usefixtures("host")
 @pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("dtype", list(kernel.STORAGE))
+@pytest.mark.parametrize("dtype", list(STORAGE))
 def test_variants(dtype: torch.dtype, variant: str) -> None:
     for T, shape in [
         (1, (2051,)),
@@ -199,9 +199,11 @@ def _multi_step_arguments(device: str, x_dtype=torch.float32, T=5, shape=(8,), g
 @pytest.mark.usefixtures("host")
 def test_opcheck() -> None:
     for T, shape in [(5, (8,)), (1, (2, 3)), (40, (9,)), (0, (4,)), (3, (0,))]:
-        torch.library.opcheck(ops._multi_step, _multi_step_arguments("cpu", T=T, shape=shape))
+        torch.library.opcheck(
+            OPERATORS.si_lif_multi_step.default, _multi_step_arguments("cpu", T=T, shape=shape)
+        )
     x = torch.randn(3, 50, requires_grad=True)
-    torch.library.opcheck(ops._count, (x, 0.7, 4, 1.0, 4.0, torch.float32, True))
+    torch.library.opcheck(OPERATORS.signed_spike_count.default, (x, 0.7, 4, 1.0, 4.0, torch.float32, True))
 
 
 @pytest.mark.usefixtures("host")
@@ -259,9 +261,9 @@ def test_the_mask_is_kept_only_for_a_backward_pass() -> None:
         ops.si_lif_multi_step(x.requires_grad_(), 0.0, math.inf, 1.0, SignedSpikeCount())
     assert [t.dtype for t in saved] == [torch.uint8]
     with torch.no_grad():
-        *_, mask, _ = ops._multi_step(*_multi_step_arguments("cpu")[:-2], False, False)
+        *_, mask, _ = OPERATORS.si_lif_multi_step(*_multi_step_arguments("cpu")[:-2], False, False)
     assert mask.numel() == 0
-    spike, *_ = ops._multi_step(*_multi_step_arguments("cpu")[:-2], False, False)
+    spike, *_ = OPERATORS.si_lif_multi_step(*_multi_step_arguments("cpu")[:-2], False, False)
     with pytest.raises(RuntimeError, match="store_mask=False"):
         spike.sum().backward()
 
@@ -301,7 +303,7 @@ def test_argument_packing() -> None:
 
 
 def test_options_follow_the_call() -> None:
-    options = kernel.module_options("forward_wide", torch.float32, torch.bfloat16, 1.0, True)
+    options = kernel.module_options("forward_wide", kernel.Variant(torch.float32, torch.bfloat16, True, True))
     assert {
         "-DONLY_forward_wide=1",
         "-DX=F32",
@@ -311,104 +313,5 @@ def test_options_follow_the_call() -> None:
         "--fmad=false",
     } <= set(options)
     assert "-DUNIT_THRESHOLD=0" in kernel.module_options(
-        "backward_tall", torch.float16, torch.float16, 0.3, True
+        "backward_tall", kernel.Variant(torch.float16, torch.float16, False, True)
     )
-
-
-# ---- Errors: each its own, none silent ----
-
-
-def _call(node: SILIFNode, x: torch.Tensor) -> torch.Tensor:
-    return node(x)
-
-
-@pytest.fixture
-def fresh_check():
-    backend.check_cupy.cache_clear()
-    yield
-    backend.check_cupy.cache_clear()
-
-
-@pytest.mark.usefixtures("fresh_check")
-def test_cupy_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None)
-    with pytest.raises(RuntimeError, match="not installed: pip install cupy"):
-        _call(SILIFNode(step_mode="m", backend="cupy"), torch.randn(2, 3))
-
-
-@pytest.mark.usefixtures("fresh_check")
-def test_cupy_broken(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    (tmp_path / "cupy.py").write_text(
-        "raise ImportError('libcudart.so.13: cannot open shared object file')\n"
-    )
-    monkeypatch.delitem(sys.modules, "cupy", raising=False)
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(RuntimeError, match=r"installed but does not import: libcudart\.so\.13"):
-        _call(SILIFNode(step_mode="m", backend="cupy"), torch.randn(2, 3))
-
-
-@pytest.fixture
-def cupy_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(si_lif, "check_cupy", lambda: None)
-
-
-class _Subclass(SignedSpikeCount):
-    """Changes nothing, so the kernel serves it."""
-
-
-class _Other(SignedSpikeCount):
-    @staticmethod
-    def spiking_function(x, max_spike_count, alpha, grad_window):
-        return x.round()
-
-
-@pytest.mark.usefixtures("cupy_there")
-@pytest.mark.parametrize(
-    ("surrogate", "name"),
-    [
-        (_Other(4), "_Other"),
-        (SignedSpikeCount(4, spiking=False), "spiking=False"),
-        (torch.nn.Identity(), "Identity"),
-    ],
-)
-def test_surrogate_without_a_kernel(surrogate, name: str) -> None:
-    with pytest.raises(TypeError, match=f"(?s)no.*{name}|SignedSpikeCount.*{name}"):
-        _call(SILIFNode(4, surrogate_function=surrogate, step_mode="m", backend="cupy"), torch.randn(2, 3))
-
-
-@pytest.mark.usefixtures("host")
-def test_a_subclass_that_overrides_nothing_has_a_kernel() -> None:
-    x = torch.randn(2, 3)
-    node = SILIFNode(4, surrogate_function=_Subclass(4), step_mode="m", backend="cupy")
-    assert torch.equal(node(x), SILIFNode(4, step_mode="m")(x))
-
-
-@pytest.mark.usefixtures("cupy_there")
-def test_input_errors() -> None:
-    node = SILIFNode(step_mode="m", backend="cupy")
-    with pytest.raises(RuntimeError, match="runs on CUDA tensors, got one on cpu"):
-        node(torch.randn(2, 3))
-    with pytest.raises(TypeError, match=r"float32, float16 or bfloat16, got torch\.float64"):
-        node(torch.randn(2, 3, dtype=torch.float64))
-    with pytest.raises(TypeError, match=r"got torch\.int64"):
-        node(torch.ones(2, 3, dtype=torch.int64))
-    with pytest.raises(RuntimeError, match="step mode 'm' only"):
-        SILIFNode(step_mode="s", backend="cupy")(torch.randn(3))
-
-
-@pytest.mark.usefixtures("host")
-def test_state_errors() -> None:
-    x = torch.randn(2, 3)
-    with pytest.raises(ValueError, match="potential on meta"):
-        ops.si_lif_multi_step(x, torch.zeros(3, device="meta"), math.inf, 1.0, SignedSpikeCount())
-    with pytest.raises(RuntimeError):
-        ops.si_lif_multi_step(x, torch.zeros(4), math.inf, 1.0, SignedSpikeCount())
-    with pytest.raises(ValueError, match="not exact"):
-        ops.si_lif_multi_step(x.bfloat16(), 0.0, math.inf, 1.0, SignedSpikeCount(300))
-
-
-@pytest.mark.usefixtures("cupy_there")
-def test_set_backend_never_raises_half_way() -> None:
-    net = torch.nn.Sequential(SILIFNode(step_mode="s"), TILIFNode(step_mode="m"))
-    set_backend(net, "cupy")
-    assert [m.backend for m in net] == ["cupy", "cupy"]
