@@ -153,7 +153,8 @@ def pack(
     if real is not None and bool((real[:, 1:] & ~real[:, :-1]).any()):
         order = torch.argsort(~real, dim=1, stable=True)
         real = real.gather(1, order)
-        document = None if document is None else document.gather(1, order)
+        if document is not None:  # what has moved to the end belongs to the last document there
+            document = document.gather(1, order).cummax(1).values
     if not keeps_states:
         real = None  # padding is at the end: no token sees it
     if real is None and document is None:

@@ -67,7 +67,7 @@ def test_projections_get_the_changed_input(neuron, site, per):
 
     def record(name):
         def hook(module, args, output):
-            seen[name] = (args[0].clone(), output.clone())
+            seen[name] = (args[0].clone(), output.fed.clone())
 
         return hook
 
@@ -76,10 +76,10 @@ def test_projections_get_the_changed_input(neuron, site, per):
     handles = []
     for layer, mixer in enumerate(mixers):
         for name in ("in_proj", "out_proj"):
-            projection = getattr(mixer, name)
-            handles.append(projection.register_forward_hook(record((layer, name))))
+            encoder = getattr(mixer, mixer.encoders[name])
+            handles.append(encoder.register_forward_hook(record((layer, name))))
             handles.append(
-                projection.register_forward_pre_hook(
+                encoder.register_forward_pre_hook(
                     lambda module, args, key=(layer, name): given_to.update({key: args[0].clone()})
                 )
             )
@@ -94,7 +94,8 @@ def test_projections_get_the_changed_input(neuron, site, per):
         assert torch.equal(x, expected)
         assert (name == site) == (not torch.equal(x, original))
         with torch.no_grad():
-            torch.testing.assert_close(getattr(mixers[layer], name)(expected), y, rtol=0, atol=0)
+            encoder = getattr(mixers[layer], mixers[layer].encoders[name])
+            torch.testing.assert_close(encoder(expected).fed, y, rtol=0, atol=0)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from tests.helpers.tiny import INTEGER, tiny_model, tokens
 
 def _forward(x, dt, A, B, C, chunk_size, **options):
     assert options.pop("dt_softplus")
-    return ssd._scan_torch(x, dt, A, B, C, chunk_size, **options)
+    return ssd._scan_torch(x, dt, A, B, C, chunk_size, document=options.pop("seq_idx"), **options)
 
 
 def _chunk_scan(*inputs, return_final_states, **options):
@@ -64,8 +64,10 @@ def _inputs(length=20):
 
 @pytest.mark.usefixtures("kernels")
 def test_the_operator_is_one():
-    arguments = (*_inputs(), 8, 0.0, float("inf"))
-    torch.library.opcheck(ssd._scan_operator, arguments)
+    document = torch.tensor([0] * 5 + [1] * 9 + [2] * 6, dtype=torch.int32).expand(2, -1).contiguous()
+    for which in (None, document):
+        arguments = (*_inputs(), which, 8, 0.0, float("inf"))
+        torch.library.opcheck(ssd._scan_operator, arguments)
 
 
 def test_a_compiled_block_equals_an_uncompiled_one(kernels):

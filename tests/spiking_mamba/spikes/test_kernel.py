@@ -6,7 +6,7 @@ import sys
 SCRIPT = """
 import itertools
 import torch
-from spiking_mamba.spike_kernel import tally
+from spiking_mamba.spikes.kernel import tally
 from spiking_mamba.spikes import _SUMS, Layout, ProjectionSpikes
 
 draw = torch.Generator().manual_seed(0)
