@@ -1,6 +1,7 @@
 """Where results come from: command, commit, machine and versions."""
 
 import dataclasses
+import functools
 import platform
 import shlex
 import subprocess
@@ -14,7 +15,7 @@ import torch
 
 from spiking_mamba.common.machine import device_name
 
-__all__ = ["package_versions", "provenance"]
+__all__ = ["commit_of", "is_clean", "package_versions", "provenance"]
 
 _PACKAGES = ("spiking-mamba", "torch", "transformers", "spikingjelly", "lm-eval")
 
@@ -35,7 +36,7 @@ def provenance(settings: Any) -> dict[str, Any]:
     """What a reader needs to repeat a run; ``settings`` is a dataclass."""
     return {
         "command": shlex.join(["python", *(_relative(argument) for argument in sys.argv)]),
-        "commit": _commit(),
+        "commit": commit_of(Path(__file__).parents[2]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {
             "device": device_name(),
@@ -53,17 +54,31 @@ def _relative(argument: str) -> str:
     return str(path.relative_to(root)) if path.is_absolute() and path.is_relative_to(root) else argument
 
 
-def _commit() -> str | None:
-    """The git commit of this package, ``-dirty`` if its files are changed; None if it is no checkout."""
-    root = Path(__file__).parents[2]
+@functools.cache  # at the first question: later ones are about code that is loaded by then
+def commit_of(root: Path) -> str | None:
+    """The git commit of a checkout; None if it is none.
+
+    ``-dirty`` says that its files are changed, but for those in ``docs``: results are recorded there while
+    the next ones are made.
+    """
     if not (root / ".git").exists():  # git would look above it, into whatever it is installed in
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
+        commit = _git(root, "rev-parse", "HEAD")
+        changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)docs")
     except (OSError, subprocess.SubprocessError):
         return None
-    return done.stdout.strip() or None
+    return f"{commit}-dirty" if changed else commit
+
+
+def is_clean(commit: str | None) -> bool:
+    """Whether a commit of :func:`commit_of` is all that a reader needs to have the code."""
+    return commit is not None and not commit.endswith("-dirty")
+
+
+def _git(root: Path, *arguments: str) -> str:
+    command = ["git", "-C", str(root), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
 
 
 def _cpu() -> str:
