@@ -1,4 +1,4 @@
-"""docs/results.md from results written by hand: every number traced to its file, none without one."""
+"""docs/results.md from results written by hand: every number traced to its record, none without one."""
 
 import json
 import re
@@ -8,10 +8,17 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import frontier
 import pytest
 import results
-import study
 import yaml
+from measures import fingerprint
+from placeholders import parse
+from study import IDENTITY
+from table import OUTSIDE, Table
+
+from spiking_mamba.common.records import put_record, read_records
+from spiking_mamba.common.settings import parse_settings
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,6 +34,8 @@ ROWS = [
 CLAIMS = [
     {"claim": "It saves energy.", "rows": ["fine", "coarse"], "verdict": "Reproduced at this scale."},
     {"claim": "It is good.", "rows": ["fine", "never run"], "verdict": "SHOWN TOO EARLY"},
+    {"claim": "It is quick.", "verdict": "SHOWN TOO EARLY: {gain[never run]:.1f}x"},
+    {"claim": "It is new.", "rows": ["fine"]},
     {"claim": "It is pretty.", "verdict": "Cannot be seen at this scale."},
 ]
 LEVERS = [
@@ -34,8 +43,9 @@ LEVERS = [
     {"change": "nothing", "row": "never run", "against": "fine"},
 ]
 FINDINGS = [
-    {"text": "Fine is better than coarse.", "rows": ["fine", "coarse"]},
+    {"text": "Fine is better than coarse by {abs perplexity[fine | coarse]:.1f} %.", "rows": ["control"]},
     {"text": "FOUND TOO EARLY", "rows": ["fine", "never run"]},
+    {"text": "FOUND TOO EARLY: {gain[blown up]:.1f}x"},
 ]
 
 
@@ -63,11 +73,13 @@ def settings(tmp_path):
 
 
 def put(settings, name, seed, perplexity, gain=None, status="done", **others):
-    table = study.parse_settings(study.Table, settings.tables)
+    table = parse_settings(Table, settings.tables)
     row = next(row for row in table.rows if row["name"] == name)
-    own = {k: v for k, v in asdict(table.settings(row, seed)).items() if k not in study.OUTSIDE}
+    own = {k: v for k, v in asdict(table.settings(row, seed)).items() if k not in OUTSIDE}
     gains = {"fp32": gain, "fp16": gain, "int8": gain, "quantised_sparse": 1.5} if gain else {"fp32": 1.0}
     run = {
+        "row": name,
+        "seed": seed,
         "status": status,
         "settings": own,
         "tokens": 10_000,
@@ -75,6 +87,7 @@ def put(settings, name, seed, perplexity, gain=None, status="done", **others):
         "seconds": 30.0,
         "teacher": {"perplexity": 10.0},
         "hardware": {"device": "NVIDIA H100", "gpu": "NVIDIA H100"},
+        "commit": "0123456789abcdef",
         "date": "2026-11-23T10:00:00+00:00",
         "versions": {"torch": "2.11.0"},
         "held_out_tokens": 12_345,
@@ -82,9 +95,7 @@ def put(settings, name, seed, perplexity, gain=None, status="done", **others):
     if status == "done":
         spikes = {"mean_abs": 5.11 / gain, "nonzero_share": 0.25} if gain else {"mean_abs": None}
         run |= {"before": {"perplexity": 20.0}, "after": {"perplexity": perplexity, "gain": gains} | spikes}
-    path = study.result_path(table, row, seed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(run | others))
+    put_record(table.records, run | others, IDENTITY)
 
 
 def page(settings):
@@ -104,7 +115,7 @@ def test_without_runs_there_are_no_numbers(settings, tmp_path):
     assert not any(line.startswith(f"| {row['name']} ") for row in ROWS for line in text.splitlines())
     assert "SHOWN TOO EARLY" not in text
     assert "Fine is better" not in text
-    assert text.count("Not yet run.") == 2
+    assert text.count("Not yet run.") == 4
     assert "Cannot be seen at this scale." in text
     assert not (tmp_path / "frontier.png").exists()
     # 11 runs of 10,000 tokens at 500,000 a second, and 10 seconds around each
@@ -123,7 +134,7 @@ def fill(settings):
 
 def test_the_frontier_is_what_nothing_else_dominates():
     points = [(2.0, 1.0), (3.0, 2.0), (2.5, 3.0), (4.0, 2.0), (5.0, 9.0), (5.0, 8.0), (6.0, 20.0)]
-    best = results.non_dominated(points)
+    best = frontier.non_dominated(points)
     assert best == [(2.0, 1.0), (4.0, 2.0), (5.0, 8.0), (6.0, 20.0)]
     for point in points:  # by the definition
         beaten = any(p[0] >= point[0] and p[1] <= point[1] and p != point for p in points)
@@ -158,7 +169,9 @@ def test_numbers_by_hand(settings, tmp_path):
     # 11.0 over the mean of 10.2, and the rows' gains; the row never run has no line
     assert cells(text, "fewer spikes") == ["fewer spikes", "fine", "+7.84", "5.00 to 9.00"]
     assert "| nothing " not in text
-    assert "Fine is better than coarse." in text
+    assert "Fine is better than coarse by 7.3 %." in text  # 10.2 over 11.0
+    assert text.count("Not yet run.") == 2
+    assert "Run, not yet judged." in text
     assert "FOUND TOO EARLY" not in text
     assert "is met: 'fine' stands +2.00 % from 'control' at 5.00x, 3 seeds against 2 seeds of" in text
     assert (
@@ -166,6 +179,10 @@ def test_numbers_by_hand(settings, tmp_path):
         in text
     )
     assert "8 runs, 4.0 minutes on NVIDIA H100; 2026-11-23 to 2026-11-25; torch 2.11.0; 12,345" in text
+    # the one row of several seeds: 0.1 of 10.2; 1.96 sqrt(2) times that
+    assert "deviation of 0.98 % on average (0.98 to 0.98 %), pooled 0.98 %, so" in text
+    assert "differences below 2.72 % mean nothing" in text
+    assert "†" not in text
     picture = (tmp_path / "frontier.png").read_bytes()
     width, height = struct.unpack(">II", picture[16:24])
     assert (width, height) > (800, 500)
@@ -188,9 +205,88 @@ def test_missed(settings):
     assert "is not met: 'fine' stands +3.50 %" in page(settings)
 
 
+@pytest.mark.parametrize("commit", ["0123456789abcdef-dirty", None])
+def test_what_no_commit_has_is_marked_wherever_it_shows(settings, commit):
+    fill(settings)
+    put(settings, "coarse", 0, 11.0, gain=9.0, commit=commit)
+    text = page(settings)
+    assert cells(text, "coarse")[0] == "coarse †"
+    assert cells(text, "fine")[0] == "fine"
+    assert cells(text, "fewer spikes")[:2] == ["fewer spikes †", "fine"]
+    assert "Fine is better than coarse by 7.3 %. †" in text
+    assert "| It saves energy." in text
+    assert "Reproduced at this scale. † |" in text
+    assert "Run, not yet judged. |" in text
+    assert "the target would be met.\n" in text  # it rests on others
+    assert "or had none: 1 of 8 runs. The picture" in text
+    assert f"; commits 0123456, {'unknown' if commit is None else '0123456'} †." in text
+
+
+def test_a_record_that_lacks_what_is_needed_is_named(settings, tmp_path):
+    fill(settings)
+    path = tmp_path / "results/small.jsonl"
+    record = read_records(path)[0]
+    del record["commit"]
+    put_record(path, record, IDENTITY)
+    with pytest.raises(ValueError, match=r"small\.jsonl: fine, seed 0 has no commit"):
+        results.write(settings)
+
+
+def test_a_text_may_name_rows_of_another_table_on_the_page(settings, tmp_path):
+    fill(settings)
+    content = yaml.safe_load(Path(settings.tables[0]).read_text())
+    content |= {"name": "other", "claims": [], "levers": []}
+    content["findings"] = [{"text": "There it has {gain[small::coarse]:.1f}x."}]
+    other = tmp_path / "other.yaml"
+    other.write_text(yaml.safe_dump(content))
+    settings.tables.append(str(other))
+    assert "There it has 9.0x." in page(settings)
+    before = Path(settings.page).read_text()
+    for wrong, said in (("smal::coarse", "did you mean 'small'"), ("small::course", "did you mean 'coarse'")):
+        content["findings"] = [{"text": f"{{gain[{wrong}]:.1f}}"}]
+        other.write_text(yaml.safe_dump(content))
+        with pytest.raises(ValueError, match=said):
+            results.write(settings)
+    assert Path(settings.page).read_text() == before
+
+
 def test_the_page_in_the_repository_is_that_of_its_files(tmp_path):
     target = tmp_path / "results.md"
     command = [sys.executable, ROOT / "recipes/ablate/results.py", ROOT / "recipes/ablate/results.yaml"]
     done = subprocess.run([*command, f"page={target}"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert target.read_text() == (ROOT / "docs/results.md").read_text()
+
+
+TABLES = [
+    parse_settings(Table, [str(ROOT / path)])
+    for path in yaml.safe_load((ROOT / "recipes/ablate/results.yaml").read_text())["tables"]
+]
+
+
+@pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
+def test_every_record_is_on_the_page_and_will_not_be_run_again(table):
+    records = {tuple(map(record.get, IDENTITY)): record for record in read_records(ROOT / table.records)}
+    assert len(records) == len(read_records(ROOT / table.records))
+    planned = {(row["name"], seed): row for row, seed in table.runs()}
+    assert records.keys() <= planned.keys()
+    for (name, seed), record in records.items():
+        checks = sorted(table.checks_of(planned[name, seed]))
+        assert record["key"] == fingerprint([record["depends"], record["settings"], checks, seed]), name
+
+
+def numbers(text):
+    return {
+        float(found.replace(",", "")) for found in re.findall(r"(?<![\w.])\d+(?:[.,]\d+)*(?:e-\d)?", text)
+    }
+
+
+def test_numbers_typed_by_hand_are_settings():
+    """What stands in a text beside its placeholders is a row's name or setting, never a result."""
+    settings = numbers(json.dumps([(table.rows, table.common) for table in TABLES]))
+    for table in TABLES:
+        texts = [finding["text"] for finding in table.findings]
+        for text in texts + [claim.get("verdict", "") for claim in table.claims]:
+            typed = "".join(piece for piece in parse(text) if isinstance(piece, str))
+            assert numbers(typed) <= settings | {0.0}, typed
+        assert numbers(" ".join(re.findall(r"[\d.]+(?= ?%|x\b)", table.about))) <= settings, table.about

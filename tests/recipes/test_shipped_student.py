@@ -1,6 +1,5 @@
 """The student beside the quickstart's teacher is what its card says."""
 
-import json
 import re
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from spiking_mamba import spike_driven
 from spiking_mamba.common.files import file_sha256
+from spiking_mamba.common.records import read_records
 from spiking_mamba.evaluation.scoring import perplexity
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.model.tokenizer import load_tokenizer
@@ -53,7 +53,8 @@ def test_fed_ternary_micro_steps_it_says_the_same(text):
 
 
 def test_the_card_has_the_numbers_of_its_run():
-    run = json.loads((ROOT / "docs/results/frontier/4.76x_D=64_75M_tokens-0.json").read_text())
+    runs = read_records(ROOT / "docs/results/frontier.jsonl")
+    (run,) = [run for run in runs if (run["row"], run["seed"]) == ("4.76x, D=64, 75M tokens", 0)]
     assert f"{run['checks']['bf16']['perplexity']:.2f}" in CARD
     assert f"{run['after']['gain']['fp32']:.2f}x" in CARD
     assert run["depends"]["teacher"]["model.safetensors"] == file_sha256(TEACHER / "model.safetensors")

@@ -1,6 +1,5 @@
 """The study's runner, on a teacher so small that a row takes a second."""
 
-import importlib.util
 import json
 import math
 import subprocess
@@ -8,27 +7,21 @@ import sys
 import time
 
 import pytest
+import study
 import torch
 import yaml
+from table import Table
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, data
+from spiking_mamba.common import provenance
+from spiking_mamba.common.records import put_record, read_records
+from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import export, load_model
 from tests.helpers.commands import HELPERS, ROOT
 
 SCRIPT = ROOT / "recipes/ablate/study.py"
 SENTENCE = "the quick brown fox jumps over a lazy dog while seven small mice watch from under an old tree"
 WORDS = SENTENCE.split()
-
-
-def load(name):
-    spec = importlib.util.spec_from_file_location(name, ROOT / f"recipes/ablate/{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # as for results.py, which imports its neighbour
-    spec.loader.exec_module(module)
-    return module
-
-
-study = load("study")
 
 
 def story(number):
@@ -65,11 +58,16 @@ def content(folder, rows, **others):
 
 
 def table(folder, rows, **others):
-    return study.Table(**content(folder, rows, **others))
+    return Table(**content(folder, rows, **others))
 
 
-def result(folder, name):
-    return json.loads((folder / "results/small" / f"{name}.json").read_text())
+def result(folder, row, seed=0):
+    (found,) = [r for r in recorded(folder) if (r["row"], r["seed"]) == (row, seed)]
+    return found
+
+
+def recorded(folder):
+    return read_records(folder / "results/small.jsonl")
 
 
 class Counted:
@@ -99,9 +97,9 @@ def test_a_row_is_run_once(folder, monkeypatch, capsys):
     ]
     assert study.study(table(folder, rows)) == 0
     assert counted.take() == [(0.5, 0), (0.25, 0), (1.0, 0), (0.5, 1)]  # first seeds come first
-    found = result(folder, "a-0")
+    found = result(folder, "a")
     assert (found["status"], found["seed"], found["tokens"]) == ("done", 0, 2 * 2 * 32)
-    assert found["before"]["perplexity"] == result(folder, "only_converted-0")["after"]["perplexity"]
+    assert found["before"]["perplexity"] == result(folder, "only converted")["after"]["perplexity"]
     assert found["after"]["perplexity"] != found["before"]["perplexity"] != found["teacher"]["perplexity"]
     assert found["after"]["gain"]["fp32"] == pytest.approx(4.6 / 0.9 / found["after"]["mean_abs"])
     driven = found["checks"]["spike_driven"]
@@ -111,11 +109,15 @@ def test_a_row_is_run_once(folder, monkeypatch, capsys):
     assert rounded["perplexity"] == pytest.approx(rounded["without"], rel=0.05)
     assert found["checks"]["int8"]["perplexity"] != found["checks"]["int8"]["without"]
     assert found["checks"]["int8"]["without"] == pytest.approx(found["after"]["perplexity"], rel=1e-6)
-    dense = result(folder, "dense-0")
+    dense = result(folder, "dense")
     assert dense["after"]["mean_abs"] is None
     assert dense["before"] == dense["teacher"]
     assert dense["after"]["perplexity"] != dense["teacher"]["perplexity"]
+    # what nothing reads stands beside the student, not in the table
+    assert not {"log", "mean_abs_by_projection"} & {*found, *found["after"]}
+    assert len(json.dumps(found)) < 3000
     (student,) = (folder / "runs/small").glob("a-0-*/model")
+    assert (student.parent / "log.json").is_file()
     assert load_model(student).config.max_spike_count == 4
 
     assert study.study(table(folder, rows)) == 0
@@ -133,7 +135,7 @@ def test_a_row_is_run_once(folder, monkeypatch, capsys):
 def test_what_a_number_depends_on_is_run_again(folder, monkeypatch, changed):
     rows = [{"name": "a", "threshold": 0.5}]
     study.study(table(folder, rows))
-    before = result(folder, "a-0")
+    before = result(folder, "a")
     if changed == "teacher":
         teacher = load_model(folder / "teacher")
         with torch.no_grad():
@@ -145,7 +147,7 @@ def test_what_a_number_depends_on_is_run_again(folder, monkeypatch, changed):
     counted = Counted(monkeypatch)
     study.study(table(folder, rows))
     assert len(counted.take()) == 1
-    assert result(folder, "a-0")["key"] != before["key"]
+    assert result(folder, "a")["key"] != before["key"]
 
 
 def test_what_goes_wrong_is_recorded_and_the_rest_goes_on(folder, monkeypatch):
@@ -160,10 +162,10 @@ def test_what_goes_wrong_is_recorded_and_the_rest_goes_on(folder, monkeypatch):
     ]
     rows[0] |= {"training.max_grad_norm": 0.0, "training.logging_steps": 5}
     assert study.study(table(folder, rows)) == 1  # to diverge is a result
-    assert result(folder, "diverges-0")["status"] == "diverged"
-    assert result(folder, "impossible-0")["status"] == "failed"
-    assert "fewer than one batch" in result(folder, "impossible-0")["error"]
-    assert result(folder, "fine-0")["status"] == "done"
+    assert result(folder, "diverges")["status"] == "diverged"
+    assert result(folder, "impossible")["status"] == "failed"
+    assert "fewer than one batch" in result(folder, "impossible")["error"]
+    assert result(folder, "fine")["status"] == "done"
     counted = Counted(monkeypatch)
     study.study(table(folder, rows))
     assert len(counted.take()) == 1  # to diverge is a result, to fail is not
@@ -171,17 +173,17 @@ def test_what_goes_wrong_is_recorded_and_the_rest_goes_on(folder, monkeypatch):
 
 def test_a_row_that_fails_takes_no_earlier_result_away(folder):
     study.study(table(folder, [{"name": "a"}]))
-    before = (folder / "results/small/a-0.json").read_text()
+    before = (folder / "results/small.jsonl").read_text()
     impossible = {"name": "a", "training.per_device_train_batch_size": 10_000}
     assert study.study(table(folder, [impossible])) == 1
-    assert (folder / "results/small/a-0.json").read_text() == before
+    assert (folder / "results/small.jsonl").read_text() == before
     said = json.loads((folder / "runs/small/a-0.failed.json").read_text())
     assert "fewer than one batch" in said["error"]
     # text that is missing is said at once, for all rows
     (folder / "train.txt").unlink()
     with pytest.raises(data.DataError, match=r"train\.txt"):
         study.study(table(folder, [{"name": "a"}]))
-    assert (folder / "results/small/a-0.json").read_text() == before
+    assert (folder / "results/small.jsonl").read_text() == before
     assert study.study(table(folder, [{"name": "converted", "training.max_steps": 0}])) == 0  # wants none
 
 
@@ -189,11 +191,11 @@ def test_no_row_starts_that_would_end_too_late(folder, monkeypatch, capsys):
     rows = [{"name": "a"}, {"name": "long", "training.max_steps": 10**7}, {"name": "b", "threshold": 0.5}]
     monkeypatch.setattr(study, "_START", time.monotonic())
     study.study(table(folder, rows, minutes=5))
-    assert sorted(p.stem for p in (folder / "results/small").iterdir()) == ["a-0", "b-0"]
+    assert [record["row"] for record in recorded(folder)] == ["a", "b"]
     assert "1 rows did not fit into 5 minutes" in capsys.readouterr().out
     monkeypatch.setattr(study, "_START", time.monotonic() - 299)
     study.study(table(folder, rows, minutes=5, only="b", held_out_rows=3))
-    assert result(folder, "b-0")["held_out_tokens"] == 2 * 511
+    assert result(folder, "b")["held_out_tokens"] == 2 * 511
 
 
 def test_ctrl_c_in_the_middle_of_a_row_and_continued(folder):
@@ -202,21 +204,52 @@ def test_ctrl_c_in_the_middle_of_a_row_and_continued(folder):
     path.write_text(yaml.safe_dump(content(folder, [{"name": "a"}, {"name": "b"} | training])))
     command = [sys.executable, HELPERS / "interrupted.py", "step-3", SCRIPT, path]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
-    said = f"1 of 2 rows are finished and kept in {folder / 'results/small'}; the same command goes on."
+    said = f"1 of 2 rows are finished and kept in {folder / 'results/small.jsonl'}; the same command goes on."
     assert (done.returncode, done.stderr) == (130, f"interrupted: {said}\n")
-    assert [p.name for p in (folder / "results/small").iterdir()] == ["a-0.json"]
+    assert [record["row"] for record in recorded(folder)] == ["a"]
     (run,) = (folder / "runs/small").glob("b-0-*")
     assert (run / "checkpoint-2").is_dir()
-    kept = (folder / "results/small/a-0.json").read_text()
+    kept = (folder / "results/small.jsonl").read_text()
     assert study.study(table(folder, [{"name": "a"}, {"name": "b"} | training])) == 0
-    assert (folder / "results/small/a-0.json").read_text() == kept
-    continued = result(folder, "b-0")
+    assert (folder / "results/small.jsonl").read_text().startswith(kept)
+    continued = result(folder, "b")
     straight = folder / "straight"
     study.study(table(folder, [{"name": "b"} | training], results=str(straight), output=str(straight)))
-    expected = json.loads((straight / "small/b-0.json").read_text())
+    (expected,) = read_records(straight / "small.jsonl")
     assert continued["after"]["perplexity"] == pytest.approx(expected["after"]["perplexity"], rel=1e-6)
     assert "train_seconds" in expected
     assert "train_seconds" not in continued
+
+
+def test_what_another_process_records_meanwhile_stays(folder, monkeypatch):
+    distill, theirs = study.distill, {"row": "theirs", "seed": 0, "key": "k", "status": "done"}
+
+    def busy(*args, **kwargs):
+        put_record(folder / "results/small.jsonl", theirs, study.IDENTITY)
+        return distill(*args, **kwargs)
+
+    monkeypatch.setattr(study, "distill", busy)
+    study.study(table(folder, [{"name": "a"}]))
+    assert [record["row"] for record in recorded(folder)] == ["theirs", "a"]
+    assert recorded(folder)[0] == theirs
+
+
+def test_a_damaged_table_is_told_before_the_first_row(folder, monkeypatch):
+    (folder / "results").mkdir()
+    (folder / "results/small.jsonl").write_text('{"row": "a", "se')
+    counted = Counted(monkeypatch)
+    with pytest.raises(ValueError, match=r"small\.jsonl, line 1 is no record"):
+        study.study(table(folder, [{"name": "a"}]))
+    assert counted.take() == []
+
+
+@pytest.mark.parametrize("commit", ["1234567", "1234567-dirty", None])
+def test_changed_code_is_said_at_once_and_in_the_record(folder, monkeypatch, capsys, commit):
+    monkeypatch.setattr(study, "commit_of", lambda root: commit)
+    monkeypatch.setattr(provenance, "commit_of", lambda root: commit)
+    study.study(table(folder, [{"name": "a", "training.max_steps": 0}]))
+    assert result(folder, "a")["commit"] == commit
+    assert ("the page will mark these results" in capsys.readouterr().out) is (commit != "1234567")
 
 
 def test_two_processes_share_a_table(folder, monkeypatch, capsys):
@@ -252,28 +285,31 @@ def test_two_processes_share_a_table(folder, monkeypatch, capsys):
         ({"levers": {"change": "so"}}, "a list of mappings"),
         ({"findings": [{"text": "so", "rows": ["c"]}]}, "Unknown key 'c'"),
         ({"findings": [{"rows": ["a"]}]}, "must set text"),
+        ({"findings": [{"text": "{gain[c]:.2f}"}]}, "Unknown key 'c'"),
+        ({"findings": [{"text": "{gian[a]:.2f}"}]}, "did you mean 'gain'"),
+        ({"claims": [{"claim": "so", "verdict": "{gain[a | c]:.2f}"}]}, "Unknown key 'c'"),
         ({"findings": [{"text": "so", "rows": "a"}]}, "a list of names"),
         ({"findings": None}, "a list of mappings"),
     ],
 )
 def test_bad_tables(folder, wrong, said):
     with pytest.raises(ValueError, match=said):
-        study.Table(**content(folder, [{"name": "a"}]) | wrong)
+        Table(**content(folder, [{"name": "a"}]) | wrong)
 
 
 def test_rehearsal_touches_no_result(folder):
     rows = [{"name": "a", "seeds": [0, 1], "training.max_steps": 10**6, "threshold": 0.5}]
     assert study.study(table(folder, rows, rehearse=True)) == 0
     assert not (folder / "results").exists()
-    (made,) = (folder / "runs/rehearsal/results/small").iterdir()
-    assert math.isfinite(json.loads(made.read_text())["after"]["perplexity"])
+    (made,) = read_records(folder / "runs/rehearsal/results/small.jsonl")
+    assert math.isfinite(made["after"]["perplexity"])
 
 
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "recipes/ablate/tables").glob("*.yaml")), ids=lambda p: p.stem
 )
 def test_the_tables_are_well_formed(path):
-    made = study.parse_settings(study.Table, [str(path)])
+    made = parse_settings(Table, [str(path)])
     assert made.name == path.stem
     assert made.title
     teacher = SpikingMambaConfig.from_pretrained(ROOT / made.teacher)
