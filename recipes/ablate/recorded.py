@@ -8,11 +8,10 @@ from typing import Any
 from placeholders import FIELDS
 from table import CHECKS, OUTSIDE, Table, tokens_seen
 
-from spiking_mamba.common.provenance import is_clean
+from spiking_mamba.common.provenance import MARK, is_clean
 from spiking_mamba.common.records import read_records
 from spiking_mamba.evaluation.statistics import interval
 
-MARK = "†"  # of a number with a run behind it whose code is in no commit
 PERPLEXITY = ("after", "perplexity")
 
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from frontier import answer, draw
-from recorded import MARK, PERPLEXITY, Row, read
+from recorded import PERPLEXITY, Row, read
 from sections import section
 from table import Table
 
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
+from spiking_mamba.common.provenance import MARK
 from spiking_mamba.common.settings import is_list_of, parse_settings
 from spiking_mamba.evaluation.statistics import interval
 from spiking_mamba.reports.document import Block, Heading, Paragraph, Picture, to_markdown

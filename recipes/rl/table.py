@@ -4,6 +4,7 @@ python recipes/rl/table.py recipes/rl/table.yaml
 """
 
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,16 +15,21 @@ from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.machine import keep_freed_memory
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.provenance import MARK, is_clean
+from spiking_mamba.common.records import put_record, read_records
 from spiking_mamba.common.settings import is_list_of, parse_settings
 from spiking_mamba.evaluation.evaluator import evaluate
 from spiking_mamba.evaluation.settings import EvaluationSettings
-from spiking_mamba.evaluation.statistics import interval
+from spiking_mamba.evaluation.statistics import groups, interval
 from spiking_mamba.evaluation.tasks import zero_shot_tasks
 from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.training.preference import PreferenceSettings, optimise
 
 # column of the table: method, whose model it starts from
 COLUMNS = {"DPO": ("dpo", "student"), "KTO": ("kto", "student"), "teacher, DPO": ("dpo", "teacher")}
+IDENTITY = ("kind", "group", "seed")  # of a record: a run of a column, or a model that was evaluated
+OF_A_RUN = ("method", "rows", "held_out", "before", "after", "change", "seconds", "provenance")
+OF_A_MODEL = ("weights_sha256", "tasks", "average", "perplexity")
 
 
 @dataclass
@@ -32,8 +38,10 @@ class TableSettings:
 
     Attributes:
         teacher, student: checkpoint folders or hub names; ``{seed}`` in one stands for each seed.
-        output: folder of ``table.md``, ``table.json``, the runs and their evaluation. Finished runs in it are
-            reused, others go on.
+        output: folder of ``table.md``, the runs and their evaluation. Finished runs in it are reused, others
+            go on.
+        results: file of the records that the table is made of, a line for each run and each model that was
+            evaluated; null: ``table.jsonl`` in ``output``.
         dpo, kto: YAML files of the two optimisations, for all seeds.
         changes: keys of both files to set otherwise, as on the command line: ``training.max_steps=10``.
         seeds: of the optimisations.
@@ -46,6 +54,7 @@ class TableSettings:
     teacher: str
     student: str
     output: str
+    results: Any = None
     dpo: str = "recipes/rl/dpo.yaml"
     kto: str = "recipes/rl/kto.yaml"
     changes: list = field(default_factory=list)
@@ -62,6 +71,10 @@ class TableSettings:
             raise ValueError(f"seeds must be a list of integers, got {self.seeds!r}.")
         if not is_list_of(self.changes, str):
             raise ValueError(f"changes must be a list such as ['limit=100'], got {self.changes!r}.")
+        if self.results is None:
+            self.results = str(Path(self.output, "table.jsonl"))
+        if not isinstance(self.results, str):
+            raise ValueError(f"results must be a path or null, got {self.results!r}.")
 
 
 def folder(settings: TableSettings, column: str, seed: Any) -> Path:
@@ -106,7 +119,37 @@ def cell(values: dict[str, Any] | None, digits: int = 3) -> str:
     return f"{text} ({values['low']:.{digits}f} to {values['high']:.{digits}f})"
 
 
-def accuracies(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
+def of_run(column: str, result: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of a run: all that its folder's ``results.json`` has but the log."""
+    seed = result["provenance"]["settings"]["seed"]
+    return {"kind": "run", "group": column, "seed": seed} | {key: result[key] for key in OF_A_RUN}
+
+
+def of_model(model: Mapping[str, Any], evaluation: Mapping[str, Any]) -> dict[str, Any]:
+    """The record of an evaluated model: its scores, and how far they are from the student's."""
+    record = {"kind": "model", "group": model["group"], "seed": model["seed"]}
+    record |= {key: model[key] for key in OF_A_MODEL}
+    if model["spikes"]:
+        record["spikes"] = {"mean_abs": model["spikes"]["mean_abs"]}
+    if model["energy"]:
+        record["energy"] = {"projections": {"fp32": model["energy"]["projections"]["fp32"]}}
+    gaps = [row for row in evaluation["gaps"] if row["model"] == model["name"]]
+    record["gaps"] = {row["task"]: {k: row[k] for k in ("gap", "low", "high", "items")} for row in gaps}
+    about = {key: value for key, value in evaluation["provenance"].items() if key != "settings"}
+    return record | {"provenance": about}
+
+
+def quantities(records: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """The table's rows, ``{quantity: {column: interval over seeds}}``."""
+    runs = {column: [r for r in records if r["kind"] == "run" and r["group"] == column] for column in COLUMNS}
+    found = accuracies(runs)
+    for column, group in groups([r for r in records if r["kind"] == "model"]).items():
+        for name, values in group.items():
+            found.setdefault(name, {})[column] = values
+    return found
+
+
+def accuracies(runs: Mapping[str, Sequence[Mapping[str, Any]]]) -> dict[str, dict[str, dict[str, Any]]]:
     """``{quantity: {column: interval over seeds}}`` of the held-out pairs."""
     first = runs["DPO"][0]["change"]["accuracy"]
     if first is None:
@@ -126,8 +169,8 @@ def accuracies(runs: dict[str, list[dict[str, Any]]]) -> dict[str, dict[str, dic
     return found
 
 
-def make_table(settings: TableSettings) -> dict[str, Any]:
-    """Run what is missing, evaluate, and return what ``table.json`` holds."""
+def make_table(settings: TableSettings) -> list[dict[str, Any]]:
+    """Run what is missing, evaluate, and return the records of it all."""
     models = {"teacher": settings.teacher, "student": settings.student}
     models |= {column: str(folder(settings, column, "{seed}") / "model") for column in COLUMNS}
     # what is wrong with the last step is said before the first
@@ -144,25 +187,41 @@ def make_table(settings: TableSettings) -> dict[str, Any]:
     if settings.tasks:
         zero_shot_tasks(settings.tasks)
     plan = {column: [planned(settings, column, seed) for seed in settings.seeds] for column in COLUMNS}
-    for model in dict.fromkeys(one.model for of_column in plan.values() for one in of_column):
-        locate(model)
     planned_runs = [one for of_column in plan.values() for one in of_column]
+    for model in dict.fromkeys(one.model for one in planned_runs):
+        locate(model)
+    path = Path(settings.results)
+    read_records(path)
+    made = set()
     with interruptible(lambda: finished(planned_runs, settings.output)):
-        runs = {column: [run(one) for one in of_column] for column, of_column in plan.items()}
+        for column, of_column in plan.items():
+            for one in of_column:
+                made.add(keep(path, of_run(column, run(one))))
         evaluation = evaluate(wanted)
-        quantities = accuracies(runs)
-        for column, group in evaluation["groups"].items():
-            for name, values in group.items():
-                quantities.setdefault(name, {})[column] = values
-        return {
-            "quantities": quantities,
-            "paired": {
-                column: [{"seed": r["provenance"]["settings"]["seed"]} | r["change"] for r in results]
-                for column, results in runs.items()
-            },
-            "gaps": evaluation["gaps"],
-            "provenance": evaluation["provenance"],
-        }
+        for model in evaluation["models"]:
+            made.add(keep(path, of_model(model, evaluation)))
+    return [record for record in read_records(path) if tuple(map(record.get, IDENTITY)) in made]
+
+
+def keep(path: Path, record: dict[str, Any]) -> tuple[Any, ...]:
+    """Record it; return what it is told from others by."""
+    put_record(path, record, IDENTITY)
+    return tuple(map(record.get, IDENTITY))
+
+
+def to_markdown(records: Sequence[Mapping[str, Any]]) -> str:
+    """The table; a column with a number whose code is in no commit is marked."""
+    columns = ["teacher", "student", *COLUMNS]
+    changed = {r["group"] for r in records if not is_clean(r["provenance"]["commit"])}
+    changed |= {COLUMNS[column][1] for column in changed & COLUMNS.keys()}  # a run measures its start, too
+    rows = []
+    for name, found in quantities(records).items():
+        digits = 2 if name.startswith(("perplexity", "gain")) else 3
+        rows.append([name, *(cell(found.get(column), digits) for column in columns)])
+    seeds = len({r["seed"] for r in records if r["kind"] == "run"})
+    header = [f"{column} {MARK}" if column in changed else column for column in columns]
+    text = markdown_table([f"{seeds} seeds, 95% intervals over them", *header], rows)
+    return text + (f"\n\n{MARK}: from code that differed from its commit, or had none." if changed else "")
 
 
 def finished(runs: list[Any], output: str) -> str:
@@ -175,16 +234,9 @@ def main() -> None:
     settings = parse_settings(TableSettings, description=__doc__)
     quiet()
     keep_freed_memory()
-    results = make_table(settings)
-    columns = ["teacher", "student", *COLUMNS]
-    rows = []
-    for name, found in results["quantities"].items():
-        digits = 2 if name.startswith(("perplexity", "gain")) else 3
-        rows.append([name, *(cell(found.get(column), digits) for column in columns)])
-    table = markdown_table([f"{len(settings.seeds)} seeds, 95% intervals over them", *columns], rows)
-    write_whole(Path(settings.output) / "table.json", json.dumps(results, indent=1))
+    table = to_markdown(make_table(settings))
     write_whole(Path(settings.output) / "table.md", table + "\n")
-    print(f"\n{table}\n\nTable: {settings.output}/table.md, numbers: {settings.output}/table.json")
+    print(f"\n{table}\n\nTable: {settings.output}/table.md, records: {settings.results}")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,9 @@ import torch
 
 from spiking_mamba.common.machine import device_name
 
-__all__ = ["commit_of", "is_clean", "package_versions", "provenance"]
+__all__ = ["MARK", "commit_of", "is_clean", "package_versions", "provenance"]
 
+MARK = "†"  # beside a number whose code is in no commit
 _PACKAGES = ("spiking-mamba", "torch", "transformers", "spikingjelly", "lm-eval")
 
 

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import neurons
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
+from spiking_mamba.common.records import read_records
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.tokens import train_tokenizer
 from spiking_mamba.training.preference import PreferenceSettings
@@ -201,7 +202,15 @@ def test_a_method_has_its_own_settings():
         ).make_arguments()
 
 
-def test_the_table_over_seeds(folder, tmp_path):
+def table_module(monkeypatch):
+    spec = importlib.util.spec_from_file_location("rl_table", RECIPE / "table.py")
+    table = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, table)
+    spec.loader.exec_module(table)
+    return table
+
+
+def test_the_table_over_seeds(folder, tmp_path, monkeypatch):
     changes = [
         word.replace("training.max_steps=5", "training.max_steps=2") for word in arguments("dpo", folder)[3:]
     ]
@@ -219,8 +228,10 @@ def test_the_table_over_seeds(folder, tmp_path):
     ]
     done = run(*command)
     assert done.returncode == 0, done.stderr
-    results = json.loads((tmp_path / "table/table.json").read_text())
-    accuracy = results["quantities"]["preference accuracy, average"]
+    recipe = table_module(monkeypatch)
+    records = read_records(tmp_path / "table/table.jsonl")
+    found = recipe.quantities(records)
+    accuracy = found["preference accuracy, average"]
     assert {name: row["runs"] for name, row in accuracy.items()} == {
         "teacher": 1, "student": 1, "DPO": 2, "KTO": 2, "teacher, DPO": 2
     }  # fmt: skip
@@ -233,25 +244,26 @@ def test_the_table_over_seeds(folder, tmp_path):
         for seed in (0, 1)
     ]
     assert accuracy["DPO"]["mean"] == pytest.approx(sum(s["average"] for s in shares) / 2)
-    assert set(results["quantities"]["mean_abs"]) == {"student", "DPO", "KTO"}
-    assert results["quantities"][f"perplexity:{folder / 'text.txt'}"]["teacher, DPO"]["runs"] == 2
+    assert set(found["mean_abs"]) == set(found["gain_fp32"]) == {"student", "DPO", "KTO"}
+    assert found[f"perplexity:{folder / 'text.txt'}"]["teacher, DPO"]["runs"] == 2
+    assert [record["kind"] for record in records] == ["run"] * 6 + ["model"] * 8
+    assert not any("log" in record for record in records)
     table = (tmp_path / "table/table.md").read_text()
     assert table.splitlines()[0].count("|") == 7
+    assert table == recipe.to_markdown(records) + "\n"
     # what is there is not made again
     again = run(*command)
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("done before.") == 6
     assert (tmp_path / "table/table.md").read_text() == table
+    assert [r["group"] for r in read_records(tmp_path / "table/table.jsonl")] == [r["group"] for r in records]
     other = run(*command[:-1], "limit=20", f"changes={json.dumps([*changes, 'objective.beta=0.5'])}")
     assert other.returncode != 0
     assert "holds a run with other settings" in other.stderr
 
 
 def test_ctrl_c_names_the_finished_runs(folder, tmp_path, monkeypatch):
-    spec = importlib.util.spec_from_file_location("rl_table", RECIPE / "table.py")
-    table = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, table)
-    spec.loader.exec_module(table)
+    table = table_module(monkeypatch)
     models = {"teacher": str(folder / "teacher"), "student": str(folder / "student")}
     settings = table.TableSettings(**models, output=str(tmp_path), seeds=[0, 1], tasks=[])
 
@@ -260,6 +272,7 @@ def test_ctrl_c_names_the_finished_runs(folder, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         Path(one.output).mkdir()
         Path(one.output, "results.json").touch()
+        return dict.fromkeys(table.OF_A_RUN) | {"provenance": {"settings": {"seed": one.seed}}}
 
     monkeypatch.setattr(table, "run", run)
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -275,6 +288,8 @@ def test_ctrl_c_names_the_finished_runs(folder, tmp_path, monkeypatch):
         ("kto=nosuch.yaml", "nosuch.yaml"),
         ("teacher=nosuch", "no checkpoint folder nosuch"),
         ("seeds=3", "seeds must be a list of integers"),
+        ("results=3", "results must be a path or null"),
+        ("results=pyproject.toml", "pyproject.toml, line 1 is no record"),
         ("changes=x", "changes must be a list"),
         ("changes=[objective.beta=-1,treshold=1]", "treshold"),
     ],
