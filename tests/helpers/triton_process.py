@@ -32,11 +32,14 @@ class Case:
     head_dim: int = 16
     initial: bool = False
     limit: tuple[float, float] = NO_LIMIT
+    documents: bool = False  # three in a row
+    padded: bool = False  # the last two places
 
     def __str__(self) -> str:
         words = [self.kind, str(self.dtype).removeprefix("torch."), f"length{self.length}"]
         words += [f"groups{self.groups}", f"head{self.head_dim}"]
         words += ["initial"] * self.initial + ["limit"] * (self.limit != NO_LIMIT)
+        words += ["documents"] * self.documents + ["padded"] * self.padded
         return "-".join(words)
 
 
@@ -46,6 +49,10 @@ def _cases():
             yield Case("scan", dtype, length)
             yield Case("scan", dtype, length, groups=2, initial=True)
         yield Case("scan", dtype, 33, head_dim=8, initial=True, limit=LIMIT)
+        yield Case("scan", dtype, 33, initial=True, documents=True)
+        yield Case("scan", dtype, 33, groups=2, initial=True, documents=True, padded=True)
+        yield Case("scan", dtype, 16, padded=True, limit=LIMIT)
+        yield Case("operator", dtype, 33, documents=True)
         yield Case("operator", dtype, 7, head_dim=8)
         yield Case("operator", dtype, 33, groups=2, limit=LIMIT)
         for limit in (NO_LIMIT, LIMIT):
@@ -85,13 +92,23 @@ def compute(case: Case) -> dict[str, torch.Tensor]:
         inputs["initial_states"] = state
     for tensor in inputs.values():
         tensor.requires_grad_()
+    document = real = None
+    if case.documents:
+        places = torch.arange(case.length) * 3 // case.length
+        document = places.int().expand(BATCH, -1).contiguous()
+    if case.padded:
+        real = (torch.arange(case.length) < case.length - 2).expand(BATCH, -1)
+    where = {"document": document, "real": real}
     if case.kind == "operator":
         if ssd._on_triton(inputs["x"]):
-            outputs = {"y": ssd._scan_operator(*inputs.values(), CHUNK, *case.limit)}
+            outputs = {"y": ssd._scan_operator(*inputs.values(), document, CHUNK, *case.limit)}
         else:
-            outputs = {"y": ssd.chunk_scan(**inputs, chunk_size=CHUNK, dt_limit=case.limit)}
+            outputs = {"y": ssd.chunk_scan(**inputs, **where, chunk_size=CHUNK, dt_limit=case.limit)}
     else:
-        y, last = ssd.chunk_scan(**inputs, chunk_size=CHUNK, dt_limit=case.limit, return_final_states=True)
+        options = {"chunk_size": CHUNK, "dt_limit": case.limit, "return_final_states": True}
+        y, last = ssd.chunk_scan(**inputs, **where, **options)
+        if real is not None:  # what comes out at padding means nothing
+            y = y * real[..., None, None]
         outputs = {"y": y, "state": last}
     # Of squares, gradients to A and dt_bias are sums of terms that hardly cancel.
     loss = sum(output.float().square().sum() for output in outputs.values())

@@ -29,12 +29,18 @@ def mask_of(ids):
     return mask
 
 
-def check(counts, model, spikes, mask):
+def before_padding(mask):
+    """Where the blocks see the tokens of a mask: at the beginning of their rows."""
+    return torch.arange(mask.shape[1]) < mask.sum(1, keepdim=True)
+
+
+def check(counts, model, spikes, mask, kept_at=None):
     """``counts`` against ``spikes`` of shape ``[B, L, C]``, exactly."""
+    kept_at = before_padding(mask) if kept_at is None else kept_at
     assert set(counts.projections) == set(spikes) == set(model.projections())
     accumulations = macs = nonzero = 0
     for name, projection in model.projections().items():
-        counted, kept = counts.projections[name], spikes[name][mask.bool()].double()
+        counted, kept = counts.projections[name], spikes[name][kept_at].double()
         total = kept.abs().sum().item()
         assert total > 0
         assert counted.tokens == len(kept) == int(mask.sum())
@@ -87,7 +93,8 @@ def test_a_cache_and_a_mask_that_covers_the_past(membrane):
         output = model(ids[:, :8], attention_mask=mask[:, :8], use_cache=True)
         for t in range(8, 12):
             model(ids[:, t : t + 1], attention_mask=mask[:, : t + 1], cache=output.cache)
-    check(counts, model, joined(spikes), mask)
+    kept_at = torch.cat([before_padding(mask[:, :8]), mask[:, 8:].bool()], 1)
+    check(counts, model, joined(spikes), mask, kept_at)
 
 
 @MEMBRANES
@@ -146,36 +153,41 @@ def test_contexts_nest_and_leave_no_hooks():
         with count_spikes(model) as inner:
             model(ids)
     assert outer.accumulations == 2 * inner.accumulations
-    assert not any(p.neuron._forward_hooks for p in model.projections().values())
+    assert not any(p.spikes._forward_hooks for p in model.projections().values())
     assert not model.backbone._forward_pre_hooks
 
 
-@pytest.mark.parametrize("padded", [False, True])
+@MEMBRANES
+def test_padding_counts_as_nothing(membrane):
+    """A padded row costs what it costs alone."""
+    model, ids = spiking(membrane, threshold=0.5), tokens(1, 9)
+    mask = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 0]])
+    with torch.no_grad(), count_spikes(model) as padded:
+        model(ids, attention_mask=mask)
+    with torch.no_grad(), count_spikes(model) as alone:
+        model(ids[mask.bool()][None])
+    for name, counted in alone.projections.items():
+        assert padded.projections[name].to_dict(detail=True) == counted.to_dict(detail=True)
+
+
 @pytest.mark.parametrize("driven", [False, True])
 @MEMBRANES
-def test_spikingjellys_counters_agree(membrane, driven, padded):
+def test_spikingjellys_counters_agree(membrane, driven):
     """To the last operation. By itself it counts all but {0, 1} as dense: signed integers get rules."""
     mm = torch.ops.aten.mm.default  # what a linear map without bias comes down to
     model, ids = spiking(membrane, threshold=0.5), tokens(3, 9)
     model = spike_driven(model) if driven else model
-    if padded:  # their counters see padding too, so it must not spike: it does not, after a zeroed input
-        mask = mask_of(ids)
-    else:
-        mask = torch.ones_like(ids)
     accumulate = ACCounter({mm: lambda args, kwargs, out: int(args[0].double().abs().sum()) * out.shape[1]})
     nonzero = MACCounter({mm: lambda args, kwargs, out: int(args[0].count_nonzero()) * out.shape[1]})
     dense = MACCounter({mm: lambda args, kwargs, out: args[0].numel() * out.shape[1]})
     with count_spikes(model) as counts, DispatchCounterMode([accumulate, nonzero, dense]), torch.no_grad():
-        if padded:
-            model(ids[:1], attention_mask=mask[:1])  # left padding: nothing has come before
-        else:
-            model(ids)
+        model(ids)
     for name, counted in counts.projections.items():
         scope = f"{type(model).__name__}.{name}"
         assert counted.accumulations == accumulate.get_counts()[scope][mm] > 0
         if not driven:
             assert counted.nonzero_macs == nonzero.get_counts()[scope][mm]
-        if not driven and not padded:
+        if not driven:
             assert counted.dense_macs == dense.get_counts()[scope][mm]
 
 
@@ -193,7 +205,7 @@ def test_positions_count_real_tokens(membrane):
             position = 0
             for t in range(17):
                 if mask[row, t]:
-                    sums[position] += float(spikes[name][0][row, t].abs().sum())
+                    sums[position] += float(spikes[name][0][row, position].abs().sum())
                     seen[position] += 1
                     position += 1
         width = projection.in_features
