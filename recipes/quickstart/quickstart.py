@@ -26,7 +26,7 @@ from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.spikes.energy import projection_energy
 from spiking_mamba.training.distillation import DistillationSettings, distill
-from spiking_mamba.training.run import kept_in, start_run
+from spiking_mamba.training.run import kept_in, run_folder
 
 PROMPT = "The city of"
 VERSIONS = ("torch", "transformers", "spikingjelly", "lm-eval")
@@ -89,8 +89,10 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
     distillation.check(teacher.config)
     tasks = evaluation.zero_shot_tasks(settings.tasks)
     held_out = data.draw_rows(settings.held_out, tokenizer, settings.length, settings.held_out_rows)
-    with interruptible(lambda: kept_in(Path(distillation.output))):
-        start_run(settings, settings.resume, settings.overwrite)
+    with (
+        interruptible(lambda: kept_in(Path(distillation.output))),
+        run_folder(settings, settings.resume, settings.overwrite),
+    ):
         print("1/3  Distilling the spiking student", flush=True)
         student_folder, log = distill(distillation, teacher, tokenizer)
 

@@ -11,11 +11,15 @@ from huggingface_hub.errors import StrictDataclassError
 
 from spiking_mamba.common.interruption import end_interrupted
 
-__all__ = ["CheckpointError", "DataError", "RunError", "fail_clearly"]
+__all__ = ["CheckpointError", "DataError", "DivergedError", "RunError", "fail_clearly"]
 
 
 class RunError(ValueError):
     """A run cannot start: its folder holds another one, or its settings contradict each other."""
+
+
+class DivergedError(RunError, FloatingPointError):
+    """A training has left the finite numbers."""
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from spiking_mamba.training.arguments import autocast, compile_blocks, training_
 from spiking_mamba.training.calibration import asks_for_calibration, resolve_threshold
 from spiking_mamba.training.distillation_loss import DistillationLoss
 from spiking_mamba.training.rows import check_rows, collate
-from spiking_mamba.training.run import finish_run, kept_in, run, start_run, whole_model
+from spiking_mamba.training.run import finish_run, kept_in, run, run_folder, whole_model
 from spiking_mamba.training.trainer import SpikingTrainer, sgc_lambda
 
 __all__ = ["DistillationSettings", "DistillationTrainer", "distill", "sgc_lambda"]
@@ -202,8 +202,10 @@ def distill(
         learn_threshold=settings.learn_threshold,
     )
     compile_blocks(settings.compile, student, teacher)
-    with interruptible(lambda: kept_in(Path(settings.output))):
-        folder = start_run(settings, settings.resume, settings.overwrite)
+    with (
+        interruptible(lambda: kept_in(Path(settings.output))),
+        run_folder(settings, settings.resume, settings.overwrite) as folder,
+    ):
         trainer = DistillationTrainer(
             student,
             teacher,

@@ -29,7 +29,7 @@ from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.training.arguments import compile_blocks, training_arguments
-from spiking_mamba.training.run import finish_run, kept_in, run, start_run, whole_model
+from spiking_mamba.training.run import finish_run, kept_in, run, run_folder, whole_model
 from spiking_mamba.training.trainer import SpikingTrainer
 
 try:
@@ -298,8 +298,10 @@ def optimise(settings: PreferenceSettings) -> dict[str, Any] | None:
     held_out, held_out_report = settings.read_held_out(tokenizer)
     text = settings.text and draw_rows(settings.text, tokenizer, settings.text_length, settings.text_rows)
     compile_blocks(settings.compile, model)
-    with interruptible(lambda: kept_in(Path(settings.output))):
-        folder = start_run(settings, settings.resume, settings.overwrite)
+    with (
+        interruptible(lambda: kept_in(Path(settings.output))),
+        run_folder(settings, settings.resume, settings.overwrite) as folder,
+    ):
         main = PartialState().is_main_process
         if main:
             print(f"{settings.data}: {report}.")

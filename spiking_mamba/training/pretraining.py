@@ -17,7 +17,7 @@ from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.training.arguments import autocast, compile_blocks, training_arguments
 from spiking_mamba.training.head_loss import head_loss
 from spiking_mamba.training.rows import check_rows, collate
-from spiking_mamba.training.run import finish_run, kept_in, run, start_run, whole_model
+from spiking_mamba.training.run import finish_run, kept_in, run, run_folder, whole_model
 
 __all__ = ["PretrainingSettings", "PretrainingTrainer", "pretrain"]
 
@@ -135,8 +135,10 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
         held_out = data.tokenize(held_out_text, tokenizer, settings.length)
     model = SpikingMambaForCausalLM(config)
     compile_blocks(settings.compile, model)
-    with interruptible(lambda: kept_in(Path(settings.output))):
-        folder = start_run(settings, settings.resume, settings.overwrite)
+    with (
+        interruptible(lambda: kept_in(Path(settings.output))),
+        run_folder(settings, settings.resume, settings.overwrite) as folder,
+    ):
         trainer = PretrainingTrainer(
             model=model, args=arguments, train_dataset=rows, eval_dataset=held_out, data_collator=collate
         )
