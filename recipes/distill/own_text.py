@@ -11,12 +11,15 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import datasets
 import torch
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from spiking_mamba import data
+from spiking_mamba import SpikingMambaForCausalLM, data
+from spiking_mamba.common.claims import ClaimedError, claimed
 from spiking_mamba.common.errors import RunError, fail_clearly
-from spiking_mamba.common.files import write_whole
+from spiking_mamba.common.files import unused, write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.settings import parse_settings
@@ -99,13 +102,31 @@ def write(settings: OwnTextSettings) -> None:
     passages = data.tokenize(data.load_text(settings.data), tokenizer, settings.passage)
 
     folder = target.with_name(f"{target.name}.parts")
+    about = folder / "settings.json"
+    if not unused(folder, [about.name]) and not about.is_file():
+        raise RunError(f"{folder} was not written by this recipe: choose another output.")
     folder.mkdir(parents=True, exist_ok=True)
-    # more tokens are more parts, and none of them another
-    about, record = folder / "settings.json", json.dumps(asdict(settings) | {"tokens": None}, indent=1)
-    if about.exists() and about.read_text() != record:
-        raise RunError(f"{folder} was begun with other settings: delete it, or choose another output.")
-    write_whole(about, record)
+    with claimed(about) as free:
+        if not free:
+            raise ClaimedError(f"Another process writes {target}.")
+        # more tokens are more parts, and none of them another
+        record = json.dumps(asdict(settings) | {"tokens": None}, indent=1)
+        if (before := about.read_text()) not in ("", record):
+            raise RunError(f"{folder} was begun with other settings: delete it, or choose another output.")
+        if not before:
+            about.write_text(record)  # in place: the lock is on this very file
+        write_parts(settings, folder, teacher, tokenizer, passages)
+        shutil.rmtree(folder)
 
+
+def write_parts(
+    settings: OwnTextSettings,
+    folder: Path,
+    teacher: SpikingMambaForCausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    passages: datasets.Dataset,
+) -> None:
+    """Write what is missing of the parts, and the file of them all."""
     parts = -(-settings.tokens // (settings.batch_size * settings.length))
     paths = [folder / f"{part:06d}.jsonl" for part in range(parts)]
     with interruptible(
@@ -114,8 +135,7 @@ def write(settings: OwnTextSettings) -> None:
         for part, path in enumerate(tqdm(paths, desc="Writing", unit="part", disable=None)):
             if not path.is_file():
                 write_whole(path, write_part(settings, part, teacher, tokenizer, passages))
-        write_whole(target, "".join(path.read_text() for path in paths))
-    shutil.rmtree(folder)
+        write_whole(Path(settings.output), "".join(path.read_text() for path in paths))
 
 
 @fail_clearly()

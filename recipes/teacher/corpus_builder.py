@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 import sys
-import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,13 +21,15 @@ from near_duplicates import WordIds, near_duplicates, ngram_hashes
 from plain_text import READERS, cut, keep_prose, one_line
 from tqdm import tqdm
 
+from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import DataError
-from spiking_mamba.common.files import file_sha256
+from spiking_mamba.common.files import file_sha256, refuse_above, replace_folder, restore
 from spiking_mamba.common.settings import reject_unknown_keys
 from spiking_mamba.data.packages import BENCHMARKS, CORPORA, read_corpus, read_member
 
 __all__ = ["CorpusSettings", "Source", "build_corpus", "evaluated_texts"]
 
+MANIFEST = "manifest.json"
 EVALUATED = ("openwebtext-passages", "wikipedia-passages")
 
 
@@ -226,8 +225,11 @@ def build_corpus(
     The folder appears whole or no count. The same settings and package versions give the same bytes.
     """
     output = Path(settings.output)
+    restore(output)
     if output.exists() and not settings.overwrite:
         raise DataError(f"{output} exists; choose another output or set overwrite=true.")
+    if output.exists():
+        _check_own(output)
     start = time.time()
     facts: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
@@ -296,6 +298,21 @@ def build_corpus(
     return manifest
 
 
+def _check_own(output: Path) -> None:
+    """Raise a DataError unless the folder is empty, or by its manifest a corpus of this recipe alone."""
+    names = {path.name for path in output.iterdir()} if output.is_dir() else {""}
+    if names:
+        try:
+            manifest = json.loads((output / MANIFEST).read_text())
+            own = {MANIFEST, *manifest["files"]}
+            assert manifest.keys() >= {"sources", "overlap_with_evaluated", "removed"}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+            raise DataError(f"{output} was not written by this recipe: it is left as it is.") from None
+        if foreign := sorted(names - own):
+            raise DataError(f"{output} also holds {', '.join(foreign)}: it is left as it is.")
+    refuse_above(output, "overwrite=true")
+
+
 def _remove_evaluated(work: _Progress, settings: CorpusSettings, evaluated) -> dict[str, int]:
     """Drop what overlaps an evaluated text; how many documents overlap each set (a document can several)."""
     ids, n = WordIds(), settings.overlap
@@ -357,9 +374,8 @@ def _count_tokens(texts: list[str], held_out: list[bool], vocab_size: int) -> li
 
 
 def _write(output: Path, work: _Progress, held_out: list[bool], tokens, manifest: dict[str, Any]) -> None:
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=".corpus-") as parent:
-        folder = Path(parent, "corpus")
+    with scratch_folder(output.parent, ".corpus-") as parent:
+        folder = parent / "corpus"
         folder.mkdir()
         manifest["files"] = {}
         for name, split in (("train", False), ("held_out", True)):
@@ -375,8 +391,5 @@ def _write(output: Path, work: _Progress, held_out: list[bool], tokens, manifest
                 "tokens": int(sum(tokens[i] for i in mine)) if tokens is not None else None,
                 "sha256": file_sha256(path),
             }
-        (folder / "manifest.json").write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
-        if output.exists():  # only with overwrite
-            os.replace(output, Path(parent, "old"))
-        os.replace(folder, output)
-        shutil.rmtree(Path(parent, "old"), ignore_errors=True)
+        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1, ensure_ascii=False) + "\n")
+        replace_folder(folder, output)  # there is one only with overwrite

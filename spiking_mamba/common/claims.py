@@ -89,7 +89,7 @@ def marked(folder: Path) -> str | None:
 
 @contextlib.contextmanager
 def claim_folder(folder: Path, kind: str) -> Iterator[None]:
-    """The folder, made where it is not there, is this block's alone, and is known from now on to be of a kind.
+    """The folder, made where it is not there, is this block's alone, and known from now on to be of a kind.
 
     Raises:
         ClaimedError: another process is at it.

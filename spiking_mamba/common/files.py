@@ -58,15 +58,32 @@ def remove_whole(path: Path) -> None:
 
 
 def replace_folder(draft: Path, target: Path) -> None:
-    """Give a finished folder its name, in place of the folder that has it."""
-    if target.exists():
-        old = target.with_name(f"{target.name}.old{PART}")
-        shutil.rmtree(old, ignore_errors=True)
-        target.replace(old)
+    """Give a finished folder its name, in place of the folder that has it.
+
+    What had the name is away for a moment: :func:`restore` gives it back where a kill came just then.
+    """
+    old = _old(target)
+    if not target.exists():
         draft.replace(target)
-        shutil.rmtree(old)
-    else:
-        draft.replace(target)
+        return
+    shutil.rmtree(old, ignore_errors=True)
+    target.replace(old)
+    draft.replace(target)
+    shutil.rmtree(old)
+
+
+def _old(target: Path) -> Path:
+    target = target.absolute()  # "." has no name
+    return target.with_name(f"{target.name}.old{PART}")
+
+
+def restore(target: Path) -> None:
+    """End a :func:`replace_folder` that was killed: the folder is there, the new one or the old one."""
+    if (old := _old(target)).is_dir():
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            old.replace(target)
 
 
 def unused(folder: Path, besides: Iterable[str] = ()) -> bool:
@@ -79,14 +96,17 @@ def unused(folder: Path, besides: Iterable[str] = ()) -> bool:
 
 
 def sweep(folder: Path, patterns: Iterable[str]) -> None:
-    """Remove the drafts that a kill has left in a folder, of names that match one of the patterns."""
-    drafts = [f"{pattern}{PART}" for pattern in patterns] + [f"{pattern}.old{PART}" for pattern in patterns]
-    for entry in list(folder.glob(f"*{PART}")):
-        if any(fnmatchcase(entry.name, draft) for draft in drafts):
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry, ignore_errors=True)
-            else:
-                entry.unlink(missing_ok=True)
+    """Tidy up after a kill: drafts of names that match one of the patterns go, see :func:`restore` too."""
+    for draft in list(folder.glob(f"*{PART}")):
+        name = draft.name.removesuffix(PART)
+        if not any(fnmatchcase(name.removesuffix(".old"), pattern) for pattern in patterns):
+            continue
+        if name.endswith(".old"):
+            restore(folder / name.removesuffix(".old"))
+        elif draft.is_dir() and not draft.is_symlink():
+            shutil.rmtree(draft, ignore_errors=True)
+        else:
+            draft.unlink(missing_ok=True)
 
 
 def full(folder: Path, size: int = 2**20) -> str | None:

@@ -79,23 +79,23 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     tasks = zero_shot_tasks(settings.tasks, settings.data) if settings.tasks else {}
     texts = {str(corpus): load_text(str(corpus)) for corpus in settings.corpora}
     costs = COSTS_45NM | (load_costs(settings.costs) if settings.costs else {})
-    output = claim(settings)
-    cache = ResultsCache(output / "cache")
-    with interruptible(lambda: _kept_in(cache)):
-        models = []
-        with Stage(len(checkpoints) * (len(tasks) + len(texts)), "evaluating") as stage:
-            for checkpoint, folder, tokenizer in zip(checkpoints, folders, tokenizers, strict=True):
-                measured = _Measured(settings, checkpoint, folder, tokenizer, cache, costs, stage)
-                models.append(measured.everything(tasks, texts))
-        results = {
-            "schema": SCHEMA,
-            "provenance": provenance(settings),
-            "models": models,
-            "groups": groups(models),
-            "gaps": gaps(models),
-        }
-        results = _finite(results)
-        write_whole(output / RESULTS, json.dumps(results, indent=1, allow_nan=False))
+    with claim(settings) as output:
+        cache = ResultsCache(output / "cache")
+        with interruptible(lambda: _kept_in(cache)):
+            models = []
+            with Stage(len(checkpoints) * (len(tasks) + len(texts)), "evaluating") as stage:
+                for checkpoint, folder, tokenizer in zip(checkpoints, folders, tokenizers, strict=True):
+                    measured = _Measured(settings, checkpoint, folder, tokenizer, cache, costs, stage)
+                    models.append(measured.everything(tasks, texts))
+            results = {
+                "schema": SCHEMA,
+                "provenance": provenance(settings),
+                "models": models,
+                "groups": groups(models),
+                "gaps": gaps(models),
+            }
+            results = _finite(results)
+            write_whole(output / RESULTS, json.dumps(results, indent=1, allow_nan=False))
     return results
 
 

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from spiking_mamba.common.claims import MARKER, claim_folder
 from spiking_mamba.common.errors import RunError
-from spiking_mamba.common.files import write_whole
+from spiking_mamba.common.files import unused, write_whole
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 
 __all__ = ["RESULTS", "Checkpoint", "EvaluationSettings", "claim"]
@@ -147,15 +149,28 @@ def _named(paths: list[Any]) -> dict[str, str]:
     return dict(zip(names, paths, strict=True))
 
 
-def claim(settings: EvaluationSettings) -> Path:
-    """Make the folder and write the settings there.
+@contextlib.contextmanager
+def claim(settings: EvaluationSettings) -> Iterator[Path]:
+    """The folder, this process's alone within the block, with the settings in it.
 
     Raises:
-        RunError: it holds something else, or an evaluation whose results these settings would lose.
+        RunError: it holds something else, or an evaluation whose results these settings would lose; or
+            another process is at it.
     """
+    _check_folder(settings)  # or the claim would leave its mark in somebody's folder
+    folder = Path(settings.output)
+    with claim_folder(folder, type(settings).__name__):
+        _check_folder(settings)
+        plain = dataclasses.asdict(settings)
+        del plain["overwrite"]
+        write_whole(folder / SETTINGS, yaml.safe_dump(plain, sort_keys=False))
+        yield folder
+
+
+def _check_folder(settings: EvaluationSettings) -> None:
     folder = Path(settings.output)
     kept, results = folder / SETTINGS, folder / RESULTS
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if not unused(folder, [MARKER]):
         try:
             EvaluationSettings(**yaml.safe_load(kept.read_text()))
         except (OSError, TypeError, ValueError, yaml.YAMLError):
@@ -165,11 +180,6 @@ def claim(settings: EvaluationSettings) -> Path:
                 f"{folder} holds an evaluation {reason}: choose another output or say overwrite=true, which "
                 "replaces its results and keeps its cache."
             )
-    folder.mkdir(parents=True, exist_ok=True)
-    plain = dataclasses.asdict(settings)
-    del plain["overwrite"]
-    write_whole(kept, yaml.safe_dump(plain, sort_keys=False))
-    return folder
 
 
 def _what_would_be_lost(results: Path, now: EvaluationSettings) -> str | None:

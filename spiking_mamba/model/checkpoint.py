@@ -2,13 +2,13 @@
 
 import copy
 import json
-import shutil
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, PreTrainedTokenizerBase
 
 from spiking_mamba.common.checkpoint_files import WEIGHTS, locate
+from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.conversion import fold_thresholds
 from spiking_mamba.model.dense import read_dense
@@ -63,8 +63,15 @@ def export_dense(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} already holds files.")
-    draft = folder.with_name(folder.name + ".part")
-    shutil.rmtree(draft, ignore_errors=True)
+    with scratch_folder(folder.parent, f".{folder.name}-") as scratch:
+        draft = scratch / folder.name
+        _write_dense(model, draft, form)
+        if tokenizer is not None:
+            tokenizer.save_pretrained(draft)
+        draft.replace(folder)
+
+
+def _write_dense(model: Mamba2ForCausalLM, folder: Path, form: str) -> None:
     if form == "transformers":
         known = set(Mamba2Config().to_dict()) - {"model_type", "architectures"}
         fields = {key: value for key, value in model.config.to_dict().items() if key in known}
@@ -73,15 +80,12 @@ def export_dense(
         dense.load_state_dict(model.state_dict(), assign=True)
         dense.tie_weights()
         dense.generation_config = copy.deepcopy(model.generation_config)
-        dense.save_pretrained(draft)
+        dense.save_pretrained(folder)
     else:
         settings, weights = to_state_spaces(model.config, model.state_dict())
-        draft.mkdir(parents=True)
-        torch.save({key: weight.detach().cpu() for key, weight in weights.items()}, draft / WEIGHTS[1])
-        (draft / "config.json").write_text(json.dumps(settings, indent=4))
-    if tokenizer is not None:
-        tokenizer.save_pretrained(draft)
-    draft.replace(folder)
+        folder.mkdir(parents=True)
+        torch.save({key: weight.detach().cpu() for key, weight in weights.items()}, folder / WEIGHTS[1])
+        (folder / "config.json").write_text(json.dumps(settings, indent=4))
 
 
 def export(

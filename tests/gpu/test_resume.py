@@ -55,7 +55,7 @@ def test_a_killed_run_goes_on(processes, arguments, tmp_path):
     if torch.cuda.device_count() < processes:
         pytest.skip("needs two GPUs")
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    killed = ROOT / "tests/recipes/killed.py"
+    killed = ROOT / "tests/helpers/killed.py"
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     done = run(*launch, *arguments, f"output={whole}")
     assert done.returncode == 0, done.stderr[-3000:]

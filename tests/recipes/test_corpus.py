@@ -13,7 +13,7 @@ from corpus_builder import CorpusSettings, build_corpus
 from near_duplicates import WordIds, near_duplicates, ngram_hashes
 from plain_text import READERS, is_prose, keep_prose
 
-from spiking_mamba.common.errors import DataError
+from spiking_mamba.common.errors import DataError, RunError
 from spiking_mamba.data import packages
 
 NOUNS = [f"{a}{b}" for a in ("river", "garden", "engine", "letter", "window") for b in "abcdefghijklmnop"]
@@ -191,6 +191,28 @@ def test_an_existing_folder_is_left_alone(world):
         "train.jsonl",
     ]
     assert not list(folder.glob(".corpus-*"))
+
+
+@pytest.mark.parametrize("foreign", [["thesis.tex"], ["manifest.json"], ["settings.yaml", "train.jsonl"]])
+def test_overwriting_replaces_a_corpus_and_nothing_else(world, foreign, monkeypatch):
+    settings, folder = world
+    again, corpus = replace(settings, overwrite=True), folder / "corpus"
+    corpus.mkdir()
+    for name in foreign:
+        (corpus / name).write_text("{}")
+    with pytest.raises(DataError, match="not written by this recipe"):
+        build_corpus(again, evaluated)
+    assert sorted(path.name for path in corpus.iterdir()) == foreign
+    for path in corpus.iterdir():
+        path.unlink()
+    build_corpus(again, evaluated)
+    (corpus / "notes.txt").write_text("precious")
+    with pytest.raises(DataError, match=r"also holds notes\.txt"):
+        build_corpus(again, evaluated)
+    (corpus / "notes.txt").unlink()
+    monkeypatch.chdir(corpus)
+    with pytest.raises(RunError, match="in which this command was given"):
+        build_corpus(replace(again, output="."), evaluated)
 
 
 @pytest.mark.parametrize(

@@ -92,3 +92,12 @@ def test_bad_settings(arguments, wrong, said, tmp_path):
     assert said in done.stderr
     assert "Traceback" not in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["text.txt"]
+
+
+def test_parts_of_somebody_else_stay(arguments, tmp_path):
+    parts = tmp_path / "own.jsonl.parts"
+    parts.mkdir()
+    (parts / "precious").touch()
+    done = run(*arguments)
+    assert "was not written by this recipe" in done.stderr
+    assert [path.name for path in parts.iterdir()] == ["precious"]

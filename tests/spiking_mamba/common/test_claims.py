@@ -128,6 +128,17 @@ def test_a_folder_takes_the_place_of_another(tmp_path):
     assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == ["target", "target/draft"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_a_kill_while_a_folder_takes_the_place_of_another(tmp_path, there):
+    (tmp_path / "model.old.part").mkdir()
+    (tmp_path / "model.old.part/old").touch()
+    if there:
+        (tmp_path / "model").mkdir()
+    sweep(tmp_path, ["model"])
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert (tmp_path / "model/old").exists() != there
+
+
 def test_of_a_link_the_link_alone_is_removed(tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "elsewhere/precious").touch()
