@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, PreTrainedTokenizerBase
 
-from spiking_mamba.common.checkpoint_files import WEIGHTS, locate
+from spiking_mamba.common.checkpoint_files import WEIGHTS, locate, one_line
 from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.conversion import fold_thresholds
@@ -33,8 +33,12 @@ def load_model(name: str | Path) -> SpikingMambaForCausalLM:
         return load_dense(folder)
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    except CheckpointError:
+        raise
     except Exception as error:
-        raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{folder} cannot be loaded: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def export_dense(

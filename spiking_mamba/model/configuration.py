@@ -22,6 +22,9 @@ SGC_SCHEDULES = ("constant", "linear", "cosine")
 SGC_DEFAULTS = {"function": "scaled_tanh", "lam": 1.0, "schedule": "linear"}
 
 
+MOST_LAYERS = 100_000  # lists are made of all layers before there are weights to compare with
+
+
 @strict
 class SpikingMambaConfig(PretrainedConfig):
     """Configuration of :class:`~spiking_mamba.SpikingMambaForCausalLM`.
@@ -98,6 +101,8 @@ class SpikingMambaConfig(PretrainedConfig):
     intermediate_size: int | None = None
 
     def __post_init__(self, **kwargs):
+        if isinstance(self.num_hidden_layers, int) and self.num_hidden_layers > MOST_LAYERS:
+            raise ValueError(f"num_hidden_layers must be at most {MOST_LAYERS}.")
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
@@ -106,7 +111,8 @@ class SpikingMambaConfig(PretrainedConfig):
         self._check_sgc()
         if self.membrane not in MEMBRANES:
             raise ValueError(f"membrane must be one of {MEMBRANES}, got {self.membrane!r}.")
-        for layer_idx in range(self.num_hidden_layers):
+        several = isinstance(self.threshold, list | tuple)  # or one for all layers, however many
+        for layer_idx in range(self.num_hidden_layers if several else 1):
             self.layer_threshold(layer_idx)
         if self.spike_driven and self.max_spike_count is None:
             raise ValueError(

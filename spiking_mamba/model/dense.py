@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import torch
 from transformers import Mamba2Config, PreTrainedModel
 
-from spiking_mamba.common.checkpoint_files import locate, read_weights
+from spiking_mamba.common.checkpoint_files import locate, one_line, read_weights
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.state_spaces import from_state_spaces
@@ -43,7 +43,9 @@ def read_dense(name: str | Path, cls: type[Model]) -> Model:
     except CheckpointError:
         raise
     except Exception as error:  # readers of broken files raise what they please, down to struct.error
-        raise CheckpointError(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
+        raise CheckpointError(
+            f"{folder} cannot be loaded: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def _from_transformers(folder: Path, settings: dict[str, Any], cls: type[Model]) -> Model:

@@ -1,7 +1,9 @@
 """Weights, initialisation and loading of the spiking Mamba2."""
 
+import copy
 import math
 import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -10,12 +12,16 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 import neurons
+from spiking_mamba.common.checkpoint_files import INDEX, WEIGHTS, check_layers, check_links, read_headers
+from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.block import SpikingMambaMixer
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.projection import SpikeEncoder
 from spiking_mamba.model.spike_fed import FIRST_FORM
 
 __all__ = ["SpikingMambaPreTrainedModel"]
+
+_UNFIT = "The checkpoint does not fit its configuration: "
 
 
 def _same(one: nn.Module | None, other: nn.Module | None) -> bool:
@@ -24,6 +30,34 @@ def _same(one: nn.Module | None, other: nn.Module | None) -> bool:
         return True  # what such a node prints moves as it is trained; its class is compared elsewhere
     texts = [re.sub(r"(step_mode|backend)=\w+", "", repr(node)) for node in (one, other)]
     return texts[0] == texts[1]
+
+
+def _check_sizes(cls: type, folder: Path, config: Any, renamed: dict[str, str]) -> None:
+    """Raise a CheckpointError before memory is taken for weights that the folder's files do not hold, or hold
+    as integers, booleans or complex numbers, which loading would cast."""
+    if not any((folder / name).is_file() or (folder / (name + INDEX)).is_file() for name in WEIGHTS):
+        return  # what transformers says of that is clear
+    check_links(folder)
+    headers = read_headers(folder)
+    config = cls.config_class.from_pretrained(folder) if config is None else config  # type: ignore[attr-defined]
+    check_layers(folder, {"num_hidden_layers": config.num_hidden_layers})
+    with torch.device("meta"):
+        expected = cls(copy.deepcopy(config)).state_dict()
+    found = {}
+    for key, header in headers.items():
+        for old, new in renamed.items():
+            key = re.sub(old, new, key)
+        prefixed = (key, f"{cls.base_model_prefix}.{key}", key.removeprefix(f"{cls.base_model_prefix}."))  # type: ignore[attr-defined]
+        found |= {name: header for name in prefixed if name in expected}
+    larger = [k for k, h in found.items() if expected[k].numel() > math.prod(h.shape)]
+    if larger:
+        raise CheckpointError(f"{_UNFIT}mismatched keys: {', '.join(sorted(larger)[:5])}")
+    absent = [key for key in expected if key not in found]
+    if sum(expected[key].numel() for key in absent) > sum(math.prod(h.shape) for h in headers.values()):
+        raise CheckpointError(f"{_UNFIT}missing keys: {', '.join(sorted(absent)[:5])}")
+    for key, header in found.items():
+        if expected[key].is_floating_point() and not header.floating:
+            raise CheckpointError(f"{folder}: {key} is of type {header.dtype}, no floating-point weight.")
 
 
 class SpikingMambaPreTrainedModel(PreTrainedModel):
@@ -76,6 +110,8 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
             ValueError: a key is missing or unexpected, or a shape disagrees with the config.
         """
         kwargs["key_mapping"] = FIRST_FORM | (kwargs.get("key_mapping") or {})
+        if args and isinstance(args[0], str | Path) and Path(args[0]).is_dir() and "subfolder" not in kwargs:
+            _check_sizes(cls, Path(args[0]), kwargs.get("config"), kwargs["key_mapping"])
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         problems = {
             key: sorted(map(str, info[key]))
@@ -84,7 +120,6 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
         }
         if problems:
             raise ValueError(
-                "The checkpoint does not fit its configuration: "
-                + "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:5])}" for k, v in problems.items())
+                _UNFIT + "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:5])}" for k, v in problems.items())
             )
         return (model, info) if output_loading_info else model

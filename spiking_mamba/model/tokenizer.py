@@ -5,6 +5,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from spiking_mamba.common.checkpoint_files import check_links
 from spiking_mamba.common.errors import CheckpointError
 
 __all__ = ["check_vocabulary", "has_tokenizer", "load_tokenizer"]
@@ -30,6 +31,8 @@ def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) 
             f"{name} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}): name the folder or the hub "
             "name of the one that the model was trained with, tokenizer=..."
         )
+    if Path(name).is_dir():
+        check_links(Path(name))
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a broken file or no network; readers of both raise what they please

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from spiking_mamba.model.cache import SpikingMambaCausalLMOutput
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.training.head_loss import head_loss
-from spiking_mamba.training.spike_penalty import mean_spike_size
+from spiking_mamba.training.spike_penalty import mean_spike_size, over_processes
 
 __all__ = ["DistillationLoss", "hidden_loss", "token_mask"]
 
@@ -61,8 +61,12 @@ class DistillationLoss:
         hidden_states: 'block' compares the residual stream behind every block, 'mixer' what every block
             adds to it, which is the output of its out_proj.
         cross_entropy: weight of the next-token cross-entropy on the data.
-        sparsity: weight of ``S = max(0, mean |s| - sparsity_target)``.
-        sparsity_target: mean ``|s|`` of a batch below which nothing is penalised; 0 penalises every spike.
+        sparsity: weight of ``S = max(0, mean |s| - sparsity_target)``. The mean is over the batch of all
+            processes; rows that are accumulated in several batches are hinged batch by batch, since whether
+            the step's mean lies above the target is known only when the first ones' graphs are gone. The two
+            are equal where every batch's mean lies on the same side of the target, and always for a target
+            of 0; else the accumulated S is the larger one.
+        sparsity_target: mean ``|s|`` below which nothing is penalised; 0 penalises every spike.
     """
 
     temperature: float = 1.0
@@ -144,7 +148,8 @@ class DistillationLoss:
             loss = loss + self.hidden * parts["hidden"]
         if self.sparsity and student.training:
             parts["spike_size"] = mean_spike_size(student, student_output.accumulations, mask)
-            loss = loss + self.sparsity * (parts["spike_size"] - self.sparsity_target).clamp(min=0)
+            mean = over_processes(parts["spike_size"])
+            loss = loss + self.sparsity * (mean - self.sparsity_target).clamp(min=0)
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def _compared(

@@ -1,10 +1,11 @@
 """What spikes cost, as a term of a loss: their gradient is that of the neurons' surrogate."""
 
 import torch
+from torch import distributed
 
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 
-__all__ = ["mean_spike_size"]
+__all__ = ["mean_spike_size", "over_processes"]
 
 
 def mean_spike_size(
@@ -28,3 +29,16 @@ def mean_spike_size(
     if mask is None:
         return accumulations.mean() / weight
     return (accumulations * mask).sum() / mask.sum().clamp(min=1) / weight
+
+
+def over_processes(size: torch.Tensor) -> torch.Tensor:
+    """The mean of all processes' values, with the gradient of this process's own; a scalar.
+
+    Processes average their gradients, so that the mean's whole gradient is what the optimiser gets, and a
+    hinge of it is one hinge, not one for each process. The host does not wait.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return size
+    mean = size.detach().clone()
+    distributed.all_reduce(mean)
+    return size + (mean / distributed.get_world_size() - size.detach())

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import distributed
 from torch._dynamo.utils import counters
 
 from spiking_mamba import SpikingMambaForCausalLM
@@ -9,6 +10,7 @@ from spiking_mamba.model import block as blocks
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.training.distillation_loss import DistillationLoss
 from spiking_mamba.training.spike_penalty import mean_spike_size
+from tests.helpers.commands import torchrun
 from tests.helpers.tiny import INTEGER, recorded_spikes, tiny_model, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
@@ -122,6 +124,73 @@ def test_below_its_target_nothing_is_penalised():
     assert all(torch.equal(found[name], without[name]) for name in without)
     total, _, _ = gradients(model, teacher, ids, sparsity=2.0, sparsity_target=size - 0.25)
     assert float(total - plain) == pytest.approx(2.0 * 0.25, rel=1e-4)
+
+
+RANKS = """
+import sys, torch
+from torch import distributed
+from tests.spiking_mamba.training.test_spike_penalty import ranked
+distributed.init_process_group("gloo")
+torch.set_num_threads(1)
+ranked(distributed.get_rank(), 2, float(sys.argv[2]), sys.argv[1])
+"""
+
+
+def ranked(rank, processes, target, folder):
+    """Loss and averaged gradients of one process's rows, kept by the first."""
+    teacher = tiny_model()
+    model = SpikingMambaForCausalLM.from_dense(teacher, neuron=INTEGER, threshold=THRESHOLD)
+    rows = penalised_rows().chunk(processes)[rank]
+    total, _, found = gradients(model, teacher, rows, sparsity=3.0, sparsity_target=target)
+    every = [total, *found.values()]
+    if processes > 1:
+        for each in every:
+            distributed.all_reduce(each)
+            each /= processes
+    if rank == 0:
+        torch.save({"loss": every[0], **dict(zip(found, every[1:], strict=True))}, f"{folder}/{processes}.pt")
+
+
+def penalised_rows():
+    """Rows whose spikes differ in number: the first half is one token again and again."""
+    ids = tokens(4, 16)
+    ids[:2] = ids[0, 0]
+    return ids
+
+
+def test_one_hinge_for_all_processes(tmp_path):
+    teacher, ids = tiny_model(), penalised_rows()
+    model = SpikingMambaForCausalLM.from_dense(teacher, neuron=INTEGER, threshold=THRESHOLD)
+    sizes = [float(gradients(model, teacher, part, sparsity=1.0)[1]["spike_size"]) for part in ids.chunk(2)]
+    (tmp_path / "ranks.py").write_text(RANKS)
+    mean = sum(sizes) / 2
+    assert abs(sizes[0] - sizes[1]) > 0.04
+    for target in (mean - 0.01, mean + 0.01):  # each lies between the two processes' own means
+        done = torchrun(tmp_path / "ranks.py", tmp_path, target)
+        assert done.returncode == 0, done.stderr[-3000:]
+        ranked(0, 1, target, tmp_path)
+        two, one = (torch.load(tmp_path / f"{number}.pt") for number in (2, 1))
+        for name, value in one.items():
+            torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_batches_that_are_accumulated_are_hinged_one_by_one():
+    """As recipes/distill/README.md states: equal on one side of the target, else larger."""
+    teacher, ids = tiny_model(), penalised_rows()
+    model = SpikingMambaForCausalLM.from_dense(teacher, neuron=INTEGER, threshold=THRESHOLD)
+
+    def losses(target):
+        whole, *parts = (
+            float(gradients(model, teacher, rows, sparsity=3.0, sparsity_target=target)[0])
+            for rows in (ids, *ids.chunk(2))
+        )
+        return whole, sum(parts) / 2
+
+    size = float(gradients(model, teacher, ids, sparsity=1.0)[1]["spike_size"])
+    for target in (0.0, 10.0):
+        assert losses(target)[1] == pytest.approx(losses(target)[0], rel=1e-5)
+    whole, accumulated = losses(size)
+    assert accumulated > whole + 0.01
 
 
 def test_sizes_that_were_not_asked_for():
