@@ -18,11 +18,12 @@ EDGE_TESTS ?= tests/neurons $(addprefix tests/spiking_mamba/, \
   distill_at_scale.py::test_two_processes_train_as_one_and_resume evaluate.py::test_results rl.py::test_the_results \
   rl.py::test_two_processes_train_as_one shipped_student.py)
 
-.PHONY: help test test-gpu test-edges lint lock quickstart gpu clean
+.PHONY: help test storm test-gpu test-edges lint lock quickstart gpu clean
 
 help:
 	@echo "make quickstart   distil a spiking Mamba2 on real text and report (under 10 minutes, no GPU needed)"
 	@echo "make test         lint, types, and all tests that need no GPU"
+	@echo "make storm        kill runs at hundreds of moments and go on with them: nothing may be lost"
 	@echo "make test-gpu     the tests that need an NVIDIA GPU"
 	@echo "make test-edges   the oldest and the newest releases that pyproject.toml allows"
 	@echo "make gpu          add mamba-ssm's and causal-conv1d's kernels to the current environment"
@@ -45,6 +46,9 @@ quickstart: $(BIN)/.ready
 
 test: lint
 	$(BIN)/python -m pytest $(ARGS)
+
+storm: $(BIN)/.ready
+	$(BIN)/python tests/storm/kills.py $(ARGS)
 
 test-gpu: $(BIN)/.ready
 	$(BIN)/python -m pytest tests/gpu $(ARGS)

@@ -120,7 +120,8 @@ def _check_same(folder: Path, plain: dict[str, Any]) -> None:
         raise RunError(f"{folder} holds no run to resume: {kept} cannot be read.") from error
     if not isinstance(before, dict):
         raise RunError(f"{folder} holds no run to resume: {kept} is no mapping.")
-    changed = sorted(k for k in map(str, before.keys() | plain.keys()) if before.get(k) != plain.get(k))
+    keys = {str(key) for key in before.keys() | plain.keys()} - {"output"}  # the folder may have been moved
+    changed = sorted(key for key in keys if before.get(key) != plain.get(key))
     if changed:
         raise RunError(f"{folder} holds a run with other settings of {', '.join(changed)}.")
 

@@ -146,6 +146,16 @@ def test_damaged_settings_are_no_run_to_resume(tmp_path, text):
         start_run(Other(str(tmp_path)), True, False)
 
 
+def test_a_run_whose_folder_was_moved_is_gone_on_with(tmp_path):
+    with run_folder(Other(str(tmp_path / "a")), False, False):
+        pass
+    (tmp_path / "a").rename(tmp_path / "b")
+    with run_folder(Other(str(tmp_path / "b")), True, False):
+        pass
+    with pytest.raises(RunError, match="other settings of number"):
+        start_run(Other(str(tmp_path / "b"), 2), True, False)
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="is a file"):
