@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import transformers
@@ -53,7 +54,8 @@ def load_text(source: str | Sequence[str], split: str | None = None, seed: int =
         documents = _open_source(name)
         if not any(map(_has_text, texts_of(documents))):
             raise DataError(f"{name} holds no document.")
-        parts.append(documents.select(list(_keep(documents, split, seed, seen))))
+        kept = np.fromiter(_keep(documents, split, seed, seen), np.int64)
+        parts.append(documents.select(kept))
     if not any(map(len, parts)):
         names = ", ".join(map(str, sources))
         raise DataError(
@@ -74,7 +76,7 @@ def _keep(documents: datasets.Dataset, split: str | None, seed: int, seen: set[b
         if not _has_text(text):
             continue
         assert text is not None
-        digest = hashlib.sha256(salt + text.encode()).digest()
+        digest = hashlib.sha256(salt + text.encode()).digest()[:16]
         if digest in seen:
             continue
         seen.add(digest)
@@ -177,7 +179,13 @@ def _read_hub(source: str) -> datasets.Dataset:
         ) from error
     if "text" not in documents.column_names:
         raise DataError(f"{source} has no column `text` but {', '.join(documents.column_names)}.")
-    return documents.select_columns("text").cast_column("text", datasets.Value("string"))
+    documents = documents.select_columns("text")
+    if documents.features["text"] == datasets.Value("string"):  # a cast would write all of it again
+        return documents
+    try:
+        return documents.cast_column("text", datasets.Value("string"))
+    except (pa.ArrowException, ValueError, TypeError) as error:
+        raise DataError(f"{source}: its column `text` holds no strings: {error}") from error
 
 
 def draw_rows(

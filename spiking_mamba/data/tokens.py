@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import hashlib
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -11,12 +15,19 @@ import pyarrow.parquet
 import tokenizers
 import transformers
 
+from spiking_mamba.common.claims import claimed
 from spiking_mamba.common.errors import DataError
+from spiking_mamba.common.files import PART
+from spiking_mamba.data.packages import cache_folder
+from spiking_mamba.data.pieces import pieces
 
 __all__ = ["END_OF_TEXT", "count_bytes", "document_stream", "texts_of", "tokenize", "train_tokenizer"]
 
 END_OF_TEXT = "<|endoftext|>"
-_BATCH = 1000  # documents at a time
+MOST_ENTRIES = 2**20  # of a vocabulary; tokenizers takes the memory for all of them first
+_BATCH = 100  # documents at a time
+IN_MEMORY = 2**28  # characters of text whose tokens are kept in memory
+_CHARACTERS, _PIECES = 2**20, 1000  # that are tokenized at a time
 
 
 def texts_of(documents: datasets.Dataset) -> Iterator[str | None]:
@@ -33,8 +44,11 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 4096) -> transformer
     """
     if isinstance(texts, str):
         raise TypeError("texts is one string; give a list (or a column) of documents.")
-    if vocab_size < 257:
-        raise DataError(f"vocab_size is {vocab_size}; 256 bytes and {END_OF_TEXT} need at least 257.")
+    if type(vocab_size) is not int or not 257 <= vocab_size <= MOST_ENTRIES:
+        raise DataError(
+            f"vocab_size is {vocab_size!r}; 256 bytes and {END_OF_TEXT} need at least 257, and there are at "
+            f"most {MOST_ENTRIES:,}."
+        )
     bpe = tokenizers.Tokenizer(tokenizers.models.BPE())
     bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = tokenizers.decoders.ByteLevel()
@@ -62,10 +76,10 @@ def tokenize(
 
     A model carries its state on from one document to the next within a row; only rows start afresh.
 
-    Returns an in-memory dataset with `input_ids`, lists of exactly `length` int32. The incomplete last row
-    is dropped, or with `drop_last=False` padded with the end-of-text id; a column `labels` is then -100 at
-    the padding and `input_ids` elsewhere. Raises DataError when not one row can be filled (with
-    `drop_last=False`: when there is no token).
+    Returns a dataset with `input_ids`, lists of exactly `length` int32; in memory or, of much text, mapped
+    from a file, see `document_stream`. The incomplete last row is dropped, or with `drop_last=False` padded
+    with the end-of-text id; a column `labels` is then -100 at the padding and `input_ids` elsewhere. Raises
+    DataError when not one row can be filled (with `drop_last=False`: when there is no token).
     """
     if length < 1:
         raise DataError(f"length is {length}; it must be at least 1.")
@@ -75,7 +89,10 @@ def tokenize(
             f"The text has {len(ids)} tokens and a row needs {length}: more text, or shorter rows."
         )
     if drop_last:
-        return datasets.Dataset(pa.table({"input_ids": _rows(ids[: len(ids) // length * length], length)}))
+        table = pa.table({"input_ids": _rows(ids[: len(ids) // length * length], length)})
+        # without one, datasets would pickle all of the table into memory to make it
+        mark = os.urandom(8).hex() if isinstance(ids, np.memmap) else None
+        return datasets.Dataset(table, fingerprint=mark)
     padding = -len(ids) % length
     columns = {
         name: _rows(np.append(ids, np.full(padding, fill, np.int32)), length)
@@ -85,16 +102,108 @@ def tokenize(
 
 
 def document_stream(dataset: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase) -> np.ndarray:
-    """Token ids of the documents of column `text`, end to end, each behind the end-of-text id; int32."""
-    end = tokenizer.eos_token_id
-    if end is None:
+    """Token ids of the documents of column `text`, end to end, each behind the end-of-text id; int32.
+
+    Of much text the ids lie in a file in the cache folder, made once for all processes and runs, and only
+    mapped into memory.
+    """
+    if tokenizer.eos_token_id is None:
         raise DataError("The tokenizer has no end-of-text token (eos_token) to put between documents.")
-    pieces: list[np.ndarray] = []
-    for batch in dataset.iter(_BATCH):
-        texts = batch["text"]
-        encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False, verbose=False)
-        pieces.extend(np.array([end, *ids], dtype=np.int32) for ids in encoded["input_ids"])
-    return np.concatenate(pieces) if pieces else np.empty(0, np.int32)
+    if _is_small(dataset):
+        return np.concatenate([np.empty(0, np.int32), *_encoded(dataset, tokenizer)])
+    return np.memmap(_token_file(dataset, tokenizer), np.int32, "r")
+
+
+def _is_small(dataset: datasets.Dataset) -> bool:
+    characters = 0
+    for text in texts_of(dataset):
+        characters += len(text or "")
+        if characters > IN_MEMORY:
+            return False
+    return True
+
+
+def _encoded(
+    dataset: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase
+) -> Iterator[np.ndarray]:
+    """Ids of the documents in order, a limited number of characters at a time, long documents in pieces."""
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        return tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        ).input_ids
+
+    def joined(batch: list[tuple[bool, str]]) -> np.ndarray:
+        ids = encode([piece for _, piece in batch])
+        parts = zip((first for first, _ in batch), ids, strict=True)
+        return np.concatenate([np.array([end, *p] if first else p, np.int32) for first, p in parts])
+
+    end = tokenizer.eos_token_id
+    batch: list[tuple[bool, str]] = []
+    characters = 0
+    for text in texts_of(dataset):
+        for number, piece in enumerate(pieces(text or "", encode)):
+            batch.append((number == 0, piece))
+            characters += len(piece)
+            if characters >= _CHARACTERS or len(batch) >= _PIECES:
+                yield joined(batch)
+                batch, characters = [], 0
+    if batch:
+        yield joined(batch)
+
+
+def _token_file(dataset: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase) -> Path:
+    """The file of ids of these documents and this tokenizer, made by whichever process comes first."""
+    folder = cache_folder() / "tokens"
+    name = _token_key(dataset, tokenizer)
+    path = folder / f"{name}.int32"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with claimed(folder / f"{name}.lock", wait=True):
+            if not path.is_file():
+                _remove_drafts(folder, name)
+                draft = path.with_name(path.name + PART)
+                with draft.open("wb") as file:
+                    for ids in _encoded(dataset, tokenizer):
+                        file.write(ids.data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                draft.replace(path)
+                size = path.stat().st_size
+                print(f"{size // 4:,} tokens are kept in {path}, {size / 1e9:.1f} GB", file=sys.stderr)
+    except OSError as error:
+        raise DataError(
+            f"The tokens cannot be kept in {folder}: {error}. Make room there, or point SPIKING_MAMBA_CACHE "
+            "at another folder."
+        ) from error
+    return path
+
+
+def _remove_drafts(folder: Path, own: str) -> None:
+    """Remove what killed processes have left: a draft without a process that holds its lock, or our own."""
+    for draft in folder.glob(f"*{PART}"):
+        name = draft.name.partition(".")[0]
+        if name == own:
+            draft.unlink(missing_ok=True)
+            continue
+        with claimed(folder / f"{name}.lock") as free:
+            if free:
+                draft.unlink(missing_ok=True)
+
+
+def _token_key(dataset: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase) -> str:
+    """A hash of all that the ids depend on."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)  # only slow ones have none
+    rules = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    versions = tokenizers.__version__, transformers.__version__
+    sha256 = hashlib.sha256(
+        repr((1, type(tokenizer).__name__, rules, tokenizer.eos_token_id, versions)).encode()
+    )
+    for text in texts_of(dataset):
+        content = (text or "").encode()
+        sha256.update(b"%d:" % len(content))
+        sha256.update(content)
+    return sha256.hexdigest()[:32]
 
 
 def _rows(ids: np.ndarray, length: int) -> pa.ChunkedArray:

@@ -12,6 +12,7 @@ from spiking_mamba.common.files import file_sha256
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.data.tokens import texts_of
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.training.arguments import autocast, compile_blocks, training_arguments
@@ -130,7 +131,7 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
     held_out = None
     if settings.held_out is not None:
         held_out_text = data.load_text(settings.held_out)
-        if not set(text["text"]).isdisjoint(held_out_text["text"]):
+        if not set(texts_of(held_out_text)).isdisjoint(texts_of(text)):
             raise data.DataError("Documents of held_out stand in data, too.")
         held_out = data.tokenize(held_out_text, tokenizer, settings.length)
     model = SpikingMambaForCausalLM(config)
