@@ -64,7 +64,7 @@ def code_state() -> dict[str, str | None]:
         for path in sorted((root / package).rglob("*")):
             if path.suffix in _SOURCES and path.is_file():
                 sha256.update(f"{path.relative_to(root)}\n{file_sha256(path)}\n".encode())
-    return {"commit": _commit(), "sha256": sha256.hexdigest()}
+    return {"commit": commit_of(root), "sha256": sha256.hexdigest()}
 
 
 def _relative(argument: str) -> str:
