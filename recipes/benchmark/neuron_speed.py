@@ -31,6 +31,7 @@ from neurons import SignedSpikeCount, SILIFNode, compensation
 from neurons.cupy.si_lif import kernel, ops
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.interruption import interruptible, measured_so_far
+from spiking_mamba.reports.figures import picture
 
 MI = 2**20
 COUNT = SignedSpikeCount(4)
@@ -255,27 +256,21 @@ def sweep(timer: Timer) -> list[dict[str, Any]]:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 4, figsize=(19, 7), constrained_layout=True)
-    for axis, row in zip(axes.flat, report["rows"], strict=True):
-        timed = {k: v["ms"] for k, v in row["results"].items() if "ms" in v}
-        names = list(timed)[::-1]
-        axis.barh(
-            names, [timed[n] for n in names], color=["C1" if n == "SI-LIF, cupy" else "C0" for n in names]
-        )
-        for i, n in enumerate(names):
-            axis.text(timed[n], i, f" {timed[n]:#.3g}" if timed[n] < 100 else f" {timed[n]:.0f}", va="center")
-        axis.axvline(row["floor_ms"], color="black", linestyle=":")
-        axis.set_xscale("log")
-        axis.set_xlim(row["floor_ms"] / 2, max([*timed.values(), row["floor_ms"]]) * 8)
-        axis.set_title(row["name"], fontsize=10)
-        axis.set_xlabel("ms, forward and backward")
-    figure.suptitle(f"{report['device']}, dotted: bytes at {report['copy_TB_per_s']:.2f} TB/s")
-    figure.savefig(path, dpi=110)
+    with picture(path, 19, 7, dpi=110, nrows=2, ncols=4) as (figure, axes):
+        for axis, row in zip(axes.flat, report["rows"], strict=True):
+            timed = {k: v["ms"] for k, v in row["results"].items() if "ms" in v}
+            names = list(timed)[::-1]
+            colours = ["C1" if n == "SI-LIF, cupy" else "C0" for n in names]
+            axis.barh(names, [timed[n] for n in names], color=colours)
+            for i, n in enumerate(names):
+                text = f" {timed[n]:#.3g}" if timed[n] < 100 else f" {timed[n]:.0f}"
+                axis.text(timed[n], i, text, va="center")
+            axis.axvline(row["floor_ms"], color="black", linestyle=":")
+            axis.set_xscale("log")
+            axis.set_xlim(row["floor_ms"] / 2, max([*timed.values(), row["floor_ms"]]) * 8)
+            axis.set_title(row["name"], fontsize=10)
+            axis.set_xlabel("ms, forward and backward")
+        figure.suptitle(f"{report['device']}, dotted: bytes at {report['copy_TB_per_s']:.2f} TB/s")
 
 
 @fail_clearly()

@@ -39,7 +39,7 @@ from spiking_mamba.common.progress import quiet
 from spiking_mamba.model import scan as ssd
 from spiking_mamba.model.state_spaces import published_config
 from spiking_mamba.reports.document import markdown_table
-from spiking_mamba.reports.figures import save_picture
+from spiking_mamba.reports.figures import picture
 from spiking_mamba.training.head_loss import head_loss
 from spiking_mamba.training.pretraining import PretrainingSettings
 
@@ -227,41 +227,37 @@ def table(
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Throughput and memory against the tokens of a row, and against those of a step at one length."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
     runs = report["runs"]
     panels = [(key, [run for run in runs if run["sweep"] == key]) for key in ("length", "batch")]
     panels = [(key, chosen) for key, chosen in panels if chosen]
-    figure, axes = plt.subplots(
-        2, len(panels), figsize=(5.5 * len(panels), 6), layout="constrained", sharey="row", squeeze=False
-    )
-    for (key, chosen), (rate, memory) in zip(panels, axes.T, strict=True):
-        fixed = chosen[0]["length"]
-        if key == "batch":  # a point that the sweep over lengths went through
-            chosen += [run for run in runs if run["sweep"] != key and run["length"] == fixed]
-        chosen.sort(key=lambda run: run[key])
-        for name in dict.fromkeys(name for run in chosen for name in run["found"]):
-            mine = [run for run in chosen if name in run["found"]]
-            at = [run[key] for run in mine]
-            tokens = [run["batch"] * run["length"] / run["found"][name]["seconds"] for run in mine]
-            style = {"marker": "o", "linestyle": "--" if name.startswith("spiking") else "-"}
-            rate.plot(at, tokens, label=name, **style)
-            memory.plot(at, [run["found"][name]["peak"] / 2**30 for run in mine], **style)
-        for panel in (rate, memory):
-            panel.set_xscale("log", base=2)
+    grid = {"nrows": 2, "ncols": len(panels), "sharey": "row", "squeeze": False}
+    with picture(path, 5.5 * len(panels), 6, dpi=110, **grid) as (figure, axes):
+        for (key, chosen), (rate, memory) in zip(panels, axes.T, strict=True):
+            fixed = chosen[0]["length"]
+            if key == "batch":  # a point that the sweep over lengths went through
+                chosen += [run for run in runs if run["sweep"] != key and run["length"] == fixed]
+            chosen.sort(key=lambda run: run[key])
+            for name in dict.fromkeys(name for run in chosen for name in run["found"]):
+                mine = [run for run in chosen if name in run["found"]]
+                at = [run[key] for run in mine]
+                tokens = [run["batch"] * run["length"] / run["found"][name]["seconds"] for run in mine]
+                style = {"marker": "o", "linestyle": "--" if name.startswith("spiking") else "-"}
+                rate.plot(at, tokens, label=name, **style)
+                memory.plot(at, [run["found"][name]["peak"] / 2**30 for run in mine], **style)
+            for panel in (rate, memory):
+                panel.set_xscale("log", base=2)
+                panel.set_xticks([run[key] for run in chosen], [f"{run[key]:,}" for run in chosen])
+            memory.set_xlabel(
+                "tokens a row, about as many a step"
+                if key == "length"
+                else f"rows of {fixed:,} tokens a step"
+            )
+        for panel in axes[:, 0]:  # when all are drawn: the panels of a row share their axis
             panel.set_ylim(0, None)
-            panel.set_xticks([run[key] for run in chosen], [f"{run[key]:,}" for run in chosen])
-        memory.set_xlabel(
-            "tokens a row, about as many a step" if key == "length" else f"rows of {fixed:,} tokens a step"
-        )
-    axes[0, 0].set_ylabel("tokens/s, forward and backward")
-    axes[1, 0].set_ylabel("peak GiB of a step")
-    axes[0, 0].legend()
-    figure.suptitle(report["device"])
-    save_picture(figure, path, dpi=110)
+        axes[0, 0].set_ylabel("tokens/s, forward and backward")
+        axes[1, 0].set_ylabel("peak GiB of a step")
+        axes[0, 0].legend()
+        figure.suptitle(report["device"])
 
 
 @fail_clearly()

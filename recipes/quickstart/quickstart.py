@@ -37,7 +37,8 @@ class QuickstartSettings:
     """Settings of the quickstart; every field is a key of the YAML file.
 
     Attributes:
-        output: folder of the run: ``student/model``, ``report.md``, ``report.png`` and ``results.json``.
+        output: folder of the run: ``student/model``, ``report.md``, ``report.html``, ``report.png`` and
+            ``results.json``.
         teacher, data, length, neuron, sgc, membrane, threshold, learn_threshold, loss, training: see
             ``spiking_mamba.training.distillation.DistillationSettings``.
         held_out: text that the teacher has not seen, and
@@ -113,7 +114,7 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
         }
         print("3/3  Writing the report\n", flush=True)
         print(write_report(folder, results))
-    print(f"\nReport: {folder / 'report.md'}, picture: {folder / 'report.png'}, student: {student_folder}")
+    print(f"\nReport: {folder / 'report.md'}, {folder / 'report.html'}; student: {student_folder}")
     return results
 
 

@@ -24,7 +24,7 @@ from spiking_mamba.evaluation.tasks import zero_shot_tasks
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.reports.document import markdown_table
-from spiking_mamba.reports.figures import save_picture
+from spiking_mamba.reports.figures import picture
 
 TEMPLATE = Path(__file__).with_name("card.md")
 NEW_TOKENS = 60
@@ -79,19 +79,18 @@ def lambada(model: Any, tokenizer: Any, length: int) -> dict[str, float]:
 
 
 def draw(log: list[dict[str, float]], tokens_a_step: float, path: Path) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    figure, axis = plt.subplots(figsize=(7.5, 4), layout="constrained")
-    for key, label in (("loss", "corpus"), ("eval_loss", "held-out documents")):
-        points = [(row["step"] * tokens_a_step / 1e6, row[key]) for row in log if key in row]
-        axis.plot(*zip(*points, strict=True), label=label, marker="." if key == "eval_loss" else None)
-    axis.set(xlabel="million tokens", ylabel="nats a token", ylim=(2.4, 4.5))
-    axis.grid(alpha=0.3)
-    axis.legend()
-    save_picture(figure, path, dpi=110)
+    """The losses by tokens, from where held-out documents were first asked on."""
+    with picture(path, 7.5, 4, dpi=110) as (_, axis):
+        found = {}
+        for key, label in (("loss", "corpus"), ("eval_loss", "held-out documents")):
+            points = [(row["step"] * tokens_a_step / 1e6, row[key]) for row in log if key in row]
+            axis.plot(*zip(*points, strict=True), label=label, marker="." if key == "eval_loss" else None)
+            found[key] = [loss for _, loss in points]
+        low, high = min(min(losses) for losses in found.values()), found["eval_loss"][0]
+        space = 0.1 * (max(high, low + 0.1) - low)
+        axis.set(xlabel="million tokens", ylabel="nats a token", ylim=(low - space, high + 3 * space))
+        axis.grid(color="#e5e5e5")
+        axis.legend()
 
 
 def score_rows(tasks: dict[str, Any]) -> list[list[str]]:

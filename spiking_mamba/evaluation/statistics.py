@@ -91,7 +91,8 @@ def _quantities(model: Mapping[str, Any]) -> dict[str, float]:
     if model.get("spikes"):
         found["mean_abs"] = model["spikes"]["mean_abs"]
     if model.get("energy"):
-        found["gain_fp32"] = model["energy"]["projections"].get("fp32", {}).get("gain")
+        energies = model["energy"]["projections"]
+        found |= {f"gain_{table}": row.get("gain") for table, row in energies.items()}
     return {name: value for name, value in found.items() if value is not None}
 
 
@@ -103,7 +104,8 @@ def groups(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str,
 
     Returns:
         ``{group: {quantity: interval}}``. A quantity is a task (its main metric), ``average``,
-        ``perplexity:<corpus>``, ``mean_abs`` or ``gain_fp32``; those that no run has are left out.
+        ``perplexity:<corpus>``, ``mean_abs`` or ``gain_<table of costs>``; those that no run has are left
+        out.
     """
     found: dict[str, dict[str, list[float]]] = {}
     for model in models:

@@ -11,16 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from spiking_mamba.common.files import write_whole
+
 __all__ = [
     "Block",
     "Code",
     "Heading",
     "Paragraph",
     "Picture",
+    "Quote",
     "Table",
     "markdown_table",
     "to_html",
     "to_markdown",
+    "write_document",
 ]
 
 
@@ -34,6 +38,13 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
+    text: str
+
+
+@dataclass(frozen=True)
+class Quote:
+    """What somebody, or a model, has said."""
+
     text: str
 
 
@@ -60,7 +71,7 @@ class Picture:
     text: str
 
 
-Block = Heading | Paragraph | Code | Table | Picture
+Block = Heading | Paragraph | Quote | Code | Table | Picture
 
 
 def _plain(text: object) -> str:
@@ -83,6 +94,8 @@ def to_markdown(blocks: Sequence[Block]) -> str:
                 parts.append("#" * level + " " + _escape_markdown(text))
             case Paragraph(text):
                 parts.append(_escape_markdown(text))
+            case Quote(text):
+                parts.append(f"> {_escape_markdown(text)}")
             case Code(text):
                 fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
                 parts.append(f"{fence}text\n{text}\n{fence}")
@@ -113,6 +126,7 @@ th:first-child, td:first-child { text-align: left; white-space: normal; overflow
 tbody tr:hover td { background: var(--band); }
 img { display: block; max-width: 100%; min-width: 36rem; height: auto; margin: 1rem 0;
   background: #fff; border-radius: 4px; }
+blockquote { margin-left: 0; padding-left: 1rem; border-left: 3px solid var(--line); }
 pre { overflow-x: auto; padding: 0.75rem; background: var(--band); font-size: 0.8125rem; }
 """
 # nothing but what is in the file itself may be shown, and nothing at all may run
@@ -139,6 +153,8 @@ def to_html(blocks: Sequence[Block]) -> str:
                 parts.append(f"<h{level}>{html.escape(_plain(text))}</h{level}>")
             case Paragraph(text):
                 parts.append(f"<p>{html.escape(_plain(text))}</p>")
+            case Quote(text):
+                parts.append(f"<blockquote>{html.escape(_plain(text))}</blockquote>")
             case Code(text):
                 parts.append(f'<pre tabindex="0">{html.escape(text)}</pre>')
             case Table(header, rows):
@@ -155,6 +171,12 @@ def to_html(blocks: Sequence[Block]) -> str:
     )
     body = "\n".join(parts)
     return f'<!DOCTYPE html>\n<html lang="en">\n<head>\n{head}\n</head>\n<body>\n{body}\n</body>\n</html>\n'
+
+
+def write_document(folder: Path, blocks: Sequence[Block]) -> None:
+    """Write ``report.md`` and ``report.html`` to ``folder``, where the document's pictures are."""
+    write_whole(folder / "report.md", to_markdown(blocks))
+    write_whole(folder / "report.html", to_html(blocks))
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -6,8 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spiking_mamba.reports.costs import drawn_tables, own_tables
 from spiking_mamba.reports.document import Block, Heading, Paragraph, Picture, Table
-from spiking_mamba.reports.figures import draw_layer_energy, draw_spike_map, unit
+from spiking_mamba.reports.figures import draw_layer_energy, unit
+from spiking_mamba.reports.spike_map import draw_spikes
 
 __all__ = ["Model", "flat", "number", "of_energy", "of_joules", "of_layers", "of_spikes", "shared_tasks"]
 
@@ -101,19 +103,12 @@ def of_energy(models: Sequence[Model]) -> list[Block]:
         Heading("Energy by operation counts"),
         Paragraph(
             "Estimates, not measurements: per token, operations counted in the passes that gave the scores, "
-            "times a cost table; fp32, fp16 and int8 are Horowitz's at 45 nm (ISSCC 2014). The rival "
-            "'quantised' has the same 2D + 1 "
+            "times a cost table. The rival 'quantised' has the same 2D + 1 "
             "activation levels and integer MACs; it is the fair one. A table is hypothetical where the "
             "accuracy was not measured in its precision. A ratio below 1 says that spikes cost more."
         ),
+        *_cost_tables(counted),
     ]
-    if costs := {name: cost for m in counted for name, cost in (m["energy"].get("costs") or {}).items()}:
-        rows = []
-        for name, cost in costs.items():
-            integer = cost["mac"] if cost["quantised_mac"] is None else cost["quantised_mac"]
-            rows.append([name, *(f"{v:g}" for v in (cost["mac"], cost["ac"], integer, cost["byte"]))])
-        header = ["cost table, pJ", "MAC", "accumulation", "MAC of the quantised", "byte of memory"]
-        blocks.append(Table(header, rows))
     for scope, name in _SCOPES.items():
         blocks += _energy_table(f"Compute only, {name}", [(m, m["energy"].get(scope)) for m in counted])
     scopes = list(dict.fromkeys(s for m in counted for s in m["energy"].get("with_memory") or {}))
@@ -126,21 +121,36 @@ def of_energy(models: Sequence[Model]) -> list[Block]:
     if passes:
         shapes = " or ".join(f"{batch} x {length:,}" for batch, length in sorted(passes))
         blocks.append(Paragraph(f"Prefill is a pass of {shapes} tokens (batch x length)."))
-    parts = list(dict.fromkeys(p for m in counted for p in m["energy"].get("operations_per_token") or {}))
-    if parts:
-        rows = [
-            [
-                part,
-                *(number((m["energy"].get("operations_per_token") or {}).get(part), 0) for m in counted),
-            ]
-            for part in parts
-        ]
-        blocks += [
-            Heading("Operations per token", 3),
-            Table(["part", *(m["name"] for m in counted)], rows),
-            Paragraph("Multiply-accumulates of the dense model unless the part's name says otherwise."),
-        ]
-    return blocks
+    return blocks + _operations(counted)
+
+
+def _cost_tables(models: Sequence[Model]) -> list[Block]:
+    costs = {name: cost for m in models for name, cost in (m["energy"].get("costs") or {}).items()}
+    if not costs:
+        return []
+    rows = []
+    for name, cost in costs.items():
+        integer = cost["mac"] if cost["quantised_mac"] is None else cost["quantised_mac"]
+        values = (cost["mac"], cost["ac"], integer, cost["byte"], cost["width"])
+        rows.append([name, *(f"{value:g}" for value in values)])
+    header = ["cost table, pJ", "MAC", "accumulation", "MAC of the quantised", "byte of memory"]
+    text = "fp32, fp16 and int8 are Horowitz's at 45 nm (ISSCC 2014)."
+    if own := own_tables(models):
+        text += f" Given by the user: {', '.join(own)}."
+    return [Table([*header, "bytes a number"], rows), Paragraph(text)]
+
+
+def _operations(models: Sequence[Model]) -> list[Block]:
+    found = [model["energy"].get("operations_per_token") or {} for model in models]
+    parts = list(dict.fromkeys(part for operations in found for part in operations))
+    if not parts:
+        return []
+    rows = [[part, *(number(operations.get(part), 0) for operations in found)] for part in parts]
+    return [
+        Heading("Operations per token", 3),
+        Table(["part", *(model["name"] for model in models)], rows),
+        Paragraph("Multiply-accumulates of the dense model unless the part's name says otherwise."),
+    ]
 
 
 def _energy_table(
@@ -204,16 +214,26 @@ def of_layers(folder: Path, models: Sequence[Model]) -> list[Block]:
         pictures = []
         if (model["energy"] or {}).get("layers"):
             path = folder / f"layer_energy-{name}.png"
-            draw_layer_energy(path, model["energy"])
-            pictures.append(Picture(path, f"Energy per token by layer, dense and spiking: {model['name']}"))
+            draw_layer_energy(model["energy"], path)
+            text = f"Energy per token by layer, dense and spiking, {_at(drawn_tables([model]))}: "
+            pictures.append(Picture(path, text + model["name"]))
         if model["spikes"]:
             path = folder / f"spikes-{name}.png"
-            if draw_spike_map(path, model["spikes"]):
+            if draw_spikes(model["spikes"], path):
                 pictures.append(Picture(path, f"Spikes by layer: {model['name']}"))
         if pictures:
             blocks += [Heading(model["name"], 3), *pictures]
-    note = "Energy of the projections: operation counts at the fp32 table, compute only."
-    return [Heading("Layer by layer"), Paragraph(note), *blocks] if blocks else []
+    if not blocks:
+        return []
+    note: list[Block] = []
+    if tables := drawn_tables(models):
+        text = f"Energy of the projections: operation counts at the {_at(tables)}, compute only."
+        note.append(Paragraph(text))
+    return [Heading("Layer by layer"), *note, *blocks]
+
+
+def _at(tables: Sequence[str]) -> str:
+    return f"table{'' if len(tables) == 1 else 's'} {', '.join(tables)}"
 
 
 def number(value: float | None, digits: int = 2, factor: float = 1.0) -> str:

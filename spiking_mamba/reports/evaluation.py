@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from spiking_mamba.common.files import write_whole
 from spiking_mamba.reports import energy as energy_report
+from spiking_mamba.reports.costs import drawn_tables
 from spiking_mamba.reports.document import (
     Block,
     Code,
@@ -19,8 +19,7 @@ from spiking_mamba.reports.document import (
     Picture,
     Table,
     markdown_table,
-    to_html,
-    to_markdown,
+    write_document,
 )
 from spiking_mamba.reports.energy import Model, flat, number, shared_tasks
 from spiking_mamba.reports.figures import accuracy_and_energy, draw_accuracy_energy, draw_gaps
@@ -52,8 +51,7 @@ def write_evaluation_report(folder: Path, results: Mapping[str, Any]) -> str:
     blocks += energy_report.of_joules(models)
     blocks += energy_report.of_layers(folder, models)
     blocks += _provenance(results)
-    write_whole(folder / "report.md", to_markdown(blocks))
-    write_whole(folder / "report.html", to_html(blocks))
+    write_document(folder, blocks)
     tables = [block for block in (*_tasks(models), *_perplexity(models)) if isinstance(block, Table)]
     return "\n\n".join(markdown_table(table.header, table.rows) for table in tables)
 
@@ -101,19 +99,23 @@ def _models(models: Sequence[Model]) -> Table:
 
 
 def _accuracy_over_energy(folder: Path, models: Sequence[Model]) -> list[Block]:
-    points, label = accuracy_and_energy(models)
-    if not points or not any(model.get("energy") for model in models):
+    texts = []
+    for table in drawn_tables(models):
+        points, label = accuracy_and_energy(models, table)
+        found = [f"{p['name']}: {p['accuracy']:.2f} at {p['projections']:.2f}x" for p in points]
+        if found:
+            text = f"Accuracy ({label}) over energy gain of the projections, {table} table. "
+            texts.append(text + "; ".join(found) + ".")
+    if not texts:
         return []
     path = folder / "accuracy_energy.png"
-    draw_accuracy_energy(path, models)
-    text = f"Accuracy ({label}) over energy gain. "
-    text += "; ".join(f"{p['name']}: {p['accuracy']:.2f} at {p['projections']:.2f}x" for p in points)
+    draw_accuracy_energy(models, path)
     note = (
         "Right is less energy than the dense model, up is more accurate; the star is the reference, at 1x. "
         "Where a group has several runs, small points are runs and the large one is their mean with "
         "95 % intervals (Student's t), cut off where they leave the picture."
     )
-    return [Heading("Accuracy and energy"), Picture(path, text), Paragraph(note)]
+    return [Heading("Accuracy and energy"), Picture(path, " ".join(texts)), Paragraph(note)]
 
 
 def _tasks(models: Sequence[Model]) -> list[Block]:
@@ -154,7 +156,7 @@ def _gaps(folder: Path, gaps: Sequence[Mapping[str, Any]]) -> list[Block]:
     if not gaps:
         return []
     path = folder / "gaps.png"
-    draw_gaps(path, gaps)
+    draw_gaps(gaps, path)
     gaps = sorted(gaps, key=lambda gap: gap["task"] != "average")
     pairs = list(dict.fromkeys((gap["reference"], gap["model"]) for gap in gaps))
     found = {(gap["task"], gap["reference"], gap["model"]): gap for gap in gaps}
@@ -194,7 +196,7 @@ def _seeds(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Block]
     names.sort(key=lambda name: name != "average")
     rows = []
     for name in names:
-        accuracy = name not in ("mean_abs", "gain_fp32") and not name.startswith("perplexity:")
+        accuracy = name != "mean_abs" and not name.startswith(("perplexity:", "gain_"))
         factor = 100.0 if accuracy else 1.0
         cells = []
         for quantities in several.values():
@@ -206,7 +208,7 @@ def _seeds(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Block]
             else:
                 middle = _with_error(row["mean"], row["sd"], factor)
                 cells.append(f"{middle} {_range(row, 2, factor)}, {_plural(row['runs'], 'run')}")
-        rows.append([_QUANTITIES.get(name, name + (" %" if accuracy else "")), *cells])
+        rows.append([_quantity(name) + (" %" if accuracy else ""), *cells])
     note = (
         "Mean ± standard deviation (n - 1) over the runs of a group, and the 95 % interval of the mean by "
         "Student's t. It tells how far another seed may lie; the standard errors above, how far other items."
@@ -214,11 +216,11 @@ def _seeds(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Block]
     return [Heading("Over seeds"), Table(["", *several], rows), Paragraph(note)]
 
 
-_QUANTITIES = {
-    "average": "average of the source's six tasks %",
-    "mean_abs": "mean |s|",
-    "gain_fp32": "energy gain of the projections, fp32, times",
-}
+def _quantity(name: str) -> str:
+    if name.startswith("gain_"):
+        return f"energy gain of the projections, {name.removeprefix('gain_')} table, times"
+    names = {"average": "average of the source's six tasks", "mean_abs": "mean |s|"}
+    return names.get(name, name)
 
 
 def _perplexity(models: Sequence[Model]) -> list[Block]:

@@ -1,6 +1,7 @@
-"""The pictures of an evaluation, drawn from its results; colours that colour-blind readers can tell apart.
+"""The frame that every picture is drawn in, and the pictures of an evaluation.
 
-Each function writes one PNG, whole or not at all. Names are drawn as they are, cut in the middle when long.
+Colours are such that colour-blind readers can tell them apart. Each ``draw_`` function takes what to draw and
+the PNG to write, whole or not at all. Names are drawn as they are, cut in the middle when long.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from spiking_mamba.evaluation.statistics import interval
-from spiking_mamba.spikes.energy import COSTS_45NM
+from spiking_mamba.reports.costs import drawn_tables, is_hypothetical
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,9 +27,7 @@ __all__ = [
     "draw_accuracy_energy",
     "draw_gaps",
     "draw_layer_energy",
-    "draw_spike_map",
     "picture",
-    "save_picture",
     "short",
 ]
 
@@ -54,9 +53,14 @@ def unit(picojoules: float) -> tuple[float, str]:
 
 
 @contextlib.contextmanager
-def picture(path: Path, width: float, height: float, **grid: Any) -> Iterator[tuple[Figure, Any]]:
-    """A figure of ``width`` x ``height`` inches and its axes (``plt.subplots``), written to ``path`` at the
-    end of the block, whole or not at all."""
+def picture(
+    path: Path, width: float, height: float, *, dpi: int = 130, **grid: Any
+) -> Iterator[tuple[Figure, Any]]:
+    """A figure of ``width`` x ``height`` inches and its axes (``Figure.subplots``), written to ``path`` as a
+    PNG at the end of the block, whole or not at all.
+
+    Nothing of matplotlib's global state is left changed, so that a program's own figures stay as they are.
+    """
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -74,25 +78,42 @@ def picture(path: Path, width: float, height: float, **grid: Any) -> Iterator[tu
         figure = Figure(figsize=(width, height), layout="constrained")
         FigureCanvasAgg(figure)
         yield figure, figure.subplots(**grid)
-        save_picture(figure, path, dpi=130)
+        _plain_ticks(figure)
+        draft = path.with_name(path.stem + ".part.png")
+        figure.savefig(draft, dpi=dpi)
+        draft.replace(path)
 
 
-def save_picture(figure: Any, path: Path, dpi: int) -> None:
-    """Write a matplotlib figure as a PNG, whole or not at all."""
-    draft = path.with_name(path.stem + ".part.png")
-    figure.savefig(draft, dpi=dpi)
-    draft.replace(path)
-
-
-def _gain(model: Mapping[str, Any], scope: str) -> float | None:
-    """How many times less energy than the dense model, fp32 table: 1 for a model without neurons."""
+def _gain(model: Mapping[str, Any], scope: str, table: str) -> float | None:
+    """How many times less energy than the dense model at a table: 1 for a model without neurons."""
     if not model.get("energy"):
         return 1.0 if not model.get("neuron") else None
-    return model["energy"][scope].get("fp32", {}).get("gain")
+    return model["energy"][scope].get(table, {}).get("gain")
 
 
-def accuracy_and_energy(models: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
-    """The points of :func:`draw_accuracy_energy`.
+def _plain_ticks(figure: Figure) -> None:
+    """Label logarithmic axes 0.1, 1, 10: as text is drawn as it is, powers of ten would be seen as TeX."""
+    from matplotlib.ticker import LogFormatter, LogFormatterMathtext
+
+    class Plain(LogFormatter):
+        def __call__(self, x: float, pos: Any = None) -> str:
+            return f"{x:g}" if super().__call__(x, pos) else ""  # it leaves some out on long axes
+
+    for axis in (axis for axes in figure.axes for axis in (axes.xaxis, axes.yaxis)):
+        if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
+            axis.set_major_formatter(Plain())
+        if isinstance(axis.get_minor_formatter(), LogFormatterMathtext):
+            axis.set_minor_formatter(Plain())
+
+
+def _called(models: Sequence[Mapping[str, Any]], table: str) -> str:
+    return f"{short(table)} table" + (", hypothetical" if is_hypothetical(models, table) else "")
+
+
+def accuracy_and_energy(
+    models: Sequence[Mapping[str, Any]], table: str = "fp32"
+) -> tuple[list[dict[str, Any]], str]:
+    """The points of :func:`draw_accuracy_energy` at one table of costs.
 
     Returns:
         For each model with an accuracy and an energy gain its ``name``, ``group``, ``reference``,
@@ -107,7 +128,7 @@ def accuracy_and_energy(models: Sequence[Mapping[str, Any]]) -> tuple[list[dict[
         label = f"accuracy on {tasks[0]}, %" if len(tasks) == 1 else f"mean accuracy of {len(tasks)} tasks, %"
     points = []
     for model in models:
-        gains = {scope: _gain(model, scope) for scope in ("projections", "model")}
+        gains = {scope: _gain(model, scope, table) for scope in ("projections", "model")}
         if not tasks or not all(gain is not None and math.isfinite(gain) for gain in gains.values()):
             continue
         scores = [model["tasks"][t]["metrics"][model["tasks"][t]["main"]]["value"] for t in tasks]
@@ -117,31 +138,40 @@ def accuracy_and_energy(models: Sequence[Mapping[str, Any]]) -> tuple[list[dict[
     return points, label
 
 
-def draw_accuracy_energy(path: Path, models: Sequence[Mapping[str, Any]]) -> None:
-    """Accuracy over energy gain, a point a model; where a group has several runs, its mean with 95 %
-    intervals over them."""
-    points, label = accuracy_and_energy(models)
-    names = list(dict.fromkeys(point["group"] for point in points))
-    table = "fp32 table, compute only"
-    if any("fp32" in ((model.get("energy") or {}).get("hypothetical") or ()) for model in models):
-        table += ", hypothetical"
-    lines = math.ceil(len(names) / 2)
-    with picture(path, 9, 4.2 + 0.24 * lines, ncols=2, sharey=True) as (figure, axes):
-        for panel, scope, title in zip(
-            axes, ("projections", "model"), ("Projections only", "Whole model"), strict=True
-        ):
-            looks = _looks()
-            for name in names:
-                rows = [point for point in points if point["group"] == name]
-                look = REFERENCE if any(row["reference"] for row in rows) else next(looks)
-                _draw_group(panel, rows, scope, look, short(name))
-            panel.axvline(1.0, color="grey", linewidth=0.8, linestyle="--")
-            panel.grid(color="#e5e5e5")
-            panel.set(title=title, xlabel=f"energy gain over the dense model, times\n({table})")
-            _limit(panel, [point[scope] for point in points], [point["accuracy"] for point in points])
-        axes[0].set_ylabel(label)
-        handles, labels = axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+def draw_accuracy_energy(models: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Accuracy over energy gain, a point a model, a row of panels for each of :func:`drawn_tables`; where a
+    group has several runs, its mean with 95 % intervals over them."""
+    found = {table: accuracy_and_energy(models, table) for table in drawn_tables(models)}
+    looks = _group_looks([point for points, _ in found.values() for point in points])
+    legend_lines = math.ceil(len(looks) / 2)
+    grid = {"nrows": len(found), "ncols": 2, "sharey": True, "squeeze": False}
+    with picture(path, 9, 0.6 + 3.6 * len(found) + 0.24 * legend_lines, **grid) as (figure, axes):
+        for panels, (table, (points, label)) in zip(axes, found.items(), strict=True):
+            for panel, scope, title in zip(
+                panels, ("projections", "model"), ("Projections only", "Whole model"), strict=True
+            ):
+                for name, look in looks.items():
+                    if rows := [point for point in points if point["group"] == name]:
+                        _draw_group(panel, rows, scope, look, short(name))
+                panel.axvline(1.0, color="grey", linewidth=0.8, linestyle="--")
+                panel.grid(color="#e5e5e5")
+                what = f"({_called(models, table)}, compute only)"
+                panel.set(title=title, xlabel=f"energy gain over the dense model, times\n{what}")
+                _limit(panel, [point[scope] for point in points], [point["accuracy"] for point in points])
+            panels[0].set_ylabel(label)
+        shown: dict[str, Any] = {}
+        for panel in axes[:, 0]:
+            handles, labels = panel.get_legend_handles_labels()
+            shown |= dict(zip(labels, handles, strict=True))
+        figure.legend(shown.values(), shown, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+
+
+def _group_looks(points: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+    """How each group is drawn, in the order in which they come: the reference as a black star."""
+    looks = _looks()
+    references = {point["group"] for point in points if point["reference"]}
+    names = dict.fromkeys(point["group"] for point in points)
+    return {name: REFERENCE if name in references else next(looks) for name in names}
 
 
 def _looks() -> Iterator[dict[str, Any]]:
@@ -171,7 +201,7 @@ def _limit(panel: Axes, x: Sequence[float], y: Sequence[float]) -> None:
     panel.set_xlim(0.0, 1.2 * max(1.0, *x))
 
 
-def draw_gaps(path: Path, gaps: Sequence[Mapping[str, Any]]) -> None:
+def draw_gaps(gaps: Sequence[Mapping[str, Any]], path: Path) -> None:
     """The gaps to the reference with their intervals, a panel a task, the source's average first."""
     tasks = list(dict.fromkeys(gap["task"] for gap in gaps))
     tasks.sort(key=lambda task: task != "average")
@@ -217,86 +247,34 @@ def _layer_axis(axis: Any) -> None:
     axis.set_major_locator(MaxNLocator(nbins=12, integer=True, min_n_ticks=1))
 
 
-def draw_layer_energy(path: Path, energy: Mapping[str, Any]) -> None:
-    """Energy per token of every projection by layer: the dense product and the spiking one, fp32 table."""
-    cost = COSTS_45NM["fp32"]
+def draw_layer_energy(energy: Mapping[str, Any], path: Path) -> None:
+    """Energy per token of every projection by layer: the dense product and the spiking one, a panel for each
+    of :func:`drawn_tables` and each kind of projection.
+
+    Args:
+        energy: of one model, see :func:`spiking_mamba.spikes.energy.model_energy`.
+    """
     sides = _by_projection({row["name"]: row for row in energy["layers"]})
-    dense = [row["dense_macs_per_token"] * cost.mac for row in energy["layers"]]
-    spiking = [row["accumulations_per_token"] * cost.ac for row in energy["layers"]]
-    scale, name = unit(max(dense + spiking))
-    layers = max(len(rows) for rows in sides.values())
+    model = {"energy": energy}
+    places = [(table, side) for table in drawn_tables([model]) for side in sides]
+    layers = 1 + max(layer for rows in sides.values() for layer, _ in rows)
     width = min(12, max(7, 2.5 + 0.16 * layers))
-    grid = {"nrows": len(sides), "sharex": True, "squeeze": False}
-    with picture(path, width, 0.5 + 2.2 * len(sides), **grid) as (figure, axes):
-        for panel, (side, rows) in zip(axes[:, 0], sides.items(), strict=True):
-            x = np.array([layer for layer, _ in rows])
-            dense = [row["dense_macs_per_token"] * cost.mac / scale for _, row in rows]
-            spiking = [row["accumulations_per_token"] * cost.ac / scale for _, row in rows]
+    grid = {"nrows": len(places), "sharex": True, "squeeze": False}
+    with picture(path, width, 0.5 + 2.2 * len(places), **grid) as (figure, axes):
+        for panel, (table, side) in zip(axes[:, 0], places, strict=True):
+            spent = [row["energy"][table] for row in energy["layers"]]
+            machines = ("dense_pj_per_token", "spiking_pj_per_token")
+            scale, name = unit(max(row[machine] for row in spent for machine in machines))
+            x = np.array([layer for layer, _ in sides[side]])
+            dense, spiking = (
+                [row["energy"][table][machine] / scale for _, row in sides[side]] for machine in machines
+            )
             panel.bar(x - 0.2, dense, 0.4, color="#9a9a9a", label="dense: multiply-accumulates")
             panel.bar(x + 0.2, spiking, 0.4, color=COLOURS[1], label="spiking: accumulations")
-            panel.set(title=side, ylabel=f"{name} per token")
+            title = f"{side}, {_called([model], table)}"
+            panel.set(title=title, ylabel=f"{name} per token", xlim=(-0.8, layers - 0.2))
             panel.grid(axis="y", color="#e5e5e5")
-            panel.set_xlim(-0.8, layers - 0.2)
             _layer_axis(panel.xaxis)
         axes[-1, 0].set_xlabel("layer")
         handles, labels = axes[0, 0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper right", ncols=2, frameon=False, fontsize=9)
-
-
-def draw_spike_map(path: Path, spikes: Mapping[str, Any]) -> bool:
-    """A heat map of the spikes, a row a layer: mean ``|s|`` of every channel, sorted, where the counts have
-    it, else the share of every spike count. Returns whether they had either to draw."""
-    rows = spikes["projections"]
-    if rows and all(row.get("channels") for row in rows.values()):
-        key = "channels"
-    elif rows and all(row.get("histogram") for row in rows.values()):
-        key = "histogram"
-    else:
-        return False
-    sides = _by_projection(rows)
-    layers = max(len(side) for side in sides.values())
-    height = min(12.0, max(3.2, 1.6 + 0.13 * layers))
-    with picture(path, 9, height, ncols=len(sides), squeeze=False) as (figure, axes):
-        images = {side: np.array([_line(row, key) for _, row in listed]) for side, listed in sides.items()}
-        present = np.concatenate([image[image > 0] for image in images.values()])
-        high = float(present.max()) if len(present) else 1.0
-        norm = _norm(present, high, logarithmic=key == "histogram")
-        for panel, (side, listed) in zip(axes[0], sides.items(), strict=True):
-            first, last = listed[0][0], listed[-1][0]
-            values = np.ma.masked_equal(images[side], 0.0) if key == "histogram" else images[side]
-            reach = (values.shape[1] - 1) / 2
-            across = (0, 100) if key == "channels" else (-reach - 0.5, reach + 0.5)
-            shown = panel.imshow(
-                values,
-                aspect="auto",
-                interpolation="nearest",
-                cmap="cividis",
-                norm=norm,
-                extent=(*across, last + 0.5, first - 0.5),
-            )
-            panel.set_facecolor("#dddddd")  # a count that never came
-            label = "channels, most active first, %" if key == "channels" else "spike count s"
-            panel.set(title=side, xlabel=label)
-            _layer_axis(panel.yaxis)
-            if key == "histogram":
-                _layer_axis(panel.xaxis)
-        axes[0, 0].set_ylabel("layer")
-        text = "mean |s| of a channel" if key == "channels" else "share of the counts (grey: none)"
-        figure.colorbar(shown, ax=axes[0].tolist(), label=text, format="%g")
-    return True
-
-
-def _line(row: Mapping[str, Any], key: str) -> np.ndarray:
-    values = np.array(row[key], dtype=float)
-    if key == "channels":
-        return -np.sort(-values)
-    return values / max(1.0, values.sum())
-
-
-def _norm(present: np.ndarray, high: float, logarithmic: bool) -> Any:
-    from matplotlib.colors import LogNorm, PowerNorm
-
-    if not logarithmic:
-        return PowerNorm(0.5, 0.0, high)  # a few channels spike many times as much as the others
-    low = float(present.min()) if len(present) else 0.1
-    return LogNorm(min(low, high / 10), high)

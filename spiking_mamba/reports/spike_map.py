@@ -1,22 +1,26 @@
-"""A picture of where a model spikes: layers by channels."""
+"""Pictures of where a model spikes: layers by channels, and by spike counts."""
+
+from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
+import numpy as np
 
-from spiking_mamba.reports.figures import save_picture
+from spiking_mamba.reports.figures import picture, short
 from spiking_mamba.spikes.counting import SpikeCounts
 
-__all__ = ["draw_spike_map"]
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.image import AxesImage
+
+__all__ = ["count_map", "draw_count_map", "draw_spike_map", "draw_spikes", "heat_map", "share_norm"]
 
 _SHADES = 1000  # colours span three decades below the busiest channel
+_LABELS = 28  # of layers, as many as stand below one another in four inches
 _COLUMNS = 1024  # as many as the picture has pixels for
-
-
-def _layer(name: str) -> str:
-    numbers = re.findall(r"\d+", name)
-    return numbers[-1] if numbers else name
 
 
 def draw_spike_map(counts: SpikeCounts, path: str | Path) -> None:
@@ -25,65 +29,148 @@ def draw_spike_map(counts: SpikeCounts, path: str | Path) -> None:
     than a picture has columns, each column shows the busiest. Beside each panel stand the layers' means.
 
     Raises:
-        ValueError: there are no spikes to draw: the model is dense or has seen no token.
+        ValueError: there are no spikes to draw: the model is dense or has seen no token; or they are not
+            finite.
     """
-    import matplotlib
+    rows = {name: spikes.to_dict(detail=True) for name, spikes in counts.projections.items() if spikes.tokens}
+    if not rows:
+        raise ValueError("There are no spikes to draw: the model is dense, or it has seen no token.")
+    _draw_channel_map(rows, Path(path))
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+
+def draw_spikes(spikes: Mapping[str, Any], path: Path) -> bool:
+    """Draw spikes as an evaluation's results have them: :func:`draw_spike_map` where they have the means of
+    every channel, else :func:`draw_count_map`. Returns whether they had either.
+
+    Args:
+        spikes: see :meth:`SpikeCounts.to_dict`.
+    """
+    rows = {name: row for name, row in spikes["projections"].items() if row["tokens"]}
+    if rows and all(row.get("channels") for row in rows.values()):
+        _draw_channel_map(rows, path)
+    elif rows and all(row.get("histogram") for row in rows.values()):
+        draw_count_map(rows, path)
+    else:
+        return False
+    return True
+
+
+def _draw_channel_map(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
     from matplotlib.colors import LogNorm
 
-    kinds: dict[str, list[str]] = {}
-    for name, spikes in counts.projections.items():
-        if spikes.tokens:
-            kinds.setdefault(name.rsplit(".", 1)[-1], []).append(name)
-    if not kinds:
-        raise ValueError("There are no spikes to draw: the model is dense, or it has seen no token.")
-    maps = {
-        kind: torch.stack([counts.projections[name].channel_mean_abs.cpu() for name in names])
-        for kind, names in kinds.items()
-    }
-    top = max(float(each.max()) for each in maps.values()) or 1.0
-    widest = max(float(each.mean(1).max()) for each in maps.values()) or 1.0
-    colours = plt.get_cmap("viridis").with_extremes(bad="0.75")
+    kinds = _kinds(rows, "channels")
+    maps = [np.array([row["channels"] for row in kind.rows], dtype=float) for kind in kinds]
+    top = max(float(means.max()) for means in maps) or 1.0
+    if not np.isfinite(top):
+        raise ValueError("The spikes are not finite: the model has diverged.")
+    widest = max(float(means.mean(1).max()) for means in maps) or 1.0
+    height = 1.6 + len(kinds) * min(6.0, 1.4 + 0.16 * max(map(len, maps)))
+    grid = {"nrows": len(kinds), "ncols": 2, "width_ratios": (7, 1), "squeeze": False}
+    with picture(path, 12, height, **grid) as (figure, axes):
+        for (heat, bars), kind, means in zip(axes, kinds, maps, strict=True):
+            channels = means.shape[1]
+            merged = -(-channels // _COLUMNS)
+            image = _busiest(means, merged)
+            across = (-0.5, merged * image.shape[1] - 0.5)
+            shown = heat_map(heat, image, kind.layers, across, LogNorm(top / _SHADES, top))
+            title = f"{kind.name}: {channels:,} channels, {(means == 0).mean():.1%} silent"
+            heat.set(title=title, ylabel="layer", xlim=(-0.5, channels - 0.5))
+            bars.barh(range(len(means)), means.mean(1), height=0.8, color="#2a7f62")
+            bars.set(ylim=heat.get_ylim(), yticks=[], title="layer's mean", xlim=(0, 1.05 * widest))
+        axes[-1, 0].set_xlabel("input channel")
+        bar = {"location": "bottom", "aspect": 60, "shrink": 0.6, "pad": 0.02}
+        figure.colorbar(shown, ax=axes, label="mean |s| (grey: silent)", **bar)
 
-    layers = max(map(len, kinds.values()))
-    figure, axes = plt.subplots(
-        len(kinds),
-        2,
-        figsize=(12, 1.6 + len(kinds) * min(6.0, 1.4 + 0.16 * layers)),
-        width_ratios=(7, 1),
-        squeeze=False,
-        layout="constrained",
-    )
-    for (heat, bars), (kind, means) in zip(axes, maps.items(), strict=True):
-        channels = means.shape[1]
-        merged = -(-channels // _COLUMNS)
-        busiest = torch.nn.functional.max_pool1d(means, merged, ceil_mode=True)
-        image = heat.imshow(
-            busiest.clamp(min=top / _SHADES).masked_fill(busiest == 0, float("nan")).numpy(),
-            aspect="auto",
-            interpolation="nearest",  # or rows and columns run into one another
-            cmap=colours,
-            norm=LogNorm(top / _SHADES, top),
-            extent=(-0.5, busiest.shape[1] * merged - 0.5, len(means) - 0.5, -0.5),
-        )
-        silent = float((means == 0).double().mean())
-        heat.set(
-            title=f"{kind}: {channels} channels, {silent:.1%} silent",
-            ylabel="layer",
-            xlim=(-0.5, channels - 0.5),
-        )
-        labels = [_layer(name) for name in kinds[kind]]
-        every = 1 + (len(labels) - 1) // 24
-        heat.set_yticks(range(0, len(labels), every), labels[::every], fontsize=8)
-        bars.barh(range(len(labels)), means.mean(1).tolist(), height=0.8, color="#2a7f62")
-        bars.set(ylim=heat.get_ylim(), yticks=[], title="layer's mean")
-        bars.set_xlim(0, 1.05 * widest)
-    axes[-1, 0].set_xlabel("input channel")
-    figure.colorbar(
-        image, ax=axes, label="mean |s| (grey: silent)", location="bottom", aspect=60, shrink=0.6, pad=0.02
-    )
 
-    save_picture(figure, Path(path), dpi=150)
-    plt.close(figure)
+def draw_count_map(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draw how often each spike count came in every layer, a panel for each kind of projection.
+
+    Args:
+        rows: of the projections by name, see :meth:`ProjectionSpikes.to_dict`, all with a ``histogram``.
+    """
+    kinds = _kinds(rows, "histogram")
+    height = min(12.0, max(3.2, 1.6 + 0.13 * max(len(kind.rows) for kind in kinds)))
+    with picture(path, 9, height, ncols=len(kinds), squeeze=False) as (figure, axes):
+        norm = share_norm(list(rows.values()))
+        for panel, kind in zip(axes[0], kinds, strict=True):
+            shown = count_map(panel, kind.rows, kind.layers, norm)
+            panel.set(title=kind.name, xlabel="spike count s")
+        axes[0, 0].set_ylabel("layer")
+        label = "share of the counts (grey: none)"
+        figure.colorbar(shown, ax=axes[0].tolist(), label=label)
+
+
+def count_map(panel: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[str], norm: Any) -> AxesImage:
+    """The share of each count of ``-D .. D``, a row a projection; ``norm`` as of :func:`share_norm`."""
+    image = np.array([_shares(row) for row in rows])
+    reach = image.shape[1] / 2
+    shown = heat_map(panel, image, layers, (-reach, reach), norm)
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    return shown
+
+
+def heat_map(
+    panel: Axes, values: np.ndarray, layers: Sequence[str], across: tuple[float, float], norm: Any
+) -> AxesImage:
+    """Rows of numbers as colours, the first row at the top; what is not above zero is grey.
+
+    Args:
+        values: ``[layers, columns]``.
+        layers: the rows' names.
+        across: left and right end on the horizontal axis.
+        norm: from numbers to colours; what lies below its range has the darkest.
+    """
+    from matplotlib import colormaps
+
+    shown = panel.imshow(
+        np.ma.masked_where(~(values > 0), values),
+        aspect="auto",
+        interpolation="nearest",  # or rows and columns run into one another
+        cmap=colormaps["viridis"].with_extremes(bad="0.75"),
+        norm=norm,
+        extent=(*across, len(values) - 0.5, -0.5),
+    )
+    every = 1 + (len(layers) - 1) // _LABELS
+    panel.set_yticks(range(0, len(layers), every), layers[::every], fontsize=8)
+    return shown
+
+
+def share_norm(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """A logarithmic scale from the rarest spike count that came to the commonest."""
+    from matplotlib.colors import LogNorm
+
+    present = np.concatenate([share[share > 0] for share in map(_shares, rows)])
+    low, high = (float(present.min()), float(present.max())) if len(present) else (0.1, 1.0)
+    return LogNorm(min(low, high / 10), high)
+
+
+def _shares(row: Mapping[str, Any]) -> np.ndarray:
+    """How often each count of ``-D .. D`` came, as a share: ``[2D + 1]``."""
+    counts = np.array(row["histogram"], dtype=float)
+    return counts / max(1.0, counts.sum())
+
+
+def _busiest(means: np.ndarray, merged: int) -> np.ndarray:
+    """Of every ``merged`` channels the largest mean: ``[layers, ceil(channels / merged)]``."""
+    missing = -means.shape[1] % merged
+    return np.pad(means, ((0, 0), (0, missing))).reshape(len(means), -1, merged).max(2)
+
+
+class _Kind(NamedTuple):
+    """Projections of one width: the ``out_proj`` of a mixer and that of an MLP are of two kinds."""
+
+    name: str
+    layers: list[str]
+    rows: list[Mapping[str, Any]]
+
+
+def _kinds(rows: Mapping[str, Mapping[str, Any]], key: str) -> list[_Kind]:
+    """The rows by the last part of their name and how many numbers they have under ``key``."""
+    found: dict[tuple[str, int], _Kind] = {}
+    for name, row in rows.items():
+        last = name.rsplit(".", 1)[-1]
+        kind = found.setdefault((last, len(row[key])), _Kind(last, [], []))
+        numbers = re.findall(r"\d+", name)
+        kind.layers.append(numbers[-1] if numbers else short(name))
+        kind.rows.append(row)
+    return list(found.values())

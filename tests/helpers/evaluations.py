@@ -93,6 +93,7 @@ def _energy(rows):
             "nonzero_share": row["nonzero_share"],
             "accumulations_per_token": row["accumulations"] / row["tokens"],
             "dense_macs_per_token": row["dense_macs"] / row["tokens"],
+            "energy": _costs(row["dense_macs"] / row["tokens"], row["accumulations"] / row["tokens"]),
         }
         for name, row in rows.items()
     ]

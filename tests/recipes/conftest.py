@@ -2,6 +2,8 @@ import signal
 
 import pytest
 
+from tests.helpers.pictures import Drawn
+
 
 @pytest.fixture(autouse=True)
 def interruptible_tests():
@@ -9,3 +11,8 @@ def interruptible_tests():
     before = signal.getsignal(signal.SIGINT)
     yield
     signal.signal(signal.SIGINT, before)
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    return Drawn(monkeypatch)

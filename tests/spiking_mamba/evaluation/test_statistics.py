@@ -185,7 +185,7 @@ def test_groups_of_an_evaluation():
     assert "mean_abs" not in found["teacher"]
     student = found["student"]
     assert set(student) == {
-        *SOURCE_TASKS, "sciq", "average", "mean_abs", "gain_fp32",
+        *SOURCE_TASKS, "sciq", "average", "mean_abs", "gain_fp32", "gain_fp16", "gain_int8",
         "perplexity:wikipedia-leads", "perplexity:state-of-the-union",
     }  # fmt: skip
     accuracies = [m["tasks"]["hellaswag"]["metrics"]["acc_norm"]["value"] for m in models[1:]]  # its main

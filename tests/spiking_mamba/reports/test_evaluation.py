@@ -4,7 +4,6 @@ import base64
 import copy
 import re
 import warnings
-from html.parser import HTMLParser
 
 import markdown_it
 import pytest
@@ -14,52 +13,9 @@ from spiking_mamba.reports.document import Code, Heading, Paragraph, Picture, Ta
 from spiking_mamba.reports.evaluation import write_evaluation_report
 from spiking_mamba.reports.figures import accuracy_and_energy, short
 from tests.helpers.evaluations import evaluation_model, evaluation_results, seeds
+from tests.helpers.pages import Page
 
-VOID = {"meta", "img", "br"}
 SMALL = {"items": 60, "layers": 2}
-
-
-class Page(HTMLParser):
-    """The page's tags, all closed in their order, its texts, and the cells of its tables."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.open, self.attributes, self.text = [], [], [], ""
-        self.tables, self.titles = [], []
-        self.source = path.read_text(encoding="utf-8")
-        self.feed(self.source)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.attributes.append((tag, dict(attributes)))
-        if tag not in VOID:
-            self.open.append(tag)
-        if tag == "table":
-            self.tables.append([])
-        elif tag == "tr":
-            self.tables[-1].append([])
-        elif tag in ("td", "th"):
-            self.tables[-1][-1].append("")
-        elif tag in ("h1", "h2", "h3"):
-            self.titles.append("")
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
-        if self.open and self.open[-1] in ("td", "th"):
-            self.tables[-1][-1][-1] += data
-        elif self.open and self.open[-1] in ("h1", "h2", "h3"):
-            self.titles[-1] += data
-
-    def row(self, first, *more):
-        """The one row that starts with these cells."""
-        found = [row for table in self.tables for row in table if row[: 1 + len(more)] == [first, *more]]
-        assert len(found) == 1, found
-        return found[0]
 
 
 def check_page(folder):
@@ -134,8 +90,8 @@ def test_a_whole_report(tmp_path):
     assert page.text.index("Energy measured") > page.text.index("Operations per token")
     for known in ("0123456789abcdef", "python recipes/evaluate/evaluate.py", "2.13.0", models[0]["path"]):
         assert known in page.text
-    assert page.row("fp32", "4.6")[1:] == ["4.6", "0.9", "0.23", "24.96"]
-    assert page.row("int8", "0.23")[1:] == ["0.23", "0.03", "0.23", "24.96"]
+    assert page.row("fp32", "4.6")[1:] == ["4.6", "0.9", "0.23", "24.96", "4"]
+    assert page.row("int8", "0.23")[1:] == ["0.23", "0.03", "0.23", "24.96", "1"]
     assert page.row("wikipedia-leads", "wikipedia-leads")[2:] == ["–", "77", f"{'wikipedia-leads':0<64}"]
     assert page.text.count("sciq: other items than the stock task's.") == 1
     assert page.row("piqa", "packages")[1:] == ["packages", "validation", "60", f"{'piqa':0<64}"]
@@ -223,47 +179,6 @@ def test_names_are_shown_and_never_interpreted(tmp_path):
     assert "evaluate ```\n</pre><script>\n" in fences
 
 
-@pytest.fixture
-def drawn(monkeypatch):
-    """Of every picture that is written: its axes' names, and all texts drawn with their boxes."""
-    from matplotlib.figure import Figure
-    from matplotlib.text import Text
-
-    pictures = []
-    draw, save = Text.draw, Figure.savefig
-
-    def record(text, renderer, *args, **kwargs):
-        if text.get_visible() and text.get_text().strip():
-            boxes[text] = text.get_window_extent(renderer)
-        draw(text, renderer, *args, **kwargs)
-
-    def keep(figure, path, dpi):
-        boxes.clear()
-        save(figure, path, dpi=dpi)
-        size = figure.get_size_inches() * dpi
-        labels = [axes.get_xlabel() for axes in figure.axes] + [axes.get_ylabel() for axes in figure.axes]
-        pictures.append(
-            (path.name, size, labels, [(t.get_text(), b) for t, b in boxes.items() if t.figure is figure])
-        )
-
-    boxes = {}
-    monkeypatch.setattr(Text, "draw", record)
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return pictures
-
-
-def check_pictures(drawn):
-    for name, size, labels, boxes in drawn:
-        assert sum(map(bool, labels)) >= 1, name
-        assert len(boxes) > 5
-        for index, (text, box) in enumerate(boxes):
-            inside = (box.x0 > -1, box.y0 > -1, box.x1 < size[0] + 1, box.y1 < size[1] + 1)
-            assert all(inside), (name, text)
-            for other, other_box in boxes[index + 1 :]:
-                shared = box.intersection(box, other_box)
-                assert shared is None or min(shared.width, shared.height) < 1.5, (name, text, other)
-
-
 @pytest.mark.parametrize(("number", "layers"), [(1, 2), (3, 12), (12, 64)])
 def test_labels_lie_in_the_pictures_and_do_not_overlap(number, layers, tmp_path, drawn):
     models = seeds(min(3, number), items=40, layers=layers, levels=17, channels=number == 3)
@@ -274,8 +189,8 @@ def test_labels_lie_in_the_pictures_and_do_not_overlap(number, layers, tmp_path,
     write_evaluation_report(tmp_path, evaluation_results(models, resamples=50))
     page = check_page(tmp_path)
     assert len(page.row("piqa, acc %")) == 4 + len(models)
-    assert len(drawn) == page.tags.count("img") == 2 + 2 * min(3, number)
-    check_pictures(drawn)
+    assert len(drawn.figures) == page.tags.count("img") == 2 + 2 * min(3, number)
+    drawn.check()
 
 
 def test_points_of_the_scatter():

@@ -414,27 +414,6 @@ def test_frame():
     assert SpikeCounts({}).to_frame().shape[0] == 1  # a dense model's
 
 
-def test_spike_map(tmp_path):
-    from matplotlib import pyplot as plt
-
-    from spiking_mamba.reports.spike_map import draw_spike_map
-
-    counts = SpikeCounts(
-        {
-            f"layers.{i}.{kind}": counts_of(torch.randint(-4, 5, (4, width)).float(), 3)
-            for i in range(3)
-            for kind, width in (("in_proj", 8), ("out_proj", 3000))
-        }
-    )
-    counts.projections["layers.1.in_proj"] = counts_of(torch.zeros(4, 8), 3)
-    draw_spike_map(counts, tmp_path / "map.png")
-    assert plt.imread(tmp_path / "map.png").shape[1] == 1800
-    assert [path.name for path in tmp_path.iterdir()] == ["map.png"]
-    draw_spike_map(SpikeCounts({"a": counts_of(torch.zeros(2, 5), 3)}), tmp_path / "silent.png")
-    with pytest.raises(ValueError, match="no spikes"):
-        draw_spike_map(SpikeCounts({}), tmp_path / "no.png")
-
-
 def test_other_neurons_and_bare_projections():
     """Binary spikes of spikingjelly's nodes, in any module that holds a projection."""
     from spikingjelly.activation_based import neuron
