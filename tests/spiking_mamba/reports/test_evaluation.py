@@ -74,6 +74,10 @@ def test_a_whole_report(tmp_path):
     group = results["groups"]["student"]["perplexity:wikipedia-leads"]
     text = "{mean:.2f} ± {sd:.2f} ({low:.2f} to {high:.2f}), 3 runs".format(**group)
     assert page.row("perplexity:wikipedia-leads")[1] == text
+    for table in ("fp32", "int8"):
+        text = "{mean:.2f} ± {sd:.2f} ({low:.2f} to {high:.2f}), 3 runs"
+        cell = text.format(**results["groups"]["student"][f"gain_{table}"])
+        assert page.row(f"energy gain of the projections, {table} table, times")[1] == cell
     perplexity = models[1]["perplexity"]["wikipedia-leads"]
     assert page.row("wikipedia-leads, perplexity")[3] == f"{perplexity['perplexity']:.2f}"
     assert page.row("wikipedia-leads, bits per byte")[3] == f"{perplexity['bits_per_byte']:.4f}"
