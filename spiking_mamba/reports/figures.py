@@ -34,7 +34,7 @@ __all__ = [
 # Okabe and Ito's palette without black, which marks the reference, and without yellow, too pale on white
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-REFERENCE = {"color": "black", "marker": "*", "markersize": 13}
+REFERENCE: dict[str, Any] = {"color": "black", "marker": "*", "markersize": 13}
 _UNITS = ((1e12, "J"), (1e9, "mJ"), (1e6, "µJ"), (1e3, "nJ"), (1.0, "pJ"))
 
 
@@ -65,7 +65,7 @@ def picture(
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    style = {
+    style: dict[Any, Any] = {
         "text.parse_math": False,  # a name may hold dollar signs
         "axes.spines.top": False,
         "axes.spines.right": False,
@@ -144,7 +144,7 @@ def draw_accuracy_energy(models: Sequence[Mapping[str, Any]], path: Path) -> Non
     found = {table: accuracy_and_energy(models, table) for table in drawn_tables(models)}
     looks = _group_looks([point for points, _ in found.values() for point in points])
     legend_lines = math.ceil(len(looks) / 2)
-    grid = {"nrows": len(found), "ncols": 2, "sharey": True, "squeeze": False}
+    grid: dict[str, Any] = {"nrows": len(found), "ncols": 2, "sharey": True, "squeeze": False}
     with picture(path, 9, 0.6 + 3.6 * len(found) + 0.24 * legend_lines, **grid) as (figure, axes):
         for panels, (table, (points, label)) in zip(axes, found.items(), strict=True):
             for panel, scope, title in zip(
@@ -166,7 +166,7 @@ def draw_accuracy_energy(models: Sequence[Mapping[str, Any]], path: Path) -> Non
         figure.legend(shown.values(), shown, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
 
 
-def _group_looks(points: Sequence[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
+def _group_looks(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
     """How each group is drawn, in the order in which they come: the reference as a black star."""
     looks = _looks()
     references = {point["group"] for point in points if point["reference"]}
@@ -181,7 +181,7 @@ def _looks() -> Iterator[dict[str, Any]]:
 
 
 def _draw_group(
-    panel: Axes, rows: Sequence[Mapping[str, Any]], scope: str, look: Mapping[str, Any], label: str
+    panel: Axes, rows: Sequence[Mapping[str, Any]], scope: str, look: dict[str, Any], label: str
 ) -> None:
     x, y = [row[scope] for row in rows], [row["accuracy"] for row in rows]
     if len(rows) == 1:
@@ -208,7 +208,7 @@ def draw_gaps(gaps: Sequence[Mapping[str, Any]], path: Path) -> None:
     several = len({gap["reference"] for gap in gaps}) > 1
     rows = [[gap for gap in gaps if gap["task"] == task] for task in tasks]
     heights = [len(row) + 1.5 for row in rows]
-    grid = {
+    grid: dict[str, Any] = {
         "nrows": len(tasks),
         "sharex": True,
         "squeeze": False,
@@ -259,7 +259,7 @@ def draw_layer_energy(energy: Mapping[str, Any], path: Path) -> None:
     places = [(table, side) for table in drawn_tables([model]) for side in sides]
     layers = 1 + max(layer for rows in sides.values() for layer, _ in rows)
     width = min(12, max(7, 2.5 + 0.16 * layers))
-    grid = {"nrows": len(places), "sharex": True, "squeeze": False}
+    grid: dict[str, Any] = {"nrows": len(places), "sharex": True, "squeeze": False}
     with picture(path, width, 0.5 + 2.2 * len(places), **grid) as (figure, axes):
         for panel, (table, side) in zip(axes[:, 0], places, strict=True):
             spent = [row["energy"][table] for row in energy["layers"]]

@@ -65,7 +65,7 @@ def _draw_channel_map(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None
         raise ValueError("The spikes are not finite: the model has diverged.")
     widest = max(float(means.mean(1).max()) for means in maps) or 1.0
     height = 1.6 + len(kinds) * min(6.0, 1.4 + 0.16 * max(map(len, maps)))
-    grid = {"nrows": len(kinds), "ncols": 2, "width_ratios": (7, 1), "squeeze": False}
+    grid: dict[str, Any] = {"nrows": len(kinds), "ncols": 2, "width_ratios": (7, 1), "squeeze": False}
     with picture(path, 12, height, **grid) as (figure, axes):
         for (heat, bars), kind, means in zip(axes, kinds, maps, strict=True):
             channels = means.shape[1]
@@ -78,7 +78,7 @@ def _draw_channel_map(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None
             bars.barh(range(len(means)), means.mean(1), height=0.8, color="#2a7f62")
             bars.set(ylim=heat.get_ylim(), yticks=[], title="layer's mean", xlim=(0, 1.05 * widest))
         axes[-1, 0].set_xlabel("input channel")
-        bar = {"location": "bottom", "aspect": 60, "shrink": 0.6, "pad": 0.02}
+        bar: dict[str, Any] = {"location": "bottom", "aspect": 60, "shrink": 0.6, "pad": 0.02}
         figure.colorbar(shown, ax=axes, label="mean |s| (grey: silent)", **bar)
 
 
@@ -102,11 +102,12 @@ def draw_count_map(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
 def count_map(panel: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[str], norm: Any) -> AxesImage:
     """The share of each count of ``-D .. D``, a row a projection; ``norm`` as of :func:`share_norm`."""
+    from matplotlib.ticker import MaxNLocator
+
     image = np.array([_shares(row) for row in rows])
     reach = image.shape[1] / 2
-    shown = heat_map(panel, image, layers, (-reach, reach), norm)
-    panel.xaxis.get_major_locator().set_params(integer=True)
-    return shown
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+    return heat_map(panel, image, layers, (-reach, reach), norm)
 
 
 def heat_map(

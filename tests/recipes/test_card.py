@@ -1,6 +1,5 @@
 """The teacher's card: every number traced to a record, those of the shipped one too."""
 
-import copy
 import json
 import math
 import re
@@ -69,72 +68,94 @@ def tokenizer():
     return train_tokenizer(load_text("openwebtext-passages")["text"][:100], vocab_size=512)
 
 
+HARDWARE = {"device": "NVIDIA H9", "cpu": "a cpu", "gpu": "NVIDIA H9"}
+
+
+def training_record():
+    return {
+        "command": "torchrun train.py",
+        "date": "2026-01-02T03:04:05+00:00",
+        "hardware": HARDWARE,
+        "versions": {"torch": "2.99.1"},
+        "gpus_or_processes": 3,
+        "parameters": 1_234_567,
+        "corpus_tokens": 2_000_000,
+        "tokens_seen": 5_000_000,
+        "epochs": 2.5,
+        "settings": {"seed": 7, "save_dtype": "float16", "training": {"max_steps": 50}},
+        "data_sha256": {"runs/corpus/train.jsonl": "c" * 64},
+    }
+
+
+def corpus_records():
+    source = {"package": "a-book", "version": "1.2", "licence": "MIT", "documents": 17, "tokens": 1_999_111}
+    files = {"train.jsonl": {"sha256": "c" * 64}}
+    return {
+        "corpus/manifest.json": {"settings": {"overlap": 11}, "sources": {"a-book": source}, "files": files},
+        "corpus/ngram.json": {"order": 4, "held_out.jsonl": {"bits_per_byte": 1.6}},
+    }
+
+
+def evaluation_record(weights, command, tasks, texts):
+    provenance = {
+        "command": command,
+        "date": "2026-02-03T00:00:00+00:00",
+        "hardware": HARDWARE,
+        "settings": {"length": 32},
+    }
+    model = {"weights_sha256": weights, "dtype": "float32", "tasks": tasks, "perplexity": texts}
+    return {"provenance": provenance, "models": [model]}
+
+
+def evaluation_records(weights):
+    accuracy = {"value": 0.4321, "stderr": 0.0213}
+    both = {"acc": accuracy, "acc_norm": {"value": 0.5, "stderr": None}}
+    texts = {
+        "held_out.jsonl": {"perplexity": 18.126, "bits_per_byte": 1.2},
+        "other": {"perplexity": 99.994, "bits_per_byte": 2.3456},
+    }
+    piqa = {"piqa": {"n": 123, "metrics": both, "chance": 0.5}}
+    copa = {"copa": {"n": 123, "metrics": {"acc": accuracy}, "chance": None}}
+    return {
+        "tasks.json": evaluation_record(weights, "evaluate.py tasks", piqa, texts),
+        "more.json": evaluation_record(weights, "evaluate.py more", copa, {}),
+    }
+
+
+def further_record(weights, tokens, after):
+    return {
+        "status": "done",
+        "depends": {"teacher": {"model.safetensors": weights}, "data": "c" * 64},
+        "settings": {"neuron": None, "length": 64, "training": {"learning_rate": 2e-4}},
+        "before": {"perplexity": 17.126},
+        "tokens": tokens,
+        "after": {"perplexity": after},
+    }
+
+
+class Records(dict):
+    """Records by the files that they are in, and the card's settings."""
+
+    def save(self, folder):
+        for name, content in self.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_text(json.dumps(content))
+
+
 @pytest.fixture
 def records(tokenizer, tmp_path, monkeypatch):
-    """Settings of a card, and its records by name; ``records.save()`` writes them again."""
     folder = tmp_path / "model"
     model = tiny_model(vocab_size=512, bos_token_id=0, eos_token_id=0, pad_token_id=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     weights = file_sha256(folder / "model.safetensors")
-    hardware = {"device": "NVIDIA H9", "cpu": "a cpu", "gpu": "NVIDIA H9"}
-    training = {
-        "command": "torchrun train.py", "date": "2026-01-02T03:04:05+00:00", "hardware": hardware,
-        "versions": {"torch": "2.99.1"}, "gpus_or_processes": 3, "parameters": 1_234_567,
-        "corpus_tokens": 2_000_000, "tokens_seen": 5_000_000, "epochs": 2.5,
-        "settings": {"seed": 7, "save_dtype": "float16", "training": {"max_steps": 50}},
-        "data_sha256": {"runs/corpus/train.jsonl": "c" * 64},
-    }  # fmt: skip
-    source = {"package": "a-book", "version": "1.2", "licence": "MIT", "documents": 17, "tokens": 1_999_111}
-    manifest = {
-        "settings": {"overlap": 11}, "sources": {"a-book": source},
-        "files": {"train.jsonl": {"sha256": "c" * 64}},
-    }  # fmt: skip
-    ngram = {"order": 4, "held_out.jsonl": {"bits_per_byte": 1.6}}
-    metrics = {"acc": {"value": 0.4321, "stderr": 0.0213}, "acc_norm": {"value": 0.5, "stderr": None}}
-    evaluation = {
-        "provenance": {
-            "command": "evaluate.py tasks", "date": "2026-02-03T00:00:00+00:00", "hardware": hardware,
-            "settings": {"length": 32},
-        },
-        "models": [
-            {
-                "weights_sha256": weights, "dtype": "float32",
-                "tasks": {"piqa": {"n": 123, "metrics": metrics, "chance": 0.5}},
-                "perplexity": {
-                    "held_out.jsonl": {"perplexity": 18.126, "bits_per_byte": 1.2},
-                    "other": {"perplexity": 99.994, "bits_per_byte": 2.3456},
-                },
-            }
-        ],
-    }  # fmt: skip
-    tasks = copy.deepcopy(evaluation["models"][0]["tasks"])
-    tasks = {"copa": tasks["piqa"] | {"metrics": {"acc": metrics["acc"]}, "chance": None}}
-    second = copy.deepcopy(evaluation)
-    second["models"][0] |= {"tasks": tasks, "perplexity": {}}
-    second["provenance"]["command"] = "evaluate.py more"
-    depends = {"teacher": {"model.safetensors": weights}, "data": "c" * 64}
-    settings = {"neuron": None, "length": 64, "training": {"learning_rate": 2e-4}}
-    run = {"status": "done", "depends": depends, "settings": settings, "before": {"perplexity": 17.126}}
-    further = [
-        run | {"tokens": tokens, "after": {"perplexity": after}}
-        for tokens, after in ((5_000_000, 18.0), (1_000_000, 17.5), (1_000_000, 17.7))
-    ]
+    runs = ((5_000_000, 18.0), (1_000_000, 17.5), (1_000_000, 17.7))
     log = [{"step": step, "loss": 5 - step / 25} for step in range(5, 51, 5)]
     log += [{"step": step, "eval_loss": 5 - step / 50} for step in range(10, 51, 10)]
-
-    class Records(dict):
-        def save(self):
-            for name, content in self.items():
-                (tmp_path / name).parent.mkdir(exist_ok=True)
-                (tmp_path / name).write_text(json.dumps(content))
-            return self
-
-    found = Records({
-        "model/training.json": training, "corpus/manifest.json": manifest, "corpus/ngram.json": ngram,
-        "tasks.json": evaluation, "more.json": second, "run/log.json": log,
-        **{f"further{i}.json": run for i, run in enumerate(further)},
-    })  # fmt: skip
+    found = Records({"model/training.json": training_record(), "run/log.json": log})
+    found |= corpus_records() | evaluation_records(weights)
+    found |= {f"further{i}.json": further_record(weights, *run) for i, run in enumerate(runs)}
+    found.save(tmp_path)
     found.settings = {
         "model": str(folder),
         "run": str(tmp_path / "run"),
@@ -149,7 +170,7 @@ def records(tokenizer, tmp_path, monkeypatch):
         eval_docs = ({"text": "the quick brown fox jumps over the lazy dog " * 8},)
 
     monkeypatch.setattr(card, "zero_shot_tasks", lambda names: {names[0]: Task})
-    return found.save()
+    return found
 
 
 def write(records):
@@ -258,11 +279,9 @@ def test_without_a_log_there_are_no_losses_and_the_curve_stays(records):
         (lambda r: r.settings.update(corpus="/nowhere"), "There is no /nowhere/manifest.json"),
     ],
 )
-def test_records_of_something_else_are_refused_and_nothing_is_written(records, change, message):
-    further = {name: copy.deepcopy(records[name]) for name in records if name.startswith("further")}
-    records.update(further)  # they shared what they depend on
+def test_records_of_something_else_are_refused_and_nothing_is_written(records, tmp_path, change, message):
     change(records)
-    records.save()
+    records.save(tmp_path)
     with pytest.raises((ValueError, card.DataError), match=re.escape(message)):
         write(records)
     assert not (Path(records.settings["model"]) / "README.md").exists()

@@ -218,5 +218,6 @@ def test_quickstart(teacher, text, tmp_path):
     assert "closed" in done.stdout
     assert "energy gain" in (folder / "report.md").read_text()
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
+    assert "energy gain" in (folder / "report.html").read_text()
     spikes = results["spikes"]["projections"]
     assert sum(spikes["backbone.layers.0.mixer.in_proj"]["histogram"]) == results["held_out_rows"] * 32 * 32
