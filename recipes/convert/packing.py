@@ -1,0 +1,190 @@
+"""Mixers in few bits: integers, a scale for every output or group of inputs, and errors fed back.
+
+Rounding a row of weights to integers one input after the other, each error can be made good by the inputs
+that are still to come, as far as inputs go together: with ``H`` the mean of ``x x^T`` over the layer's inputs
+``x``, that is optimal brain quantisation in a fixed order (Frantar et al., arXiv 2210.17323). Without ``H``
+every weight is rounded by itself.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from conversion import mixers_of
+from safetensors.torch import load_file, save_file
+
+from spiking_mamba import SpikingMambaForCausalLM
+
+__all__ = ["integers", "load_mixers", "pack_mixers", "unpacked"]
+
+_INDEX = "mixers.json"
+
+
+def scales_of(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
+    """``[out, in] -> [out, in / group]``: the largest weight of a group is the largest integer."""
+    largest = weight.unflatten(1, (-1, group)).abs().amax(-1)
+    return (largest / (2 ** (bits - 1) - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+
+
+@torch.no_grad()
+def integers(
+    weight: torch.Tensor, bits: int = 8, group: int = 0, second_moment: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Integers and scales of which ``integers * scale`` comes near the weight.
+
+    Args:
+        weight: ``[out, in]``. bits: 2 to 8.
+        group: inputs that share a scale; it divides ``in``; 0: all.
+        second_moment: ``[in, in]``, the inputs' mean ``x x^T``, for feeding errors back.
+
+    Returns:
+        int8 ``[out, in]`` in ``+-(2^(bits-1) - 1)``, and float32 ``[out, in / group]``.
+    """
+    weight = weight.detach().float().clone()
+    inputs, most = weight.shape[1], 2 ** (bits - 1) - 1
+    group = group or inputs
+    scale = scales_of(weight, bits, group)
+    wide = scale.repeat_interleave(group, dim=1)
+    if second_moment is None:
+        return (weight / wide).round().clamp(-most, most).to(torch.int8), scale
+    upper = _feedback(second_moment)
+    found = torch.empty_like(weight)
+    for start in range(0, inputs, 64):  # the errors of a block reach the blocks behind it in one product
+        end = min(start + 64, inputs)
+        errors = torch.empty_like(weight[:, start:end])
+        for k in range(start, end):
+            found[:, k] = (weight[:, k] / wide[:, k]).round().clamp(-most, most)
+            error = (weight[:, k] - found[:, k] * wide[:, k]) / upper[k, k]
+            weight[:, k:end] -= error[:, None] * upper[k, k:end]
+            errors[:, k - start] = error
+        weight[:, end:] -= errors @ upper[start:end, end:]
+    return found.to(torch.int8), scale
+
+
+def _feedback(second_moment: torch.Tensor) -> torch.Tensor:
+    """The upper Cholesky factor of the inverse, its diagonal damped by 1%."""
+    matrix = second_moment.double()
+    matrix = matrix + 0.01 * matrix.diagonal().mean() * torch.eye(len(matrix), device=matrix.device).double()
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(matrix))
+    return torch.linalg.cholesky(inverse, upper=True).float()
+
+
+def _nibbles(values: torch.Tensor) -> torch.Tensor:
+    """Two integers of 4 bits in a byte, the first in the lower half."""
+    shifted = (values.flatten() + 8).to(torch.uint8)
+    return shifted[::2] | (shifted[1::2] << 4)
+
+
+def _from_nibbles(packed: torch.Tensor, shape: list[int]) -> torch.Tensor:
+    pairs = torch.stack([packed & 15, packed >> 4], dim=-1)
+    return (pairs.flatten().to(torch.int8) - 8).view(shape)
+
+
+def _packed(
+    model: SpikingMambaForCausalLM, bits: int, group: int, moments: dict[str, torch.Tensor]
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Tensors of all mixers by name: matrices as integers and scales, the rest in 16 bits of float."""
+    for number, mixer in enumerate(mixers_of(model)):
+        for name, parameter in mixer.named_parameters():
+            key = f"{number}.{name}"
+            value = parameter.detach().float().cpu()
+            if parameter.ndim != 2:
+                yield key, value
+                continue
+            moment = moments.get(f"{number}.{name.removesuffix('.weight')}")
+            found, scale = integers(parameter.detach(), bits, group, moment)
+            yield f"{key}:scale", scale.cpu()
+            if bits <= 4:
+                yield f"{key}:nibbles", _nibbles(found.cpu())
+            else:
+                yield f"{key}:integers", found.cpu()
+
+
+def pack_mixers(
+    model: SpikingMambaForCausalLM,
+    folder: str | Path,
+    bits: int = 8,
+    group: int = 0,
+    moments: dict[str, torch.Tensor] | None = None,
+    megabytes: float = 15.0,
+    facts: dict[str, Any] | None = None,
+) -> list[Path]:
+    """Write a model's mixers into files of at most so many megabytes, and an index.
+
+    Args:
+        bits, group: see :func:`integers`; at most 4 bits are stored two in a byte.
+        moments: inputs' second moments by projection, "0.in_proj" and so on, see :func:`integers`.
+        facts: more to stand in the index.
+
+    Returns:
+        The files, the index first.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards: list[dict[str, torch.Tensor]] = [{}]
+    size = 0
+    for name, tensor in _packed(model, bits, group, moments or {}):
+        bytes_ = tensor.numel() * tensor.element_size()
+        if size + bytes_ > megabytes * 2**20 and shards[-1]:
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor.contiguous()
+        size += bytes_
+    paths = [folder / f"mixers-{k:02d}.safetensors" for k in range(len(shards))]
+    for path, shard in zip(paths, shards, strict=True):
+        draft = path.with_suffix(".part")
+        save_file(shard, draft)
+        draft.replace(path)
+    index = {"bits": bits, "files": [path.name for path in paths]} | (facts or {})
+    (folder / _INDEX).write_text(json.dumps(index, indent=1))
+    return [folder / _INDEX, *paths]
+
+
+def unpacked(tensors: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    """Float32 tensors by their own names, of what :func:`pack_mixers` wrote."""
+    found = {}
+    for name, shape in shapes.items():
+        if name in tensors:
+            found[name] = tensors[name].float()
+            continue
+        scale = tensors[f"{name}:scale"]
+        if f"{name}:nibbles" in tensors:
+            whole = _from_nibbles(tensors[f"{name}:nibbles"], list(shape))
+        else:
+            whole = tensors[f"{name}:integers"]
+        found[name] = whole.float() * scale.repeat_interleave(shape[1] // scale.shape[1], dim=1)
+    return found
+
+
+@torch.no_grad()
+def load_mixers(model: SpikingMambaForCausalLM, folder: str | Path) -> dict[str, Any]:
+    """Put packed mixers into a model; returns the index.
+
+    Raises:
+        ValueError: the folder holds no mixers, or those of another model.
+    """
+    folder = Path(folder)
+    if not (folder / _INDEX).is_file():
+        raise ValueError(f"{folder} holds no packed mixers: it has no {_INDEX}.")
+    index = json.loads((folder / _INDEX).read_text())
+    tensors: dict[str, torch.Tensor] = {}
+    for name in index["files"]:
+        tensors |= load_file(folder / Path(name).name)
+    parameters = {
+        f"{number}.{name}": parameter
+        for number, mixer in enumerate(mixers_of(model))
+        for name, parameter in mixer.named_parameters()
+    }
+    try:
+        values = unpacked(tensors, {name: p.shape for name, p in parameters.items()})
+    except KeyError as error:
+        raise ValueError(f"{folder} holds the mixers of another model: it lacks {error}.") from None
+    for name, parameter in parameters.items():
+        if values[name].shape != parameter.shape:
+            raise ValueError(f"{folder} holds the mixers of another model: {name} differs in shape.")
+        parameter.copy_(values[name])
+    return index

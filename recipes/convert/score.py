@@ -1,0 +1,213 @@
+"""Score a converted model, or its source, on the ten zero-shot sets and on held-out passages, in seconds.
+
+python recipes/convert/score.py recipes/convert/score.yaml
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from conversion import convert, mixers_of
+from flat import FlatParameters
+from llama import Llama
+from packing import load_mixers
+from source import load_source
+from tokens import END
+from torch.nn import functional as F
+
+from spiking_mamba import SpikingMambaForCausalLM
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+
+PASSAGES = {"openwebtext-passages": "web", "wikipedia-passages": "wiki"}
+
+
+@dataclass
+class ScoreSettings:
+    """Every field is a key of the YAML file.
+
+    Attributes:
+        source: the Transformer, see ``source.load_source``.
+        data: folder that ``prepare.py`` has written.
+        log: file to which a line is added.
+        state: a stage's ``state.pt``, whose mixers are scored; null: `mixers`.
+        mixers: folder of packed mixers; null, too: the source itself.
+        limit: items of each task, its first ones; 0: all.
+        tokens: of a batch, padding included. passages: rows of 512 tokens of each kind.
+        expand: width of a mixer over the residual stream's.
+    """
+
+    source: str
+    data: str
+    log: str
+    state: Any = None
+    mixers: Any = None
+    limit: int = 400
+    tokens: int = 32768
+    passages: int = 128
+    expand: int = 2
+
+
+class Scored:
+    """What is scored: hidden states of ids, and the head they go to."""
+
+    def __init__(self, source: Llama, student: SpikingMambaForCausalLM | None) -> None:
+        self.source, self.student = source, student
+
+    def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
+        """``[B, L] -> [B, L, C]``."""
+        if self.student is None:
+            return self.source.hidden_states(ids)
+        with torch.autocast(ids.device.type, torch.bfloat16, ids.is_cuda):
+            found = self.student.backbone(ids, use_cache=False).last_hidden_state
+        return found.to(self.source.head.dtype)
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """``[n, C] -> [n, V]`` float32."""
+        return F.linear(hidden, self.source.head).float()
+
+
+def batches(lengths: np.ndarray, most: int) -> Iterator[np.ndarray]:
+    """Numbers of rows of like length whose padded batch has at most so many tokens."""
+    order, start = np.argsort(-lengths, kind="stable"), 0
+    while start < len(order):
+        width = -(-int(lengths[order[start]]) // 32) * 32
+        end = start + max(1, most // width)
+        yield order[start:end]
+        start = end
+
+
+@torch.no_grad()
+def likelihoods(scored: Scored, rows: list[np.ndarray], ends: np.ndarray, most: int) -> tuple[Any, Any]:
+    """The log-probability of the last ``ends[k]`` tokens of every row behind the others and the end-of-text
+    token in front, and whether each was the most probable one: float64 and bool ``[rows]``."""
+    device = scored.source.head.device
+    sums, greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
+    lengths = np.array([len(row) + 1 for row in rows])
+    for numbers in batches(lengths, most):
+        width = -(-int(lengths[numbers].max()) // 32) * 32  # few widths: Triton compiles for each kind
+        ids = np.full((len(numbers), width), END, np.int64)
+        for k, number in enumerate(numbers):
+            ids[k, 1 : lengths[number]] = rows[number]
+        hidden = scored.hidden_states(torch.from_numpy(ids).to(device))
+        row = np.repeat(np.arange(len(numbers)), ends[numbers])
+        place = np.concatenate([np.arange(lengths[n] - ends[n], lengths[n]) for n in numbers])
+        at = [torch.from_numpy(index).to(device) for index in (row, place - 1)]
+        targets = torch.from_numpy(ids[row, place]).to(device)
+        found, best = [], []
+        for piece in range(0, len(row), 4096):
+            part = slice(piece, piece + 4096)
+            log_p = scored.logits(hidden[at[0][part], at[1][part]]).log_softmax(-1)
+            found.append(log_p.gather(1, targets[part, None])[:, 0].double())
+            best.append(log_p.argmax(-1) == targets[part])
+        np.add.at(sums, numbers[row], torch.cat(found).cpu().numpy())
+        misses = np.bincount(row, ~torch.cat(best).cpu().numpy(), len(numbers))
+        greedy[numbers] = misses == 0
+    return sums, greedy
+
+
+def tasks(scored: Scored, data: Any, limit: int, most: int) -> dict[str, dict[str, float]]:
+    """``acc`` and ``acc_norm``, its standard error, and the number of items, by task."""
+    table, tokens = data["requests"], data["tokens"]
+    starts = np.cumsum(table[:, 4]) - table[:, 4]
+    chosen = np.flatnonzero(table[:, 1] < (limit or 10**9))
+    table, starts = table[chosen], starts[chosen]
+    rows = [tokens[start : start + length] for start, length in zip(starts, table[:, 4], strict=True)]
+    sums, greedy = likelihoods(scored, rows, table[:, 5], most)
+    found = {}
+    for number, name in enumerate(data["names"].tolist()):
+        own = table[:, 0] == number
+        items = table[own, 1]
+        by_item = np.split(np.arange(own.sum()), np.flatnonzero(np.diff(items)) + 1)
+        right = {"acc": [], "acc_norm": []}
+        for item in by_item:
+            gold, size = table[own][item[0], 3], table[own][item, 6]
+            if gold < 0:
+                hits = [greedy[own][item[0]]] * 2
+            else:
+                values = sums[own][item]
+                hits = [np.argmax(values) == gold, np.argmax(values / size) == gold]
+            right["acc"].append(hits[0])
+            right["acc_norm"].append(hits[1])
+        found[name] = {key: round(float(np.mean(value)), 4) for key, value in right.items()}
+        main = found[name][BENCHMARK_SETS[name].main]
+        found[name] |= {"stderr": round(float(np.sqrt(main * (1 - main) / len(by_item))), 4)}
+        found[name] |= {"items": len(by_item)}
+    return found
+
+
+@torch.no_grad()
+def passages(scored: Scored, data: Any, count: int, most: int, length: int = 512) -> dict[str, float]:
+    """Perplexity, and KL from the source in nats a token, of passages; positions 0 are left out."""
+    found = {}
+    device = scored.source.head.device
+    for name, short in PASSAGES.items():
+        tokens = data[name].astype(np.int64)
+        whole = len(tokens) // (length - 1)
+        ids = torch.from_numpy(tokens[: whole * (length - 1)]).view(whole, -1)[:count]
+        ids = F.pad(ids, (1, 0), value=END).to(device)
+        nll, kl, n = 0.0, 0.0, 0
+        for part in ids.split(max(1, most // length)):
+            own, theirs = scored.hidden_states(part)[:, 1:-1], scored.source.hidden_states(part)[:, 1:-1]
+            for hidden, other, targets in zip(own, theirs, part[:, 2:], strict=True):
+                log_p, log_q = (scored.logits(h).log_softmax(-1) for h in (hidden, other))
+                nll -= float(log_p.gather(1, targets[:, None]).double().sum())
+                kl += float((log_q.exp() * (log_q - log_p)).double().sum())
+                n += len(targets)
+        found[f"perplexity_{short}"] = round(float(np.exp(nll / max(1, n))), 3)
+        found[f"kl_{short}"] = round(kl / max(1, n), 4)
+    return found
+
+
+def load_scored(settings: ScoreSettings, device: torch.device) -> tuple[Scored, dict[str, Any]]:
+    """The model to be scored, on the device, and what the log should say of it."""
+    source = Llama.from_transformers(load_source(settings.source))
+    facts: dict[str, Any] = {}
+    student = None
+    if settings.state or settings.mixers:
+        student = convert(source, settings.expand)
+        if settings.state:
+            state = torch.load(settings.state, map_location="cpu", weights_only=True)
+            flat = FlatParameters(mixers_of(student))
+            flat.matrices.data.copy_(state["matrices"])
+            flat.vectors.data.copy_(state["vectors"])
+            progress = state["progress"]
+            facts = {"stage": progress["settings"]["stage"], "step": progress["step"]}
+            facts["tokens"] = progress["tokens"]
+        else:
+            facts = {"mixers": str(settings.mixers)} | load_mixers(student, settings.mixers)
+            facts.pop("files", None)
+        student = student.to(device).eval()
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    return Scored(source.to(device, dtype), student), facts
+
+
+@fail_clearly()
+def main() -> None:
+    settings = parse_settings(ScoreSettings, description=__doc__)
+    quiet()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    scored, facts = load_scored(settings, device)
+    data = np.load(Path(settings.data, "evaluated.npz"))
+    begun = time.monotonic()
+    found = tasks(scored, data, settings.limit, settings.tokens)
+    rest = passages(scored, data, settings.passages, settings.tokens)
+    mains = [values[BENCHMARK_SETS[name].main] for name, values in found.items()]
+    entry = {"scored": facts or "source", "limit": settings.limit, "mean": round(float(np.mean(mains)), 4)}
+    entry |= {"tasks": found} | rest
+    with Path(settings.log).open("a") as file:
+        file.write(json.dumps(entry) + "\n")
+    print(f"scored in {time.monotonic() - begun:.0f} s: {facts or 'source'}, mean {entry['mean']}, {rest}")
+    for name, values in found.items():
+        print(f"{name:16} {' '.join(f'{key} {value}' for key, value in values.items())}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,353 @@
+"""Teach a Mamba2's mixers what a Transformer's attention does: first layer by layer, then by its logits.
+
+python recipes/convert/train.py recipes/convert/layers.yaml
+python -m torch.distributed.run --nproc-per-node 2 recipes/convert/train.py recipes/convert/logits.yaml
+"""
+
+import json
+import math
+import os
+import time
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from capture import captured
+from conversion import convert, mixers_of
+from flat import FlatParameters
+from llama import Llama
+from matching import LayerMatching, LogitMatching
+from packing import load_mixers
+from source import load_source
+from tokens import Mixture, Stream, read_tokens
+
+from spiking_mamba.common.errors import RunError, fail_clearly
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.settings import parse_settings
+
+STARTED = time.monotonic()
+
+STAGES = ("layers", "logits")
+STATE, LOG = "state.pt", "log.jsonl"
+_UNTIMED, _TIMED = 10, 30  # steps before the speed is taken, and over which it is
+
+
+@dataclass
+class TrainSettings:
+    """Settings of a stage; every field is a key of the YAML file.
+
+    Attributes:
+        output: folder of the stage: its state and its log, which it goes on with when called again.
+        stage: 'layers': every mixer learns its attention layer's answers to the source's own inputs;
+            'logits': all mixers together learn the source's logits.
+        source: the Transformer, see ``source.load_source``.
+        own_text, package_text: files of tokens (uint16), see ``write_text.py`` and ``prepare.py``.
+        start: folder of packed mixers to start from, or null: from attention's own weights.
+        expand: width of a mixer over the residual stream's.
+        rows, length: of a process's batch, and tokens of a row.
+        own_share: of the rows that come from its own text.
+        steps: of the stage; 0: as many as `budget` allows at the speed of the first steps.
+        budget: seconds of training that the stage has, for ``steps: 0``.
+        seconds: after which this call ends, its state kept; 0: at the stage's end.
+        learning_rate, final_learning_rate: after the warm-up, and at the end of a cosine.
+        warmup: steps of a linear rise from 0. weight_decay: of matrices.
+        clip: norm that gradients are cut to, each mixer's in 'layers', all together in 'logits'.
+        piece: rows whose logits are made at a time.
+        log_every: steps between two lines of the log.
+        compiles: use ``torch.compile``. graph: replay steps as CUDA graphs.
+        seed: of rows and of what attention gives no mixer.
+    """
+
+    output: str
+    stage: str
+    source: str
+    own_text: list
+    package_text: list
+    start: Any = None
+    expand: int = 2
+    rows: int = 32
+    length: int = 512
+    own_share: float = 2 / 3
+    steps: int = 0
+    budget: float = 1200.0
+    seconds: float = 0.0
+    learning_rate: float = 1e-3
+    final_learning_rate: float = 1e-5
+    warmup: int = 100
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    piece: int = 8
+    log_every: int = 50
+    compiles: bool = True
+    graph: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.stage not in STAGES:
+            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}.")
+        if self.rows < 1 or self.length < 2 or self.piece < 1 or self.rows % self.piece:
+            raise ValueError("rows, length and piece must be positive, and piece must divide rows.")
+        if not 0 <= self.own_share <= 1:
+            raise ValueError(f"own_share must lie in [0, 1], got {self.own_share}.")
+        if self.steps < 0 or self.budget <= 0 or self.seconds < 0 or self.warmup < 0:
+            raise ValueError("steps, seconds and warmup must not be negative, and budget must be positive.")
+
+
+def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine from ``learning_rate`` to ``final_learning_rate``."""
+    share = min(1.0, step / max(1, steps))
+    high, low = settings.learning_rate, settings.final_learning_rate
+    return min(1.0, (step + 1) / max(1, settings.warmup)) * (
+        low + (high - low) * 0.5 * (1 + math.cos(math.pi * share))
+    )
+
+
+@dataclass
+class Progress:
+    """What of a stage is behind it: it is kept with the weights."""
+
+    step: int = 0
+    steps: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+class Stage:
+    """A stage on one process."""
+
+    def __init__(self, settings: TrainSettings) -> None:
+        self.settings = settings
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        self.cuda = torch.cuda.is_available()
+        self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)) if self.cuda else 0)
+        if self.cuda:
+            torch.cuda.set_device(self.device)
+        else:
+            self.device = torch.device("cpu")
+        self.folder = Path(settings.output)
+        self.progress = Progress(steps=settings.steps, settings=self._lasting())
+        self._build()
+
+    def _lasting(self) -> dict[str, Any]:
+        passing = ("seconds", "log_every", "compiles", "graph", "piece", "budget", "output")
+        return {key: value for key, value in asdict(self.settings).items() if key not in passing}
+
+    def _build(self) -> None:
+        settings = self.settings
+        source = Llama.from_transformers(load_source(settings.source))
+        self.student = convert(source, settings.expand, settings.seed).requires_grad_(False)
+        if settings.start is not None:
+            load_mixers(self.student, settings.start)
+        self.student.to(self.device).train()
+        self.mixers = mixers_of(self.student)
+        for mixer in self.mixers:
+            mixer.requires_grad_(True)
+        self.flat = FlatParameters(self.mixers)
+        dtype = torch.bfloat16 if self.cuda else torch.float32
+        compiles = settings.compiles
+        self.source = replace(source.to(self.device, dtype), compiles=compiles)
+        self.optimizer = torch.optim.AdamW(
+            [
+                {"params": [self.flat.matrices], "weight_decay": settings.weight_decay},
+                {"params": [self.flat.vectors], "weight_decay": 0.0},
+            ],
+            betas=(0.9, 0.95),
+            fused=self.cuda,
+        )
+        self.batches = self._batches()
+        if (self.folder / STATE).is_file():
+            self._resume()
+        if settings.stage == "layers":
+            self.match: Any = LayerMatching(self.source, self.mixers, compiles)
+        else:
+            self.match = LogitMatching(self.source, self.student, compiles, settings.piece)
+
+    def _batches(self) -> Mixture:
+        settings = self.settings
+        own = round(settings.rows * settings.own_share) if settings.own_text else 0
+        if own == settings.rows or not settings.package_text:
+            own = settings.rows
+        parts = [(settings.own_text, own), (settings.package_text, settings.rows - own)]
+        streams = [
+            (Stream(read_tokens(paths), settings.length, settings.seed + k, self.device), count)
+            for k, (paths, count) in enumerate(parts)
+            if count
+        ]
+        for stream, count in streams:
+            self.say(f"{stream.count * stream.window:,} tokens, {count} of {settings.rows} rows")
+        return Mixture(streams, self.rank, self.world)
+
+    def say(self, text: str) -> None:
+        """A line for whoever watches, with the seconds since the start."""
+        if self.rank == 0:
+            print(f"[{time.monotonic() - STARTED:6.1f} s] {text}", flush=True)
+
+    def log(self, entry: dict[str, Any]) -> None:
+        """A line of the log, from the first process."""
+        if self.rank == 0:
+            with (self.folder / LOG).open("a") as file:
+                file.write(json.dumps(entry) + "\n")
+
+    def _resume(self) -> None:
+        state = torch.load(self.folder / STATE, map_location=self.device, weights_only=True)
+        changed = sorted(
+            key for key, value in self._lasting().items() if state["progress"]["settings"].get(key) != value
+        )
+        if changed:
+            raise RunError(f"{self.folder} holds a stage with other settings of {', '.join(changed)}.")
+        self.progress = Progress(**state["progress"])
+        with torch.no_grad():
+            self.flat.matrices.copy_(state["matrices"])
+            self.flat.vectors.copy_(state["vectors"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.say(f"goes on at step {self.progress.step} of {self.progress.steps}")
+
+    def save(self) -> None:
+        """Keep all that the stage needs to go on as if nothing had happened."""
+        if self.rank:
+            return
+        draft = self.folder / (STATE + ".part")
+        state = {
+            "progress": asdict(self.progress),
+            "matrices": self.flat.matrices.data,
+            "vectors": self.flat.vectors.data,
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, draft)
+        draft.replace(self.folder / STATE)
+
+    def run(self) -> None:
+        """Train until the stage or this call's time is over."""
+        settings, progress = self.settings, self.progress
+        if progress.steps and progress.step >= progress.steps:
+            self.say("the stage is complete")
+            return
+        step = self._prepared_step()
+        self.say("compiled" if settings.compiles else "ready")
+        begun, first = time.monotonic(), progress.step
+        self.reported = begun, progress.tokens
+        already = progress.seconds
+        while not (progress.steps and progress.step >= progress.steps):
+            ids = self.batches(progress.step)
+            result = step(ids)
+            norm = self._update(progress.step)
+            progress.step += 1
+            progress.tokens += ids.numel() * self.world
+            progress.seconds = already + time.monotonic() - begun
+            done = progress.step - first
+            if not progress.steps:
+                self._plan(done)
+            if progress.step % settings.log_every == 0:
+                self._report(result, norm)
+                if self._over(begun, done):
+                    break
+        if progress.step % settings.log_every:
+            self._report(result, norm)
+        self.save()
+        self.say(f"kept at step {progress.step} of {progress.steps}")
+
+    def _prepared_step(self) -> Any:
+        first = self.batches(self.progress.step)
+        if self.cuda and self.settings.graph:
+            step = captured(self.match, first)
+        else:
+            step = self.match
+            step(first)  # compiles and tunes
+        self.flat.clear_gradients()
+        if self.world > 1:
+            where = {"device_id": self.device} if self.cuda else {}
+            torch.distributed.init_process_group("nccl" if self.cuda else "gloo", **where)
+            for flat in self.flat.tensors():
+                torch.distributed.broadcast(flat.data, 0)
+        return step
+
+    def _update(self, number: int) -> torch.Tensor:
+        """All-reduce, clip, step, clear."""
+        if self.world > 1:
+            for flat in self.flat.tensors():
+                torch.distributed.all_reduce(flat.grad)
+                flat.grad.div_(self.world)
+        norm = self.flat.clip_gradients(self.settings.clip, each=self.settings.stage == "layers")
+        rate = learning_rate(self.settings, number, self.progress.steps or 10**9)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.flat.clear_gradients()
+        return norm
+
+    def _agreed(self, value: float) -> float:
+        """The first process's value: clocks differ, decisions must not."""
+        if self.world == 1:
+            return value
+        shared = torch.tensor([value], dtype=torch.float64, device=self.device)
+        torch.distributed.broadcast(shared, 0)
+        return float(shared)
+
+    def _plan(self, done: int) -> None:
+        """Set the number of steps by the time that some took, the first ones left out."""
+        if done not in (_UNTIMED, _UNTIMED + _TIMED):
+            return
+        if self.cuda:
+            torch.cuda.synchronize()
+        if done == _UNTIMED:
+            self.timed_from = time.monotonic()
+            return
+        speed = _TIMED / (time.monotonic() - self.timed_from)
+        steps = max(done, round(self.settings.budget * speed))
+        self.progress.steps = int(self._agreed(steps))
+        self.say(f"{self.progress.steps} steps fit into {self.settings.budget:.0f} s")
+
+    def _over(self, begun: float, done: int) -> bool:
+        """Whether this call's time is over, with a reserve to keep the state."""
+        if not self.settings.seconds:
+            return False
+        reserve = 10.0 + self.settings.log_every * (time.monotonic() - begun) / max(1, done)
+        left = self.settings.seconds - (time.monotonic() - STARTED) - reserve
+        return self._agreed(left) < 0
+
+    def _report(self, result: torch.Tensor, norm: torch.Tensor) -> None:
+        loss = result.float().clone()
+        if self.world > 1:
+            torch.distributed.all_reduce(loss)
+            loss /= self.world
+        progress = self.progress
+        losses = loss.tolist()  # waits for the device
+        now, (before, tokens) = time.monotonic(), self.reported
+        self.reported = now, progress.tokens
+        entry = {
+            "stage": self.settings.stage,
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "seconds": round(progress.seconds, 1),
+            "learning_rate": self.optimizer.param_groups[0]["lr"],
+            "loss": round(sum(losses) / len(losses), 5),
+            "layers": [round(value, 4) for value in losses] if len(losses) > 1 else None,
+            "gradient_norm": round(float(norm), 4),
+            "tokens_per_second": round((progress.tokens - tokens) / (now - before)),
+        }
+        if self.cuda:
+            entry["gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 1)
+        if not math.isfinite(entry["loss"]):
+            raise RunError(f"The loss of step {progress.step} is {entry['loss']}: the stage has diverged.")
+        self.log(entry)
+        shown = {key: value for key, value in entry.items() if key not in ("stage", "layers")}
+        self.say(" ".join(f"{key} {value:,}" for key, value in shown.items()))
+
+
+@fail_clearly()
+def main() -> None:
+    settings = parse_settings(TrainSettings, description=__doc__)
+    quiet()
+    Path(settings.output).mkdir(parents=True, exist_ok=True)
+    stage = Stage(settings)
+    try:
+        stage.run()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
