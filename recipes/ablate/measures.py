@@ -20,7 +20,8 @@ from spiking_mamba.evaluation.scoring import perplexity
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.conversion import spike_driven
 from spiking_mamba.model.tokenizer import load_tokenizer
-from spiking_mamba.spikes.counting import SpikeCounts, count_spikes
+from spiking_mamba.spikes.counting import count_spikes
+from spiking_mamba.spikes.counts import SpikeCounts
 from spiking_mamba.spikes.energy import model_energy, projection_energy
 from spiking_mamba.training.calibration import asks_for_calibration, resolve_threshold
 from spiking_mamba.training.distillation import DistillationSettings

@@ -35,7 +35,8 @@ from spiking_mamba.evaluation.settings import RESULTS, Checkpoint, EvaluationSet
 from spiking_mamba.evaluation.statistics import gaps, groups
 from spiking_mamba.evaluation.tasks import describe, zero_shot_tasks
 from spiking_mamba.model.tokenizer import has_tokenizer, load_tokenizer
-from spiking_mamba.spikes.counting import ProjectionSpikes, SpikeCounts, count_spikes
+from spiking_mamba.spikes.counting import count_spikes
+from spiking_mamba.spikes.counts import ProjectionSpikes, SpikeCounts
 from spiking_mamba.spikes.energy import COSTS_45NM, Costs, load_costs, model_energy
 from spiking_mamba.spikes.joules import JouleMeter, NoEnergyCounter
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from spiking_mamba.reports.figures import picture, short
-from spiking_mamba.spikes.counting import SpikeCounts
+from spiking_mamba.spikes.counts import SpikeCounts
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -5,9 +5,9 @@ from spiking_mamba.common.lazy import lazily
 __getattr__, __dir__ = lazily(
     __name__,
     {
-        "Layout": "counting",
-        "ProjectionSpikes": "counting",
-        "SpikeCounts": "counting",
+        "Layout": "counts",
+        "ProjectionSpikes": "counts",
+        "SpikeCounts": "counts",
         "count_spikes": "counting",
     },
 )

@@ -22,7 +22,7 @@ import yaml
 
 from spiking_mamba.common.settings import load_yaml, reject_unknown_keys
 from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
-from spiking_mamba.spikes.counting import SpikeCounts
+from spiking_mamba.spikes.counts import SpikeCounts
 
 __all__ = ["COSTS_45NM", "Costs", "load_costs", "model_energy", "operations", "projection_energy"]
 

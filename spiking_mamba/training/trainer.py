@@ -7,7 +7,7 @@ import torch
 from transformers import TrainerCallback
 
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
-from spiking_mamba.spikes.counting import SpikeCounts
+from spiking_mamba.spikes.counts import SpikeCounts
 
 __all__ = ["SpikingTrainer", "sgc_lambda"]
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from spiking_mamba import spikes as module
-from spiking_mamba.spikes.counting import Layout, ProjectionSpikes, count_spikes
+from spiking_mamba.spikes.counting import Layout, count_spikes
+from spiking_mamba.spikes.counts import ProjectionSpikes
 from spiking_mamba.spikes.joules import NoEnergyCounter, measure_joules
 from tests.helpers.gpu_model import make
 

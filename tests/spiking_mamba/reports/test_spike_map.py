@@ -7,7 +7,8 @@ import torch
 
 from spiking_mamba.reports.spike_map import draw_spikes
 from spiking_mamba.spike_map import draw_spike_map
-from spiking_mamba.spikes.counting import ProjectionSpikes, SpikeCounts, count_spikes
+from spiking_mamba.spikes.counting import count_spikes
+from spiking_mamba.spikes.counts import ProjectionSpikes, SpikeCounts
 from tests.helpers.tiny import INTEGER, tiny_model, tokens
 
 

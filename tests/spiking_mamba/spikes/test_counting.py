@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from spiking_mamba import SpikingMambaModel, spike_driven
 from spiking_mamba.model.projection import SpikeEncoder, SpikingProjection
-from spiking_mamba.spikes.counting import Layout, ProjectionSpikes, SpikeCounts, count_spikes
+from spiking_mamba.spikes.counting import Layout, count_spikes
+from spiking_mamba.spikes.counts import ProjectionSpikes, SpikeCounts
 from tests.helpers.tiny import INTEGER, LEAKY, joined, recorded_spikes, tiny_model, tokens
 
 MEMBRANES = pytest.mark.parametrize("membrane", ["token", "sequence"])

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
-from spiking_mamba.spikes.counting import ProjectionSpikes, SpikeCounts, count_spikes
+from spiking_mamba.spikes.counting import count_spikes
+from spiking_mamba.spikes.counts import ProjectionSpikes, SpikeCounts
 from spiking_mamba.spikes.energy import (
     COSTS_45NM,
     Costs,

@@ -7,7 +7,8 @@ SCRIPT = """
 import itertools
 import torch
 from spiking_mamba.spikes.kernel import tally
-from spiking_mamba.spikes.counting import _SUMS, Layout, ProjectionSpikes
+from spiking_mamba.spikes.counting import Layout
+from spiking_mamba.spikes.counts import _SUMS, ProjectionSpikes
 
 draw = torch.Generator().manual_seed(0)
 shapes = [(3, 50, 300), (1, 1, 16), (0, 5, 7)]
