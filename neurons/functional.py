@@ -21,7 +21,7 @@ from collections.abc import Callable
 
 import torch
 
-__all__ = ["clip", "si_lif_multi_step", "si_lif_step", "signed_spike_count"]
+__all__ = ["clip", "event_driven_linear", "si_lif_multi_step", "si_lif_step", "signed_spike_count"]
 
 SurrogateFunction = Callable[[torch.Tensor], torch.Tensor]
 
@@ -156,3 +156,27 @@ def si_lif_multi_step(
     spike_seq = spikes[0].unsqueeze(0) if len(spikes) == 1 else torch.stack(spikes)
     assert isinstance(v, torch.Tensor)
     return spike_seq, v, torch.stack(potentials) if store_v_seq else None
+
+
+def event_driven_linear(spikes: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    """``y = sum over inputs k that fire of s_k * W[k, :]``, exactly.
+
+    Args:
+        spikes: signed spike counts, int8 ``[..., in]``.
+        weight: input-major, int8 ``[in, out]``, or int16 of 4-bit weights times their groups' scales.
+
+    Returns:
+        int32 ``[..., out]``.
+
+    Raises:
+        TypeError: another dtype.
+        ValueError: the shapes do not fit, or a sum leaves 32 bits.
+    """
+    if spikes.dtype != torch.int8 or weight.dtype not in (torch.int8, torch.int16):
+        raise TypeError(f"Spikes and weights must be int8, got {spikes.dtype} and {weight.dtype}.")
+    if weight.ndim != 2 or spikes.ndim == 0 or spikes.shape[-1] != weight.shape[0]:
+        raise ValueError(f"Spikes {list(spikes.shape)} do not fit weights {list(weight.shape)}.")
+    sums = spikes.double() @ weight.double()  # exact in any order: float64 has the integers up to 2**53
+    if sums.numel() and float(sums.abs().max()) > 2**31 - 1:
+        raise ValueError("A sum leaves 32 bits.")
+    return sums.to(torch.int32)

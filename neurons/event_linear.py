@@ -1,0 +1,252 @@
+"""A linear layer for inference that fetches the weights of the inputs that fire, and adds integers."""
+
+import math
+
+import torch
+from torch import nn
+
+from . import functional
+from .backend import EVENT_BACKENDS, check_numba
+
+__all__ = ["EventDrivenLinear", "int4_weights", "int8_weights"]
+
+GROUP = 32  # inputs that share a scale of 4-bit weights
+_LARGEST_SUM = 2**31 - 1
+_LARGEST_SPIKE = 128
+
+
+def int8_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Round to integers from -127 to 127 times one scale an output.
+
+    Args:
+        weight: ``[out, in]``, floating point.
+
+    Returns:
+        int8 ``[in, out]`` and the scales, float32 ``[out]``.
+    """
+    wide = weight.detach().float()
+    scale = _amax(wide, 1) / 127
+    integers = torch.round(wide / _no_zero(scale)[:, None]).to(torch.int8)
+    return integers.t().contiguous(), scale
+
+
+def int4_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Round to integers from -8 to 7 times a scale for every 32 inputs of an output.
+
+    These scales are integers in turn, from 0 to 255, times one scale an output, so that sums of spikes stay
+    exact integers.
+
+    Args:
+        weight: ``[out, in]``, floating point.
+
+    Returns:
+        Integers from -8 to 7, int8 ``[in, out]``; the groups' scales, uint8 ``[ceil(in / 32), out]``; the
+        outputs' scales, float32 ``[out]``.
+
+    Raises:
+        ValueError: so many inputs that a sum could leave 32 bits.
+    """
+    out_features, in_features = weight.shape
+    groups = -(-in_features // GROUP)
+    largest = min(255, _LARGEST_SUM // (_LARGEST_SPIKE * 8 * max(1, groups * GROUP)))
+    if largest < 1:
+        raise ValueError(f"{in_features} inputs of 4-bit weights are too many: a sum could leave 32 bits.")
+    wide = torch.zeros(out_features, groups * GROUP, device=weight.device)
+    wide[:, :in_features] = weight.detach().float()
+    wide = wide.view(out_features, groups, GROUP)
+    # -8 has no positive counterpart: what is largest below 0 may take 8 steps, above 0 only 7
+    wanted = torch.maximum(_amax(wide, -1, sign=-1) / 8, _amax(wide, -1, sign=1) / 7)  # [out, groups]
+    scale = _amax(wanted, 1) / largest
+    group_scale = torch.ceil(wanted / _no_zero(scale)[:, None]).clamp(max=largest)
+    step = _no_zero(group_scale * scale[:, None])
+    integers = torch.round(wide / step[..., None]).clamp(-8, 7).to(torch.int8)
+    integers = integers.view(out_features, -1)[:, :in_features].t().contiguous()
+    return integers, group_scale.to(torch.uint8).t().contiguous(), scale
+
+
+def _amax(x: torch.Tensor, dim: int, sign: int = 0) -> torch.Tensor:
+    """The largest magnitude, or the largest value of ``sign * x``, at least 0; 0 of nothing."""
+    x = x.abs() if sign == 0 else sign * x
+    return x.amax(dim).clamp(min=0) if x.shape[dim] else x.new_zeros(x.shape[:dim] + x.shape[dim:][1:])
+
+
+def _no_zero(scale: torch.Tensor) -> torch.Tensor:
+    return torch.where(scale > 0, scale, torch.ones_like(scale))
+
+
+class EventDrivenLinear(nn.Module):
+    """``y = scale * (sum over inputs that fire of s_k * W[k, :]) + bias``, integer weights, for inference.
+
+    Spikes are signed integer counts, of any dtype, from -128 to 127. The sums are exact, so every backend,
+    number of threads and order gives the same integers.
+
+    Args:
+        in_features, out_features: as in ``nn.Linear``.
+        bias: whether there is one, float32.
+        weights: 'int8', with one scale an output, or 'int4', with one for every 32 inputs of an output too.
+        backend: 'torch', or 'numba' on the CPU: rows of inputs that do not fire stay where they are. A choice
+            that cannot run raises when the layer is called, never silently runs something else.
+
+    Attributes:
+        weight: int8 ``[in, out]``; 4-bit weights, plus 8, two outputs a byte: uint8 ``[in, ceil(out / 2)]``.
+        group_scale: uint8 ``[ceil(in / 32), out]`` of 4-bit weights; None for int8 ones.
+        scale: float32 ``[out]``.
+
+    Raises:
+        ValueError: a parameter is out of its range, or so many inputs that a sum could leave 32 bits.
+    """
+
+    weight: torch.Tensor
+    group_scale: torch.Tensor | None
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    supported_backends = possible_backends = EVENT_BACKENDS
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        weights: str = "int8",
+        backend: str = "torch",
+    ) -> None:
+        super().__init__()
+        if weights not in ("int8", "int4"):
+            raise ValueError(f"weights must be 'int8' or 'int4', got {weights!r}.")
+        if weights == "int8" and in_features * _LARGEST_SPIKE**2 > _LARGEST_SUM:
+            raise ValueError(f"{in_features} inputs are too many: a sum could leave 32 bits.")
+        self.in_features, self.out_features, self.weights = in_features, out_features, weights
+        self.backend = backend
+        if weights == "int8":
+            self.register_buffer("weight", torch.zeros(in_features, out_features, dtype=torch.int8))
+            self.register_buffer("group_scale", None)
+        else:
+            width = -(-out_features // 2)
+            self.register_buffer("weight", torch.full((in_features, width), 0x88, dtype=torch.uint8))
+            groups = -(-in_features // GROUP)
+            self.register_buffer("group_scale", torch.zeros(groups, out_features, dtype=torch.uint8))
+        self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32))
+        self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
+        self._packed: tuple[object, object] | None = None
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear, weights: str = "int8", backend: str = "torch"
+    ) -> "EventDrivenLinear":
+        """The layer with a linear layer's weights, rounded; on its device."""
+        layer = cls(linear.in_features, linear.out_features, linear.bias is not None, weights, backend)
+        layer.to(linear.weight.device)
+        if weights == "int8":
+            layer.weight, layer.scale = int8_weights(linear.weight)
+        else:
+            integers, layer.group_scale, layer.scale = int4_weights(linear.weight)
+            layer.weight = _two_a_byte(integers)
+        if linear.bias is not None:
+            layer.bias = linear.bias.detach().float().clone()
+        return layer
+
+    @property
+    def backend(self) -> str:
+        """The backend that runs the layer."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, backend: str) -> None:
+        if backend not in EVENT_BACKENDS:
+            raise ValueError(f"backend must be one of {EVENT_BACKENDS}, got {backend!r}.")
+        self._backend = backend
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, weights={self.weights}, backend={self.backend}"
+        )
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_packed": None}  # made for this processor, at the next call
+
+    def integer_weight(self) -> torch.Tensor:
+        """What the sums are of, ``[in, out]``: int8, or int16 with the groups' scales in them."""
+        if self.group_scale is None:
+            return self.weight
+        each = self.group_scale.repeat_interleave(GROUP, 0)[: self.in_features]
+        return self._nibbles().to(torch.int16) * each.to(torch.int16)
+
+    def _nibbles(self) -> torch.Tensor:
+        """The 4-bit weights as int8 ``[in, out]``, from -8 to 7."""
+        both = torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1)
+        return both[:, : self.out_features].to(torch.int8) - 8
+
+    def integer_sums(self, spikes: torch.Tensor) -> torch.Tensor:
+        """``int32 [..., out]`` for spikes ``[..., in]``.
+
+        Raises:
+            TypeError: spikes of a dtype that has no integers.
+            ValueError: spikes that are no integers from -128 to 127, or of another width.
+            RuntimeError: the backend cannot run here.
+        """
+        spikes = self._as_int8(spikes)
+        if self.backend == "numba":
+            return self._numba_sums(spikes)
+        return functional.event_driven_linear(spikes, self.integer_weight())
+
+    def forward(self, spikes: torch.Tensor) -> torch.Tensor:
+        """``[..., in] -> [..., out]`` in the dtype of the spikes, float32 for integer ones; errors as in
+        :meth:`integer_sums`, and for spikes that want a gradient."""
+        if torch.is_grad_enabled() and spikes.requires_grad:
+            raise ValueError("EventDrivenLinear has no gradient: call it under torch.no_grad().")
+        y = self.integer_sums(spikes) * self.scale
+        y = y if self.bias is None else y + self.bias
+        return y.to(spikes.dtype) if spikes.is_floating_point() else y
+
+    def _as_int8(self, spikes: torch.Tensor) -> torch.Tensor:
+        if spikes.ndim == 0 or spikes.shape[-1] != self.in_features:
+            raise ValueError(f"Spikes of width {self.in_features} are wanted, got {list(spikes.shape)}.")
+        if spikes.dtype == torch.int8:
+            return spikes
+        if spikes.is_complex():
+            raise TypeError(f"Spikes are integers, got {spikes.dtype}.")
+        integers = spikes.to(torch.int8)
+        # a value outside int8 does not come back; NaN equals nothing
+        if not bool((integers == spikes).all()):
+            whole = spikes.isfinite() & (spikes == spikes.round()) if spikes.is_floating_point() else None
+            if whole is not None and not bool(whole.all()):
+                raise ValueError("Spikes must be integers, as a signed spiking neuron emits them.")
+            raise ValueError(f"Spike counts must lie from -128 to 127, got {spikes.min()} to {spikes.max()}.")
+        return integers
+
+    def _numba_sums(self, spikes: torch.Tensor) -> torch.Tensor:
+        check_numba()
+        if spikes.device.type != "cpu" or self.weight.device.type != "cpu":
+            raise RuntimeError(f"backend='numba' runs on the CPU; these spikes are on {spikes.device}.")
+        flat = spikes.reshape(math.prod(spikes.shape[:-1]), self.in_features).contiguous()
+        packed = self._pack(flat)
+        work = flat.shape[0] * self.in_features * self.out_features
+        threads = torch.get_num_threads() if work > 2**23 else 1  # starting them takes a while
+        sums = torch.from_numpy(packed.sums(flat.numpy(), threads))  # type: ignore[attr-defined]
+        return sums.reshape(*spikes.shape[:-1], self.out_features)
+
+    def _pack(self, spikes: torch.Tensor) -> object:
+        """The weights as the kernels read them, made anew after a weight has changed."""
+        from .cpu.linear import CROSSOVER, PackedLinear
+
+        buffers = [self.weight] if self.group_scale is None else [self.weight, self.group_scale]
+        key = [(b.data_ptr(), 0 if b.is_inference() else b._version) for b in buffers]
+        if self._packed is None or self._packed[0] != key:
+            share = spikes.count_nonzero().item() / max(1, spikes.numel())
+            layout = "tiles" if share > CROSSOVER else "rows"
+            if self.group_scale is None:
+                packed = PackedLinear(self.weight.numpy(), None, layout)
+            else:
+                packed = PackedLinear(self._nibbles().numpy(), self.group_scale.numpy(), layout)
+            self._packed = key, packed
+        return self._packed[1]
+
+
+def _two_a_byte(integers: torch.Tensor) -> torch.Tensor:
+    """Integers from -8 to 7 ``[in, out]``, plus 8, as uint8 ``[in, ceil(out / 2)]``."""
+    shifted = (integers + 8).to(torch.uint8)
+    if shifted.shape[1] % 2:
+        shifted = torch.cat((shifted, torch.full_like(shifted[:, :1], 8)), 1)
+    return shifted[:, 0::2] | (shifted[:, 1::2] << 4)
