@@ -7,6 +7,7 @@ inputs of one output: ``dot_quads`` adds them. Spikes come packed, four int8 in 
 
 from collections.abc import Sequence
 from functools import cache
+
 from llvmlite import binding, ir
 
 from .vectors import Writer, i8, i16, i32, vector

@@ -68,20 +68,20 @@ def pack(weight: np.ndarray, group_scales: np.ndarray | None, kind: Portable, la
     scales = np.zeros((len(shifted) // GROUP, outputs), np.uint8)
     if group_scales is not None:
         scales[:, : weight.shape[1]] = group_scales
+    body: np.ndarray
     if layout == "rows":
         body, row_bytes = _rows(shifted[: weight.shape[0]], kind, bits), outputs * bits // 8
     else:
         body, row_bytes = _tiles(shifted, kind, bits), len(shifted) * tile_outputs(kind) * bits // 8
         # [groups, outputs] -> a tile's scales together
-        scales = scales.reshape(len(scales), outputs // tile_outputs(kind), tile_outputs(kind)).transpose(
-            1, 0, 2
-        )
+        width = tile_outputs(kind)
+        scales = scales.reshape(len(scales), outputs // width, width).transpose(1, 0, 2).reshape(-1, width)
     memory = aligned(body.size + _READ_PAST)
     memory[: body.size] = body.ravel()
     kept = aligned(scales.size if bits == 4 else 1)
     if bits == 4:
         kept[:] = scales.ravel()
-    return Packed(layout, bits, *weight.shape, memory, kept, row_bytes, outputs, minus)
+    return Packed(layout, bits, weight.shape[0], weight.shape[1], memory, kept, row_bytes, outputs, minus)
 
 
 def _rows(shifted: np.ndarray, kind: Portable, bits: int) -> np.ndarray:
