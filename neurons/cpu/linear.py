@@ -2,88 +2,18 @@
 
 import itertools
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache
 
 import numpy as np
 
-from .events import compiled, events, group_sums, grouped_events, room
 from .instructions import INSTRUCTIONS, best, runs_here
-from .intrinsics import products
-from .kernels import GROUP, tile_outputs
 from .memory import aligned
 from .packing import pack
+from .programs import Scratch, part_outputs, program
 
 __all__ = ["CROSSOVER", "PackedLinear"]
 
 CROSSOVER = 0.75  # share of inputs that fire from which on reading everything in one stream is faster
-
-
-@cache
-def _programs(name: str):
-    """Compiled functions for these instructions: one vector of spikes through one matrix, all outputs or a
-    part of them; by layout and bits."""
-    kernel = products(name)
-    tile8, tile4 = kernel.tile[8, False], kernel.tile[4, False]
-    kernel_rows8, kernel_rows4 = kernel.rows_int8, kernel.rows_int4
-    minus = 128 if INSTRUCTIONS[name].offset else 0
-    width = tile_outputs(INSTRUCTIONS[name])
-
-    @compiled
-    def rows8(weights, scales, row_bytes, spikes, first, last, offsets, counts, begins, totals, sums):
-        eights, _, total = events(spikes, row_bytes, offsets, counts)
-        sums[64 * first : 64 * last] = -minus * total
-        kernel_rows8(
-            weights.ctypes.data + 64 * first,
-            offsets.ctypes.data,
-            counts.ctypes.data,
-            eights,
-            64 * (last - first),
-            sums.ctypes.data + 256 * first,
-        )
-
-    @compiled
-    def rows4(weights, scales, row_bytes, spikes, first, last, offsets, counts, begins, totals, sums):
-        grouped_events(spikes, row_bytes, offsets, counts, begins, totals)
-        sums[128 * first : 128 * last] = 0
-        kernel_rows4(
-            weights.ctypes.data + 64 * first,
-            offsets.ctypes.data,
-            counts.ctypes.data,
-            begins.ctypes.data,
-            totals.ctypes.data,
-            scales.ctypes.data + 128 * first,
-            2 * row_bytes,
-            totals.size,
-            64 * (last - first),
-            sums.ctypes.data + 512 * first,
-        )
-
-    def tiles(tile, has_scales):
-        @compiled
-        def run(weights, scales, tile_bytes, spikes, first, last, offsets, counts, begins, totals, sums):
-            counts[: spikes.size] = spikes
-            counts[spikes.size : totals.size * GROUP] = 0
-            group_sums(counts[: totals.size * GROUP], totals)
-            for t in range(first, last):
-                own = scales.ctypes.data + t * totals.size * width if has_scales else scales.ctypes.data
-                tile(
-                    weights.ctypes.data + t * tile_bytes,
-                    counts.ctypes.data,
-                    totals.ctypes.data,
-                    own,
-                    scales.ctypes.data,
-                    totals.size,
-                    sums.ctypes.data + 4 * width * t,
-                )
-
-        return run
-
-    return {
-        ("rows", 8): rows8,
-        ("rows", 4): rows4,
-        ("tiles", 8): tiles(tile8, False),
-        ("tiles", 4): tiles(tile4, True),
-    }
+_NO_FACTORS = np.zeros(0, np.float32)
 
 
 class PackedLinear:
@@ -111,9 +41,10 @@ class PackedLinear:
         self.packed = packed = pack(weight, group_scales, INSTRUCTIONS[name], layout)
         if packed.weights.size >= 2**31:
             raise ValueError(f"A matrix of {packed.weights.size} bytes is too large for one layer.")
-        self._program = _programs(name)[layout, packed.bits]
-        per_part = tile_outputs(INSTRUCTIONS[name]) if layout == "tiles" else 64 * 8 // packed.bits
-        self._parts = packed.outputs // per_part  # what threads can divide among themselves
+        self._program = program(name, layout, packed.bits)
+        self._parts = packed.outputs // part_outputs(
+            name, layout, packed.bits
+        )  # what threads can divide among themselves
 
     def sums(self, spikes: np.ndarray, threads: int = 1) -> np.ndarray:
         """``int32 [M, out]`` for spikes ``int8 [M, in]``, which lie row by row."""
@@ -131,20 +62,15 @@ class PackedLinear:
         return sums[:, : packed.out_features]
 
     def _run(self, spikes: np.ndarray, span: tuple[int, int], sums: np.ndarray) -> None:
-        packed = self.packed
-        space = room(packed.in_features)
-        offsets, counts = aligned(space, np.int32), aligned(space, np.int8)
-        begins, totals = aligned(packed.groups + 1, np.int32), aligned(packed.groups, np.int32)
+        packed, scratch = self.packed, Scratch(self.packed.in_features)
         for one, own in zip(spikes, sums, strict=True):
             self._program(
-                packed.weights,
-                packed.group_scales,
+                packed.weights.ctypes.data,
+                packed.group_scales.ctypes.data,
                 packed.row_bytes,
                 one,
+                _NO_FACTORS,
                 *span,
-                offsets,
-                counts,
-                begins,
-                totals,
+                scratch.arrays,
                 own,
             )
