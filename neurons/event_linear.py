@@ -171,9 +171,9 @@ class EventDrivenLinear(nn.Module):
         if self.group_scale is None:
             return self.weight
         each = self.group_scale.repeat_interleave(GROUP, 0)[: self.in_features]
-        return self._nibbles().to(torch.int16) * each.to(torch.int16)
+        return self.four_bit_integers().to(torch.int16) * each.to(torch.int16)
 
-    def _nibbles(self) -> torch.Tensor:
+    def four_bit_integers(self) -> torch.Tensor:
         """The 4-bit weights as int8 ``[in, out]``, from -8 to 7."""
         both = torch.stack((self.weight & 15, self.weight >> 4), -1).flatten(1)
         return both[:, : self.out_features].to(torch.int8) - 8
@@ -239,7 +239,7 @@ class EventDrivenLinear(nn.Module):
             if self.group_scale is None:
                 packed = PackedLinear(self.weight.numpy(), None, layout)
             else:
-                packed = PackedLinear(self._nibbles().numpy(), self.group_scale.numpy(), layout)
+                packed = PackedLinear(self.four_bit_integers().numpy(), self.group_scale.numpy(), layout)
             self._packed = key, packed
         return self._packed[1]
 

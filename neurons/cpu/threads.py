@@ -1,0 +1,119 @@
+"""Threads that work on one token together: what they wait at, for code compiled by numba.
+
+Between two parts of a token a thread waits for less time than the system takes to wake one, so waiting means
+to spin; but who spins on a processor that another process has taken waits for good, so after a while it yields.
+"""
+
+import ctypes
+import platform
+import sys
+from functools import cache
+
+from llvmlite import binding, ir
+from numba.core import types
+from numba.extending import intrinsic
+
+from .events import compiled
+
+__all__ = ["BARRIER", "add", "barrier", "load", "register_yield", "relax", "store", "yield_thread"]
+
+BARRIER = 32  # int64 words of a barrier: two counters, each on cache lines of its own
+_SPINS = 4000
+_WORD = ir.IntType(64)
+_YIELD = "neurons_yield_thread"
+
+
+@cache
+def register_yield() -> None:
+    """Tell the compiler where the system's function is that gives up the processor; before the first use."""
+    if sys.platform == "win32":
+        function = ctypes.windll.kernel32.SwitchToThread
+    else:
+        function = ctypes.CDLL(None).sched_yield
+    binding.add_symbol(_YIELD, ctypes.cast(function, ctypes.c_void_p).value)
+
+
+@intrinsic
+def add(typing, address, value):
+    """Add to an int64 at an address; what stood there before."""
+
+    def generate(context, builder, signature, arguments):
+        word = builder.inttoptr(arguments[0], _WORD.as_pointer())
+        return builder.atomic_rmw("add", word, arguments[1], "seq_cst")
+
+    return types.int64(types.intp, types.int64), generate
+
+
+@intrinsic
+def load(typing, address):
+    """The int64 at an address, and everything that was written before it."""
+
+    def generate(context, builder, signature, arguments):
+        word = builder.inttoptr(arguments[0], _WORD.as_pointer())
+        return builder.load_atomic(word, "seq_cst", 8)
+
+    return types.int64(types.intp), generate
+
+
+@intrinsic
+def store(typing, address, value):
+    """Write an int64, after everything that was written before it."""
+
+    def generate(context, builder, signature, arguments):
+        word = builder.inttoptr(arguments[0], _WORD.as_pointer())
+        builder.store_atomic(arguments[1], word, "seq_cst", 8)
+        return context.get_dummy_value()
+
+    return types.void(types.intp, types.int64), generate
+
+
+def _call(builder, name, *arguments):
+    kind = ir.FunctionType(ir.VoidType(), [a.type for a in arguments])
+    found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(found, arguments)
+
+
+@intrinsic
+def relax(typing):
+    """Tell the processor that this thread spins."""
+
+    def generate(context, builder, signature, arguments):
+        machine = platform.machine().lower()
+        if machine in ("x86_64", "amd64"):
+            _call(builder, "llvm.x86.sse2.pause")
+        elif machine in ("arm64", "aarch64"):
+            _call(builder, "llvm.aarch64.hint", ir.IntType(32)(1))
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@intrinsic
+def yield_thread(typing):
+    """Let another thread have the processor."""
+
+    def generate(context, builder, signature, arguments):
+        _call(builder, _YIELD)
+        return context.get_dummy_value()
+
+    return types.void(), generate
+
+
+@compiled
+def barrier(words, threads):
+    """Wait until all threads are here. ``words``: address of ``BARRIER`` int64 words, zero at first."""
+    if threads == 1:
+        return
+    round_word = words + 128
+    this_round = load(round_word)
+    if add(words, 1) == threads - 1:
+        store(words, 0)
+        store(round_word, this_round + 1)
+        return
+    spins = 0
+    while load(round_word) == this_round:
+        spins += 1
+        if spins < _SPINS:
+            relax()
+        else:
+            yield_thread()

@@ -1,0 +1,320 @@
+"""A whole token of an event-driven model as one compiled function, which a few threads run together.
+
+Between the projections stand two passes: norm and neuron, from floats to int8 spikes; and convolution, scan,
+gate and the squares for the next norm, head by head. Every thread makes all spikes for itself, which costs
+less than to wait for one another, and computes its own part of the outputs.
+"""
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from neurons.cpu.events import compiled
+from neurons.cpu.programs import program
+from neurons.cpu.threads import barrier
+
+from .cpu_recurrence import recurrence, state_bytes
+
+__all__ = ["Buffers", "Kind", "Local", "Matrices", "Weights", "token_function"]
+
+f32, i8, i32 = np.float32, np.int8, np.int32
+BLOCK = 32
+
+
+class Kind(NamedTuple):
+    """What is compiled in: everything that models of one shape and layout share.
+
+    Attributes:
+        instructions: of :mod:`neurons.cpu.instructions`. bits: of the weights. spiking: or dense.
+        layouts: of input projection and output projection, 'rows' or 'tiles'.
+        states: 'float32' or 'bfloat16'. channels: of a head, filled up to whole vectors.
+        head_dim, state_size, groups: as in the configuration. taps: of the convolution.
+    """
+
+    instructions: str
+    bits: int
+    spiking: bool
+    layouts: tuple[str, str]
+    states: str
+    channels: int
+    head_dim: int
+    state_size: int
+    groups: int
+    taps: int
+
+
+class Matrices(NamedTuple):
+    """One projection of every layer, as :func:`neurons.cpu.programs.program` takes them."""
+
+    weights: np.ndarray  # int64 [L], addresses
+    group_scales: np.ndarray  # int64 [L], addresses
+    row_bytes: int
+    parts: int
+    part_outputs: int
+    scale: np.ndarray  # float32 [L, outputs]
+    bias: np.ndarray  # float32 [L, outputs]
+
+
+class Weights(NamedTuple):
+    """A model; L layers, d wide, H heads of P channels, I = H * P, G groups of N states, C = I + 2 * G * N."""
+
+    embeddings: np.ndarray  # float32 [V, d]
+    norm: np.ndarray  # float32 [L, d], over V_th
+    in_proj: Matrices
+    conv: np.ndarray  # float32 [L, taps, C]
+    conv_bias: np.ndarray  # float32 [L, C]
+    dt_bias: np.ndarray  # float32 [L, H]
+    A: np.ndarray  # float32 [L, H], negative
+    D: np.ndarray  # float32 [L, H]
+    gated_norm: np.ndarray  # float32 [L, I], over V_th
+    out_proj: Matrices
+    last_norm: np.ndarray  # float32 [d]
+    head: Matrices
+    eps: f32
+    max_spike_count: f32
+    dt_low: f32
+    dt_high: f32
+
+
+class Buffers(NamedTuple):
+    """What a sequence and its current token occupy; shared by the threads."""
+
+    conv: np.ndarray  # float32 [L, taps, C], the last inputs, the newest last
+    state: np.ndarray  # uint8 [L, H, bytes of one head]
+    x: np.ndarray  # float32 [outputs of out_proj], the residual stream
+    projected: np.ndarray  # float32 [outputs of in_proj]
+    y: np.ndarray  # float32 [I]
+    squares: np.ndarray  # float32 [H], sums over a head
+    logits: np.ndarray  # float32 [outputs of the head]
+    barrier: np.ndarray  # int64 [BARRIER]
+    spikes: np.ndarray  # int8 [L, d + I] where they are kept, else [0, 0]
+
+
+@compiled
+def _exp(x):
+    # 2**n * e**r with |r| <= ln(2) / 2, by the polynomial of Cephes' expf; a call of libm is no vector
+    x = min(max(x, f32(-87.0)), f32(88.0))
+    n = np.floor(x * f32(1.44269504) + f32(0.5))
+    r = x - n * f32(0.693359375) + n * f32(2.12194440e-4)
+    p = f32(1.9875691500e-4)
+    p = p * r + f32(1.3981999507e-3)
+    p = p * r + f32(8.3334519073e-3)
+    p = p * r + f32(4.1665795894e-2)
+    p = p * r + f32(1.6666665459e-1)
+    p = p * r + f32(5.0000001201e-1)
+    return (p * r * r + r + f32(1.0)) * i32((i32(n) + i32(127)) << i32(23)).view(f32)
+
+
+@compiled
+def _silu(x):
+    return x / (f32(1.0) + _exp(-x))
+
+
+@compiled
+def _mean_square(x):
+    total = f32(0.0)
+    for i in range(x.size):
+        total += x[i] * x[i]
+    return total / f32(x.size)
+
+
+@compiled
+def _spikes(x, weight, scale, most, out):
+    """The neuron at unit threshold on ``x * scale * weight``: half a quantum does not fire."""
+    for i in range(x.size):
+        u = x[i] * scale * weight[i]
+        count = max(min(np.ceil(abs(u) - f32(0.5)), most), f32(0.0))
+        out[i] = i8(count if u > f32(0.0) else -count)
+
+
+@compiled
+def _rounded(x, weight, scale, out, factors):
+    """``x * scale * weight`` as int8 times a factor for every 32."""
+    for block in range((x.size + BLOCK - 1) // BLOCK):
+        first, last = block * BLOCK, min(x.size, block * BLOCK + BLOCK)
+        largest = f32(0.0)
+        for i in range(first, last):
+            largest = max(largest, abs(x[i] * weight[i]))
+        largest *= scale
+        inverse = scale * f32(127.0) / largest if largest > f32(0.0) else f32(0.0)
+        factors[block] = largest / f32(127.0)
+        for i in range(first, last):
+            out[i] = i8(np.rint(x[i] * weight[i] * inverse))
+
+
+@compiled
+def _convolve(inputs, kept, weight, bias, first, last, out):
+    """Channels ``first`` to ``last`` of the convolution over the kept inputs and the new one, then SiLU."""
+    newest = kept.shape[0] - 1
+    for c in range(first, last):
+        out[c] = bias[c] + inputs[c] * weight[newest, c]
+    for tap in range(newest):
+        for c in range(first, last):
+            out[c] += kept[tap + 1, c] * weight[tap, c]
+    for c in range(first, last):
+        out[c] = _silu(out[c])
+
+
+@compiled
+def _shift(inputs, kept, first, last):
+    """Keep the new input instead of the oldest."""
+    newest = kept.shape[0] - 1
+    for tap in range(newest):
+        kept[tap, first:last] = kept[tap + 1, first:last]
+    kept[newest, first:last] = inputs[first:last]
+
+
+@compiled
+def _softplus(x):
+    return x if x > f32(20.0) else f32(np.log1p(np.exp(x)))
+
+
+class Local(NamedTuple):
+    """What one thread works in; integers and sums of the widest projection."""
+
+    scratch: tuple[np.ndarray, ...]
+    integers: np.ndarray  # int8
+    factors: np.ndarray  # float32, of every 32 integers
+    sums: np.ndarray  # int32 of spikes, float32 of activations
+    xbc: np.ndarray  # float32 [C]
+    gated: np.ndarray  # float32 [I], behind the gated norm
+    scaled: np.ndarray  # float32 [channels], dt * x
+    y: np.ndarray  # float32 [channels]
+
+
+def _projection(kind: Kind, layout: str, spiking: bool, adds: bool) -> Any:
+    """Norm, neuron or rounding, and one thread's part of a projection."""
+    run = program(kind.instructions, layout, kind.bits, not spiking)
+
+    @compiled
+    def project(m, layer, x, weight, scale, most, me, threads, local, sums, out):
+        if spiking:
+            _spikes(x, weight, scale, most, local.integers)
+        else:
+            _rounded(x, weight, scale, local.integers, local.factors)
+        first, last = m.parts * me // threads, m.parts * (me + 1) // threads
+        run(
+            m.weights[layer],
+            m.group_scales[layer],
+            m.row_bytes,
+            local.integers[: x.size],
+            local.factors,
+            first,
+            last,
+            local.scratch,
+            sums,
+        )
+        factor, bias = m.scale[layer], m.bias[layer]
+        for o in range(first * m.part_outputs, last * m.part_outputs):
+            y = f32(sums[o]) * factor[o] + bias[o]
+            out[o] = out[o] + y if adds else y
+
+    return project
+
+
+def _mixing(kind: Kind) -> Any:
+    """Convolution, scan and gate of one thread's heads."""
+    step = recurrence(kind.channels, kind.states)
+    P, N, groups = kind.head_dim, kind.state_size, kind.groups
+    head_bytes = N * kind.channels * state_bytes(kind.states)
+
+    @compiled
+    def head(w, s, layer, h, local):
+        heads, (channels,) = w.A.shape[1], local.xbc.shape
+        inner, x = heads * P, local.xbc[h * P : h * P + P]
+        time = _softplus(s.projected[inner + channels + h] + w.dt_bias[layer, h])
+        time = min(max(time, w.dt_low), w.dt_high)
+        for p in range(P):
+            local.scaled[p] = x[p] * time
+        group = inner + (h * groups // heads) * N
+        step(
+            s.state.ctypes.data + (layer * heads + h) * head_bytes,
+            local.xbc.ctypes.data + 4 * group,
+            local.xbc.ctypes.data + 4 * (group + groups * N),
+            local.scaled.ctypes.data,
+            f32(np.exp(time * w.A[layer, h])),
+            N,
+            local.y.ctypes.data,
+        )
+        gate, y, own = s.projected[h * P : h * P + P], s.y[h * P : h * P + P], w.D[layer, h]
+        squares = f32(0.0)
+        for p in range(P):
+            value = (local.y[p] + x[p] * own) * _silu(gate[p])
+            y[p] = value
+            squares += value * value
+        s.squares[h] = squares
+
+    @compiled
+    def mix(w, s, layer, first, last, local):
+        inner, (channels,) = w.A.shape[1] * P, local.xbc.shape
+        inputs = s.projected[inner : inner + channels]
+        kept, weight, bias = s.conv[layer], w.conv[layer], w.conv_bias[layer]
+        _convolve(inputs, kept, weight, bias, first * P, last * P, local.xbc)
+        _convolve(inputs, kept, weight, bias, inner, channels, local.xbc)  # B and C, which all heads need
+        for h in range(first, last):
+            head(w, s, layer, h, local)
+
+    return mix
+
+
+@cache
+def token_function(kind: Kind) -> Any:
+    """The compiled ``token(me, threads, token, w, s, local)``: thread ``me``'s share of one token.
+
+    ``w`` are :class:`Weights`, ``s`` the :class:`Buffers`, ``local`` this thread's :class:`Local`.
+    Afterwards ``s.logits`` are the next token's, and the states have moved on.
+    """
+    input_projection = _projection(kind, kind.layouts[0], kind.spiking, False)
+    output_projection = _projection(kind, kind.layouts[1], kind.spiking, True)
+    head_projection = _projection(kind, "tiles", False, False)
+    mix = _mixing(kind)
+    groups, P = kind.groups, kind.head_dim
+
+    @compiled
+    def normalise_groups(w, s, layer, x):
+        """Divide each group's values by their root mean square; needs all heads' squares."""
+        heads = s.squares.size
+        for g in range(groups):
+            first, last = heads * g // groups, heads * (g + 1) // groups
+            mean = s.squares[first:last].sum() / f32((last - first) * P)
+            scale = f32(1.0) / np.sqrt(mean + w.eps)
+            for i in range(first * P, last * P):
+                x[i] = s.y[i] * scale
+
+    @compiled
+    def token(me, threads, token, w, s, local):
+        layers, d = w.norm.shape
+        heads, (channels,), (inner,) = w.A.shape[1], local.xbc.shape, s.y.shape
+        bar, x = s.barrier.ctypes.data, s.x[:d]
+        if me == 0:
+            x[:] = w.embeddings[token]
+        barrier(bar, threads)
+        for layer in range(layers):
+            scale = f32(1.0) / np.sqrt(_mean_square(x) + w.eps)
+            input_projection(
+                w.in_proj, layer, x, w.norm[layer], scale, w.max_spike_count,
+                me, threads, local, local.sums, s.projected,
+            )  # fmt: skip
+            if me == 0 and s.spikes.size:
+                s.spikes[layer, :d] = local.integers[:d]
+            barrier(bar, threads)
+            mix(w, s, layer, heads * me // threads, heads * (me + 1) // threads, local)
+            barrier(bar, threads)
+            first, last = channels * me // threads, channels * (me + 1) // threads
+            _shift(s.projected[inner : inner + channels], s.conv[layer], first, last)
+            normalise_groups(w, s, layer, local.gated)
+            output_projection(
+                w.out_proj, layer, local.gated, w.gated_norm[layer], f32(1.0), w.max_spike_count,
+                me, threads, local, local.sums, s.x,
+            )  # fmt: skip
+            if me == 0 and s.spikes.size:
+                s.spikes[layer, d:] = local.integers[:inner]
+            barrier(bar, threads)
+        scale = f32(1.0) / np.sqrt(_mean_square(x) + w.eps)
+        head_projection(
+            w.head, 0, x, w.last_norm, scale, w.max_spike_count, me, threads, local, s.logits, s.logits
+        )
+        barrier(bar, threads)
+
+    return token

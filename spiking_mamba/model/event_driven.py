@@ -1,0 +1,212 @@
+"""A copy of a model for inference with integer weights, which a processor fetches where a spike asks for them.
+
+1 / V_th moves into the norm before each neuron, V_th and the weights' scale become one float an output, and
+what is left of a projection is ``y = scale * sum of integers``. A dense model goes the same way with its
+activations rounded to int8 in blocks of 32.
+"""
+
+import copy
+import math
+from typing import NamedTuple
+
+import torch
+from huggingface_hub.dataclasses import strict
+from spikingjelly.activation_based.base import MemoryModule
+from torch import nn
+
+import neurons
+from neurons.event_linear import EventDrivenLinear
+
+from ..blocks import SpikingMambaMixer
+from ..configuration import PROJECTIONS, SpikingMambaConfig
+from ..modeling import SpikingMambaForCausalLM
+from .quantised import QuantisedLinear
+
+__all__ = ["EventDrivenMambaConfig", "EventDrivenMambaForCausalLM", "EventDrivenProjection", "event_driven"]
+
+WEIGHTS = ("int8", "int4")
+STATES = ("float32", "bfloat16")
+
+
+@strict
+class EventDrivenMambaConfig(SpikingMambaConfig):
+    """Configuration of :class:`EventDrivenMambaForCausalLM`: that of the model it was made of, and more.
+
+    Args:
+        weights: 'int8' or 'int4', of projections and head.
+        states: dtype in which single tokens on a processor keep the scan's states, 'float32' or 'bfloat16'.
+
+    Raises:
+        ValueError: a field is out of its range, or the neuron's spikes are no integers of int8.
+    """
+
+    model_type = "event_driven_mamba"
+
+    weights: str = "int8"
+    states: str = "float32"
+
+    def __post_init__(self, **kwargs):
+        super().__post_init__(**kwargs)
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {WEIGHTS}, got {self.weights!r}.")
+        if self.states not in STATES:
+            raise ValueError(f"states must be one of {STATES}, got {self.states!r}.")
+        if self.neuron is not None:
+            _check_neuron(neurons.build(self.neuron), self.membrane)
+
+
+def _check_neuron(node: nn.Module, membrane: str) -> None:
+    if membrane != "token" or not isinstance(node, neurons.SILIFNode) or isinstance(node, neurons.TILIFNode):
+        raise ValueError(
+            "An event-driven model needs neurons.SILIFNode with membrane='token', whose spikes are integers "
+            f"that no earlier token changes; this one has {type(node).__name__}, membrane={membrane!r}."
+        )
+    if node.max_spike_count > 127:
+        raise ValueError(f"max_spike_count={node.max_spike_count} does not fit in int8; at most 127 does.")
+
+
+class Projection(NamedTuple):
+    """What a block's projection consists of, wherever the block keeps it."""
+
+    weight: torch.Tensor  # [out, in]
+    bias: torch.Tensor | None  # [out]
+    threshold: float
+    neuron: MemoryModule | None
+
+
+def projection_of(mixer: SpikingMambaMixer, name: str) -> Projection:
+    """Read 'in_proj' or 'out_proj' of a mixer."""
+    linear = getattr(mixer, name)
+    holder = getattr(mixer, name.replace("proj", "spikes"), linear)
+    threshold = 1.0 if holder.neuron is None else float(holder.threshold)
+    return Projection(linear.weight, linear.bias, threshold, holder.neuron)
+
+
+class EventDrivenProjection(EventDrivenLinear):
+    """A projection behind its neuron; what comes in is in units of V_th.
+
+    Args:
+        neuron: a ``neurons.SILIFNode`` at unit threshold. Others as in ``EventDrivenLinear``.
+    """
+
+    keeps_spike_size = False  # there is no training
+    membrane = "token"
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool, weights: str, neuron: MemoryModule
+    ) -> None:
+        super().__init__(in_features, out_features, bias, weights)
+        self.neuron = neuron
+
+    def spikes(self, u: torch.Tensor) -> torch.Tensor:
+        """int8 ``[..., in]`` for inputs ``[..., in]`` in units of V_th."""
+        self.neuron.stateless = True
+        return self.neuron(u.float().unsqueeze(0))[0].to(torch.int8)
+
+    def forward(self, u: torch.Tensor, states: list | None = None) -> torch.Tensor:
+        """``[..., in] -> [..., out]``, float32."""
+        return super().forward(self.spikes(u))
+
+
+class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
+    """A language model for inference; made by :func:`event_driven` or loaded, never trained.
+
+    Embeddings, norms, convolution and scan are float32; projections and head are integers.
+    """
+
+    config_class = EventDrivenMambaConfig
+    _tied_weights_keys = None
+
+    def __init__(self, config: EventDrivenMambaConfig) -> None:
+        super().__init__(config)
+        for block in self.backbone.layers:
+            for name in PROJECTIONS:
+                linear = getattr(block.mixer, name)
+                setattr(block.mixer, name, self._projection(linear.in_features, linear.out_features))
+        self.lm_head = QuantisedLinear(config.hidden_size, config.vocab_size, False, config.weights)
+        self.requires_grad_(False)
+
+    def _projection(self, in_features: int, out_features: int) -> EventDrivenLinear:
+        config = self.config
+        if config.neuron is None:
+            return QuantisedLinear(in_features, out_features, config.use_bias, config.weights)
+        return EventDrivenProjection(
+            in_features, out_features, config.use_bias, config.weights, neurons.build(config.neuron)
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if not isinstance(module, EventDrivenLinear):
+            super()._init_weights(module)
+
+    def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(hidden_states)
+
+    def get_output_embeddings(self) -> None:
+        """None: there are no embeddings of floats behind the head to resize or to tie."""
+        return None
+
+    def train(self, mode: bool = True) -> "EventDrivenMambaForCausalLM":
+        """Only for inference.
+
+        Raises:
+            ValueError: ``mode`` is true.
+        """
+        if mode:
+            raise ValueError("An event-driven model is for inference: train the model it was made of.")
+        return super().train(False)
+
+    def set_weights_backend(self, backend: str) -> None:
+        """Choose what runs projections: 'torch' or 'numba', see :class:`neurons.EventDrivenLinear`."""
+        neurons.set_backend(self, backend, instance=EventDrivenLinear)
+
+
+def event_driven(
+    model: SpikingMambaForCausalLM, weights: str = "int8", states: str = "float32"
+) -> EventDrivenMambaForCausalLM:
+    """A copy of ``model`` for inference, in float32 but for projections and head, which become integers.
+
+    Args:
+        model: spiking, with signed integer spikes that fit in int8, or dense.
+        weights: 'int8' with a scale an output, or 'int4' with one for every 32 inputs of an output.
+        states: dtype of the scan's states in single tokens on a processor.
+
+    Raises:
+        ValueError: the neuron's spikes are no integers of int8; an argument is none of those named.
+    """
+    skipped = ("model_type", "architectures", "dtype", "transformers_version")
+    fields = {key: value for key, value in model.config.to_dict().items() if key not in skipped}
+    folded = {"threshold": 1.0, "learn_threshold": False, "sgc": None, "spike_driven": False}
+    own = {"weights": weights, "states": states, "tie_word_embeddings": False}
+    config = EventDrivenMambaConfig.from_dict(fields | folded | own)
+    made = EventDrivenMambaForCausalLM(config).to(model.device)
+    kept = {
+        name: tensor.float()
+        for name, tensor in model.state_dict().items()
+        if not any(f"{projection}." in name or "_spikes." in name for projection in PROJECTIONS)
+        and not name.startswith("lm_head.")
+    }
+    made.load_state_dict(kept, strict=False)
+    with torch.no_grad():
+        for block, source in zip(made.backbone.layers, model.backbone.layers, strict=True):
+            for name, norm in zip(PROJECTIONS, (block.norm, block.mixer.norm), strict=True):
+                found = projection_of(source.mixer, name)
+                norm.weight /= found.threshold
+                _fill(getattr(block.mixer, name), found)
+        _fill(made.lm_head, Projection(model.lm_head.weight, None, 1.0, None))
+    made.generation_config = copy.deepcopy(model.generation_config)
+    return made.eval()
+
+
+def _fill(layer: EventDrivenLinear, projection: Projection) -> None:
+    """Put a projection's weights, rounded, into a layer; V_th goes into their scale."""
+    if not math.isfinite(projection.threshold) or projection.threshold <= 0:
+        raise ValueError(f"A threshold must be finite and positive, got {projection.threshold}.")
+    linear = nn.Linear(1, 1, bias=projection.bias is not None)
+    linear.out_features, linear.in_features = projection.weight.shape
+    linear.weight, linear.bias = (
+        None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
+        for tensor in (projection.weight, projection.bias)
+    )
+    rounded = EventDrivenLinear.from_linear(linear, layer.weights)
+    rounded.scale *= projection.threshold
+    layer.load_state_dict(rounded.state_dict())
