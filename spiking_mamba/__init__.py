@@ -6,6 +6,11 @@ from spiking_mamba.common.versions import warn_if_untested
 from spiking_mamba.model.backbone import SpikingMambaModel
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.conversion import spike_driven
+from spiking_mamba.model.event_driven import (
+    EventDrivenMambaConfig,
+    EventDrivenMambaForCausalLM,
+    event_driven,
+)
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.projection import SpikingProjection
 
@@ -13,11 +18,16 @@ warn_if_untested()
 AutoConfig.register(SpikingMambaConfig.model_type, SpikingMambaConfig)
 AutoModel.register(SpikingMambaConfig, SpikingMambaModel)
 AutoModelForCausalLM.register(SpikingMambaConfig, SpikingMambaForCausalLM)
+AutoConfig.register(EventDrivenMambaConfig.model_type, EventDrivenMambaConfig)
+AutoModelForCausalLM.register(EventDrivenMambaConfig, EventDrivenMambaForCausalLM)
 
 __all__ = [
+    "EventDrivenMambaConfig",
+    "EventDrivenMambaForCausalLM",
     "SpikingMambaConfig",
     "SpikingMambaForCausalLM",
     "SpikingMambaModel",
     "SpikingProjection",
+    "event_driven",
     "spike_driven",
 ]

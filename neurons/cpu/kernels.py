@@ -22,6 +22,7 @@ __all__ = ["AHEAD", "GROUP", "rows_int4", "rows_int8", "tile_outputs", "tiles"]
 GROUP = 32  # inputs that share a scale
 AHEAD = 24  # rows between a row's prefetch and its use
 STREAM_AHEAD = 4096  # bytes between a tile's prefetch and its use
+SCALES_AHEAD = 512  # bytes between the prefetch of a tile's scales and their use
 
 
 def tile_outputs(kind: Portable) -> int:
@@ -29,13 +30,37 @@ def tile_outputs(kind: Portable) -> int:
     return 8 * kind.quad_lanes
 
 
-def _nibbles(w: Writer, values: ir.Value, high: bool) -> ir.Value:
-    """The lower or the higher four bits of every byte, 0 to 15."""
-    kind = vector(i16, values.type.count // 2)  # no instruction shifts bytes
-    if high:
-        shifted = w.b.lshr(w.b.bitcast(values, kind), ir.Constant(kind, [4] * kind.count))
-        values = w.b.bitcast(shifted, values.type)
-    return w.b.and_(values, ir.Constant(values.type, [15] * values.type.count))
+def _add_nibbles(w: Writer, kind: Portable, add: Callable, own: list[ir.Value], values: list) -> None:
+    """Add products of both halves of every byte, by ``add(sums, values)``, to the two lists in ``own``.
+
+    Where bytes multiply unsigned, the second sums are 16 times the upper halves' and the first are the whole
+    bytes': one operation less than to part them. :func:`_part_nibbles` undoes it.
+    """
+    byte = values[0].type
+    upper = ir.Constant(byte, [0xF0 - 256] * byte.count)
+    lower = ir.Constant(byte, [15] * byte.count)
+    if kind.offset:
+        first, second = values, [w.b.and_(value, upper) for value in values]
+    else:
+        wide = vector(i16, byte.count // 2)  # no instruction shifts bytes
+        four = ir.Constant(wide, [4] * wide.count)
+        first = [w.b.and_(value, lower) for value in values]
+        shifted = [w.b.bitcast(w.b.lshr(w.b.bitcast(value, wide), four), byte) for value in values]
+        second = [w.b.and_(value, lower) for value in shifted]
+    own[0], own[1] = add(own[0], first), add(own[1], second)
+
+
+def _nibble_starts(w: Writer, kind: Portable, total: ir.Value, lanes: int) -> list[ir.Value]:
+    """What both lists of sums begin with for a group whose spikes sum to ``total``; weights are plus 8."""
+    factors = (-136, -128) if kind.offset else (-8, -8)
+    return [w.splat(w.b.mul(total, i32(factor)), lanes) for factor in factors]
+
+
+def _part_nibbles(w: Writer, kind: Portable, first: ir.Value, second: ir.Value) -> tuple[ir.Value, ir.Value]:
+    """The lower and the upper halves' sums."""
+    if not kind.offset:
+        return first, second
+    return w.b.sub(first, second), w.b.ashr(second, ir.Constant(second.type, [4] * second.type.count))
 
 
 def rows_int8(module: ir.Module, kind: Portable) -> ir.Function:
@@ -60,7 +85,8 @@ def rows_int8(module: ir.Module, kind: Portable) -> ir.Function:
         quads = [w.word(spikes, w.b.add(w.b.mul(eight, i64(2)), i64(i))) for i in range(2)]
         with w.loop(i64(0), columns, kind.step) as column:
             for row in ahead:
-                w.prefetch(w.at(row, column))
+                for line in range(0, kind.step, 64):
+                    w.prefetch(w.at(w.at(row, column), line))
             for part in range(0, kind.step, kind.width):
                 place = w.b.add(column, i64(part))
                 target = w.at(sums, w.b.mul(place, i64(4)))
@@ -95,46 +121,52 @@ def rows_int4(module: ir.Module, kind: Portable) -> ir.Function:
     weights, offsets, spikes, begins, totals, scales, stride, groups, columns, sums = function.args
     row_type, sum_type = vector(i8, kind.width), vector(i32, kind.lanes)
     parts = range(0, kind.step, kind.width)
-    variables = [[w.variable(sum_type) for _ in range(2 * kind.accumulators)] for _ in parts]
-    all_variables = [variable for own in variables for variable in own]
+    count = kind.accumulators
+    variables = [[[w.variable(sum_type) for _ in range(count)] for _ in range(2)] for _ in parts]
     with w.loop(i64(0), groups) as group:
         begin, end = (w.b.sext(w.word(begins, w.b.add(group, i64(i))), i64) for i in range(2))
-        start = w.splat(w.b.mul(w.word(totals, group), i32(-8)), kind.lanes)
+        starts = _nibble_starts(w, kind, w.word(totals, group), kind.lanes)
         own_scales = w.at(scales, w.b.mul(group, stride))
         # a group without spikes is passed over
         until = w.b.select(w.b.icmp_signed("<", begin, end), columns, i64(0))
         with w.loop(i64(0), until, kind.step) as column:
-            for variable in all_variables:
-                w.set(variable, start)
+            for pair in variables:
+                for own, start in zip(pair, starts, strict=True):
+                    for variable in own:
+                        w.set(variable, start)
+            base = w.at(weights, column)
             with w.loop(begin, end) as four:
                 first, quad = w.b.mul(four, i64(4)), w.word(spikes, four)
                 rows, ahead = (
                     [
-                        w.at(
-                            weights,
-                            w.b.add(w.b.sext(w.word(offsets, w.b.add(first, i64(s + i))), i64), column),
-                        )
+                        w.at(base, w.b.sext(w.word(offsets, w.b.add(first, i64(shift + i))), i64))
                         for i in range(4)
                     ]
-                    for s in (0, AHEAD)
+                    for shift in (0, AHEAD)
                 )
                 for row in ahead:
-                    w.prefetch(row)
-                for part, own in zip(parts, variables, strict=True):
+                    for line in range(0, kind.step, 64):
+                        w.prefetch(w.at(row, line))
+                for part, pair in zip(parts, variables, strict=True):
                     mixed = kind.mix(w, [w.load(w.at(row, part), row_type, kind.width) for row in rows])
-                    for high in range(2):
-                        some = own[kind.accumulators * high :][: kind.accumulators]
-                        values = [_nibbles(w, value, bool(high)) for value in mixed]
-                        total = kind.dot(w, [w.get(v, sum_type) for v in some], values, quad)
-                        for variable, value in zip(some, total, strict=True):
+                    sums_of = [[w.get(v, sum_type) for v in own] for own in pair]
+                    _add_nibbles(w, kind, lambda t, m, s=quad: kind.dot(w, t, m, s), sums_of, mixed)
+                    for own, values in zip(pair, sums_of, strict=True):
+                        for variable, value in zip(own, values, strict=True):
                             w.set(variable, value)
-            output = w.b.mul(column, i64(2))
-            for i, variable in enumerate(all_variables):
-                place = w.b.add(output, i64(kind.lanes * i))
-                scale = w.b.zext(w.load(w.at(own_scales, place), vector(i8, kind.lanes)), sum_type)
-                target = w.at(sums, w.b.mul(place, i64(4)))
-                product = w.b.mul(w.get(variable, sum_type), scale)
-                w.store(w.b.add(w.load(target, sum_type, 4 * kind.lanes), product), target, 4 * kind.lanes)
+            for line in range(0, 2 * kind.step, 64):  # the next group's scales
+                w.prefetch(w.at(w.at(w.at(own_scales, stride), w.b.mul(column, i64(2))), line))
+            for part, pair in zip(parts, variables, strict=True):
+                output = w.b.mul(w.b.add(column, i64(part)), i64(2))
+                for i in range(count):
+                    halves = _part_nibbles(w, kind, *(w.get(own[i], sum_type) for own in pair))
+                    for high, half in enumerate(halves):
+                        place = w.b.add(output, i64(kind.width * high + kind.lanes * i))
+                        scale = w.b.zext(w.load(w.at(own_scales, place), vector(i8, kind.lanes)), sum_type)
+                        target = w.at(sums, w.b.mul(place, i64(4)))
+                        before = w.load(target, sum_type, min(64, 4 * kind.lanes))
+                        total = w.b.add(before, w.b.mul(half, scale))
+                        w.store(total, target, min(64, 4 * kind.lanes))
     w.finish()
     return function
 
@@ -162,24 +194,35 @@ def tiles(module: ir.Module, kind: Portable, bits: int, floats: bool) -> ir.Func
         w.set(variable, ir.Constant(whole_type, [0] * lanes))
     vectors = 8 if bits == 8 else 4
     size = vectors * kind.width  # bytes of four inputs
-    minus = -8 if bits == 4 else -128 if kind.offset else 0
     finish = _group_end(w, kind, bits, floats)
     with w.loop(i64(0), groups) as group:
-        own = [w.splat(w.b.mul(w.word(totals, group), i32(minus)), lanes)] * 8
+        total = w.word(totals, group)
+        if bits == 8:
+            own = [[w.splat(w.b.mul(total, i32(-128 if kind.offset else 0)), lanes)] * 8]
+        else:
+            own = [[start] * 4 for start in _nibble_starts(w, kind, total, lanes)]
         base = w.at(weights, w.b.mul(group, i64(GROUP // 4 * size)))
         for quad in range(GROUP // 4):
             x = w.word(inputs, w.b.add(w.b.mul(group, i64(GROUP // 4)), i64(quad)))
             for line in range(0, size, 64):
                 w.prefetch(w.at(base, STREAM_AHEAD + quad * size + line))
-            for i in range(vectors):
-                value = w.load(w.at(base, quad * size + i * kind.width), vector(i8, kind.width), kind.width)
-                if bits == 8:
-                    own[i] = kind.dot_quads(w, own[i], value, x)
-                    continue
-                for high in range(2):
-                    place = i + vectors * high
-                    own[place] = kind.dot_quads(w, own[place], _nibbles(w, value, bool(high)), x)
-        for i, value in enumerate(own):
+            places = [w.at(base, quad * size + i * kind.width) for i in range(vectors)]
+            values = [w.load(place, vector(i8, kind.width), kind.width) for place in places]
+
+            def add(sums_of: list, read: list, x: ir.Value = x) -> list:
+                return [kind.dot_quads(w, *both, x) for both in zip(sums_of, read, strict=True)]
+
+            if bits == 8:
+                own[0] = add(own[0], values)
+            else:
+                _add_nibbles(w, kind, add, own, values)
+        if bits == 4:
+            for line in range(0, 8 * lanes, 64):
+                ahead = w.b.add(w.b.mul(group, i64(8 * lanes)), i64(SCALES_AHEAD + line))
+                w.prefetch(w.at(scales, ahead))
+            halves = [_part_nibbles(w, kind, *both) for both in zip(*own, strict=True)]
+            own = [[half[high] for high in range(2) for half in halves]]
+        for i, value in enumerate(own[0]):
             before = w.get(whole[i], whole_type)
             scale = w.at(scales, w.b.add(w.b.mul(group, i64(8 * lanes)), i64(i * lanes)))
             w.set(whole[i], finish(before, value, scale, w.at(factors, w.b.mul(group, i64(4)))))

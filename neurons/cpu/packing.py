@@ -1,5 +1,6 @@
 """Integer weights as the kernels read them."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,7 +48,13 @@ def padded(count: int, to: int) -> int:
     return -(-count // to) * to
 
 
-def pack(weight: np.ndarray, group_scales: np.ndarray | None, kind: Portable, layout: str) -> Packed:
+def pack(
+    weight: np.ndarray,
+    group_scales: np.ndarray | None,
+    kind: Portable,
+    layout: str,
+    take: Callable[[int], np.ndarray] = aligned,
+) -> Packed:
     """Lay weights out for a kind of processor.
 
     Args:
@@ -55,6 +62,7 @@ def pack(weight: np.ndarray, group_scales: np.ndarray | None, kind: Portable, la
         group_scales: uint8 ``[ceil(in / 32), out]`` of 4-bit weights, or None for int8 ones.
         kind: whose kernels will read them.
         layout: 'rows' or 'tiles'.
+        take: gives memory that begins at a multiple of 64 bytes.
     """
     bits = 8 if group_scales is None else 4
     minus = 8 if bits == 4 else 128 if kind.offset else 0
@@ -76,9 +84,9 @@ def pack(weight: np.ndarray, group_scales: np.ndarray | None, kind: Portable, la
         # [groups, outputs] -> a tile's scales together
         width = tile_outputs(kind)
         scales = scales.reshape(len(scales), outputs // width, width).transpose(1, 0, 2).reshape(-1, width)
-    memory = aligned(body.size + _READ_PAST)
+    memory = take(body.size + _READ_PAST)
     memory[: body.size] = body.ravel()
-    kept = aligned(scales.size if bits == 4 else 1)
+    kept = take(scales.size if bits == 4 else 1)
     if bits == 4:
         kept[:] = scales.ravel()
     return Packed(layout, bits, weight.shape[0], weight.shape[1], memory, kept, row_bytes, outputs, minus)

@@ -1,7 +1,7 @@
 """Threads that work on one token together: what they wait at, for code compiled by numba.
 
-Between two parts of a token a thread waits for less time than the system takes to wake one, so waiting means
-to spin; but who spins on a processor that another process has taken waits for good, so after a while it yields.
+Between two parts of a token a thread waits for less time than the system takes to wake one, so it spins; on a
+processor that another process has taken that would last for good, so after a while it yields.
 """
 
 import ctypes

@@ -1,6 +1,6 @@
 """One head's step of the selective scan as LLVM IR: the states are read and written once, in one pass.
 
-    S = dA * S + B (dt x)^T        y = C S        (Dao & Gu, arXiv 2405.21060, with S as [N, P])
+S = dA * S + B (dt x)^T        y = C S        (Dao & Gu, arXiv 2405.21060, with S as [N, P])
 """
 
 from functools import cache
@@ -13,7 +13,7 @@ from neurons.cpu.vectors import Writer, define, f32, i16, i32, i64, ptr, vector
 
 __all__ = ["LANES", "recurrence", "state_bytes"]
 
-LANES = 16  # a head's channels go in vectors of so many; fewer channels are filled up
+LANES = 16  # a head's channels go in vectors of so many
 
 
 class _BFloat(ir.Type):
@@ -57,16 +57,17 @@ def _write(w: Writer, value: ir.Value, address: ir.Value, states: str) -> None:
 
 def _function(module: ir.Module, channels: int, states: str) -> ir.Function:
     name = f"mamba_recurrence_{channels}_{states}"
-    function, new = define(module, name, [ptr, ptr, ptr, ptr, f32, i64, ptr])
+    function, new = define(module, name, [ptr, ptr, ptr, ptr, f32, f32, f32, i64, ptr])
     if not new:
         return function
     w = Writer(function)
-    state, b_values, c_values, inputs, decay, size, outputs = function.args
+    state, b_values, c_values, inputs, time, decay, skip, size, outputs = function.args
     kind, vectors = vector(f32, LANES), channels // LANES
     x = [w.load(w.at(inputs, 4 * LANES * i), kind, 4) for i in range(vectors)]
     y = [w.variable(kind) for _ in range(vectors)]
-    for variable in y:
-        w.set(variable, ir.Constant(kind, [0.0] * LANES))
+    for variable, value in zip(y, x, strict=True):
+        w.set(variable, w.b.fmul(value, w.splat(skip, LANES)))
+    x = [w.b.fmul(value, w.splat(time, LANES)) for value in x]
     keep, row = w.splat(decay, LANES), channels * state_bytes(states)
     fma = f"llvm.fmuladd.v{LANES}f32"
     with w.loop(i64(0), size) as n:
@@ -89,13 +90,13 @@ def recurrence(channels: int, states: str):
     """The step for heads of so many channels, a multiple of ``LANES``, callable by code of numba.
 
     Arguments: addresses of the state ``[N, channels]`` in the given dtype, of ``B``, ``C`` ``[N]`` and
-    ``dt * x`` ``[channels]``, float32; ``dA``, float32; ``N``; the address of ``y`` ``[channels]``.
+    ``x`` ``[channels]``, float32; ``dt``, ``dA`` and ``D``, float32; ``N``; that of ``y`` ``[channels]``.
     """
 
     @intrinsic
-    def step(typing, state, b, c, x, decay, size, y):
-        address = types.intp
-        signature = types.void(address, address, address, address, types.float32, types.int64, address)
+    def step(typing, state, b, c, x, time, decay, skip, size, y):
+        number = types.float32
+        signature = types.void(*[types.intp] * 4, number, number, number, types.int64, types.intp)
 
         def generate(context, builder, signature, arguments):
             function = _function(builder.module, channels, states)

@@ -28,7 +28,7 @@ class Kind(NamedTuple):
     Attributes:
         instructions: of :mod:`neurons.cpu.instructions`. bits: of the weights. spiking: or dense.
         layouts: of input projection and output projection, 'rows' or 'tiles'.
-        states: 'float32' or 'bfloat16'. channels: of a head, filled up to whole vectors.
+        states: 'float32' or 'bfloat16'.
         head_dim, state_size, groups: as in the configuration. taps: of the convolution.
     """
 
@@ -37,7 +37,6 @@ class Kind(NamedTuple):
     spiking: bool
     layouts: tuple[str, str]
     states: str
-    channels: int
     head_dim: int
     state_size: int
     groups: int
@@ -57,7 +56,7 @@ class Matrices(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A model; L layers, d wide, H heads of P channels, I = H * P, G groups of N states, C = I + 2 * G * N."""
+    """A model: L layers, d wide, H heads of P channels, I = H * P, G groups, N states, C = I + 2 * G * N."""
 
     embeddings: np.ndarray  # float32 [V, d]
     norm: np.ndarray  # float32 [L, d], over V_th
@@ -85,10 +84,11 @@ class Buffers(NamedTuple):
     x: np.ndarray  # float32 [outputs of out_proj], the residual stream
     projected: np.ndarray  # float32 [outputs of in_proj]
     y: np.ndarray  # float32 [I]
-    squares: np.ndarray  # float32 [H], sums over a head
+    squares: np.ndarray  # float32 [threads, G], sums over a thread's part of a group
     logits: np.ndarray  # float32 [outputs of the head]
     barrier: np.ndarray  # int64 [BARRIER]
     spikes: np.ndarray  # int8 [L, d + I] where they are kept, else [0, 0]
+    sums: np.ndarray  # int32 or float32 [L, outputs of in_proj + outputs of out_proj], likewise
 
 
 @compiled
@@ -170,6 +170,17 @@ def _softplus(x):
     return x if x > f32(20.0) else f32(np.log1p(np.exp(x)))
 
 
+@compiled
+def _gate(y, gate):
+    """``y * SiLU(gate)`` in place, and the sum of its squares."""
+    squares = f32(0.0)
+    for i in range(y.size):
+        value = y[i] * _silu(gate[i])
+        y[i] = value
+        squares += value * value
+    return squares
+
+
 class Local(NamedTuple):
     """What one thread works in; integers and sums of the widest projection."""
 
@@ -179,8 +190,16 @@ class Local(NamedTuple):
     sums: np.ndarray  # int32 of spikes, float32 of activations
     xbc: np.ndarray  # float32 [C]
     gated: np.ndarray  # float32 [I], behind the gated norm
-    scaled: np.ndarray  # float32 [channels], dt * x
-    y: np.ndarray  # float32 [channels]
+
+
+@compiled
+def _keep(m, me, threads, local, spikes, sums):
+    """Copy a projection's inputs, and this thread's part of its sums."""
+    first, last = m.parts * me // threads, m.parts * (me + 1) // threads
+    if me == 0:
+        spikes[:] = local.integers[: spikes.size]
+    own = slice(first * m.part_outputs, last * m.part_outputs)
+    sums[own] = local.sums[own]
 
 
 def _projection(kind: Kind, layout: str, spiking: bool, adds: bool) -> Any:
@@ -215,45 +234,41 @@ def _projection(kind: Kind, layout: str, spiking: bool, adds: bool) -> Any:
 
 def _mixing(kind: Kind) -> Any:
     """Convolution, scan and gate of one thread's heads."""
-    step = recurrence(kind.channels, kind.states)
+    step = recurrence(kind.head_dim, kind.states)
     P, N, groups = kind.head_dim, kind.state_size, kind.groups
-    head_bytes = N * kind.channels * state_bytes(kind.states)
+    head_bytes = N * kind.head_dim * state_bytes(kind.states)
 
     @compiled
-    def head(w, s, layer, h, local):
-        heads, (channels,) = w.A.shape[1], local.xbc.shape
-        inner, x = heads * P, local.xbc[h * P : h * P + P]
-        time = _softplus(s.projected[inner + channels + h] + w.dt_bias[layer, h])
-        time = min(max(time, w.dt_low), w.dt_high)
-        for p in range(P):
-            local.scaled[p] = x[p] * time
-        group = inner + (h * groups // heads) * N
-        step(
-            s.state.ctypes.data + (layer * heads + h) * head_bytes,
-            local.xbc.ctypes.data + 4 * group,
-            local.xbc.ctypes.data + 4 * (group + groups * N),
-            local.scaled.ctypes.data,
-            f32(np.exp(time * w.A[layer, h])),
-            N,
-            local.y.ctypes.data,
-        )
-        gate, y, own = s.projected[h * P : h * P + P], s.y[h * P : h * P + P], w.D[layer, h]
-        squares = f32(0.0)
-        for p in range(P):
-            value = (local.y[p] + x[p] * own) * _silu(gate[p])
-            y[p] = value
-            squares += value * value
-        s.squares[h] = squares
-
-    @compiled
-    def mix(w, s, layer, first, last, local):
-        inner, (channels,) = w.A.shape[1] * P, local.xbc.shape
-        inputs = s.projected[inner : inner + channels]
+    def mix(w, s, layer, me, threads, local):
+        xbc, y, projected = local.xbc, s.y, s.projected
+        A, D, dt_bias = w.A[layer], w.D[layer], w.dt_bias[layer]
+        heads, channels = A.size, xbc.size
+        inner = heads * P
+        first, last = heads * me // threads, heads * (me + 1) // threads
+        inputs = projected[inner : inner + channels]
         kept, weight, bias = s.conv[layer], w.conv[layer], w.conv_bias[layer]
-        _convolve(inputs, kept, weight, bias, first * P, last * P, local.xbc)
-        _convolve(inputs, kept, weight, bias, inner, channels, local.xbc)  # B and C, which all heads need
+        _convolve(inputs, kept, weight, bias, first * P, last * P, xbc)
+        _convolve(inputs, kept, weight, bias, inner, channels, xbc)  # B and C, which all heads need
+        state = s.state.ctypes.data + layer * heads * head_bytes
         for h in range(first, last):
-            head(w, s, layer, h, local)
+            time = _softplus(projected[inner + channels + h] + dt_bias[h])
+            time = min(max(time, w.dt_low), w.dt_high)
+            group = inner + (h * groups // heads) * N
+            step(
+                state + h * head_bytes,
+                xbc.ctypes.data + 4 * group,
+                xbc.ctypes.data + 4 * (group + groups * N),
+                xbc.ctypes.data + 4 * h * P,
+                time,
+                f32(np.exp(time * A[h])),
+                D[h],
+                N,
+                y.ctypes.data + 4 * h * P,
+            )
+        for g in range(groups):
+            start, stop = max(first, heads // groups * g), min(last, heads // groups * (g + 1))
+            own = slice(start * P, max(start, stop) * P)
+            s.squares[me, g] = _gate(y[own], projected[own])
 
     return mix
 
@@ -269,23 +284,22 @@ def token_function(kind: Kind) -> Any:
     output_projection = _projection(kind, kind.layouts[1], kind.spiking, True)
     head_projection = _projection(kind, "tiles", False, False)
     mix = _mixing(kind)
-    groups, P = kind.groups, kind.head_dim
+    groups = kind.groups
 
     @compiled
-    def normalise_groups(w, s, layer, x):
-        """Divide each group's values by their root mean square; needs all heads' squares."""
-        heads = s.squares.size
+    def normalise_groups(w, s, x):
+        """Divide each group's values by their root mean square; needs all threads' squares."""
+        size = x.size // groups
         for g in range(groups):
-            first, last = heads * g // groups, heads * (g + 1) // groups
-            mean = s.squares[first:last].sum() / f32((last - first) * P)
+            mean = s.squares[:, g].sum() / f32(size)
             scale = f32(1.0) / np.sqrt(mean + w.eps)
-            for i in range(first * P, last * P):
+            for i in range(g * size, g * size + size):
                 x[i] = s.y[i] * scale
 
     @compiled
     def token(me, threads, token, w, s, local):
         layers, d = w.norm.shape
-        heads, (channels,), (inner,) = w.A.shape[1], local.xbc.shape, s.y.shape
+        channels, inner = local.xbc.size, s.y.size
         bar, x = s.barrier.ctypes.data, s.x[:d]
         if me == 0:
             x[:] = w.embeddings[token]
@@ -296,20 +310,21 @@ def token_function(kind: Kind) -> Any:
                 w.in_proj, layer, x, w.norm[layer], scale, w.max_spike_count,
                 me, threads, local, local.sums, s.projected,
             )  # fmt: skip
-            if me == 0 and s.spikes.size:
-                s.spikes[layer, :d] = local.integers[:d]
+            if s.spikes.size:
+                _keep(w.in_proj, me, threads, local, s.spikes[layer, :d], s.sums[layer])
             barrier(bar, threads)
-            mix(w, s, layer, heads * me // threads, heads * (me + 1) // threads, local)
+            mix(w, s, layer, me, threads, local)
             barrier(bar, threads)
             first, last = channels * me // threads, channels * (me + 1) // threads
             _shift(s.projected[inner : inner + channels], s.conv[layer], first, last)
-            normalise_groups(w, s, layer, local.gated)
+            normalise_groups(w, s, local.gated)
             output_projection(
                 w.out_proj, layer, local.gated, w.gated_norm[layer], f32(1.0), w.max_spike_count,
                 me, threads, local, local.sums, s.x,
             )  # fmt: skip
-            if me == 0 and s.spikes.size:
-                s.spikes[layer, d:] = local.integers[:inner]
+            if s.spikes.size:
+                own = s.sums[layer, s.projected.size :]
+                _keep(w.out_proj, me, threads, local, s.spikes[layer, d:], own)
             barrier(bar, threads)
         scale = f32(1.0) / np.sqrt(_mean_square(x) + w.eps)
         head_projection(

@@ -1,4 +1,4 @@
-"""A copy of a model for inference with integer weights, which a processor fetches where a spike asks for them.
+"""A copy of a model for inference with integer weights, fetched where a spike asks for them.
 
 1 / V_th moves into the norm before each neuron, V_th and the weights' scale become one float an output, and
 what is left of a projection is ``y = scale * sum of integers``. A dense model goes the same way with its

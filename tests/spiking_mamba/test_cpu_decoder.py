@@ -1,0 +1,106 @@
+"""The compiled decoder: its integers by ==, its logits against the torch model with the same weights."""
+
+import numpy as np
+import pytest
+import torch
+from tiny import INTEGER, tiny_model, tokens
+
+import neurons
+from spiking_mamba.model.event_driven import event_driven
+
+pytest.importorskip("numba")
+
+from neurons.cpu import instructions
+from spiking_mamba.model.cpu_decoder import CpuDecoder
+
+SHAPE = {"n_groups": 2, "num_heads": 4, "head_dim": 16, "threshold": 0.25}
+
+
+def decoded(decoder, ids):
+    decoder.reset()
+    return torch.from_numpy(np.stack([decoder.step(int(token)).copy() for token in ids[0]]))
+
+
+def made_of(spec, weights="int8", states="float32", **fields):
+    return event_driven(tiny_model(neuron=spec, **SHAPE | fields), weights, states)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("shares", [(0.1, 0.9), (0.9, 0.1)])
+def test_logits_of_a_spiking_model(weights, shares):
+    made = made_of(INTEGER, weights, use_bias=True)
+    ids = tokens(1, 12)
+    with torch.no_grad():
+        wanted = made(ids).logits[0]
+    for threads in (1, 2, 3):
+        decoder = CpuDecoder(made, threads, shares)
+        for _ in range(2):  # the second sequence begins as the first
+            assert torch.allclose(decoded(decoder, ids), wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("threads", [1, 2])
+def test_integers_equal_the_oracle(weights, threads):
+    made = made_of(INTEGER, weights)
+    decoder = CpuDecoder(made, threads, (0.1, 0.9), keep=True)
+    width = made.config.hidden_size
+    fired = 0
+    for token in tokens(1, 6)[0].tolist():
+        decoder.step(token)
+        spikes = torch.from_numpy(decoder.spikes)
+        fired += int(spikes.count_nonzero())
+        for layer, block in enumerate(made.backbone.layers):
+            both = (block.mixer.in_proj, spikes[layer, :width]), (block.mixer.out_proj, spikes[layer, width:])
+            for (projection, own), sums in zip(both, decoder.sums, strict=True):
+                oracle = neurons.functional.event_driven_linear(own, projection.integer_weight())
+                assert np.array_equal(sums[layer, : len(oracle)], oracle.numpy())
+    assert fired > 100
+
+
+@pytest.mark.parametrize("name", [n for n in instructions.INSTRUCTIONS if instructions.runs_here(n)])
+def test_every_kind_of_processor_has_the_same_spikes(name):
+    made = made_of(INTEGER)
+    ids = tokens(1, 5)
+    decoder, other = CpuDecoder(made, keep=True), CpuDecoder(made, keep=True, instructions=name)
+    assert torch.allclose(decoded(decoder, ids), decoded(other, ids), rtol=1e-4, atol=1e-5)
+    assert np.array_equal(decoder.spikes, other.spikes)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_logits_of_a_dense_model(weights):
+    made = made_of(None, weights, threshold=1.0)
+    ids = tokens(1, 12)
+    with torch.no_grad():
+        wanted = made(ids).logits[0]
+    found = decoded(CpuDecoder(made, 2), ids)
+    # a last bit moves an activation over the edge between two integers
+    assert (found - wanted).norm() / wanted.norm() < 0.02
+
+
+def test_states_in_16_bits_stay_close():
+    ids = tokens(1, 12)
+    made = made_of(None, states="bfloat16", threshold=1.0)
+    with torch.no_grad():
+        wanted = made(ids).logits[0]
+    found = decoded(CpuDecoder(made), ids)
+    assert (found - wanted).norm() / wanted.norm() < 0.03
+
+
+def test_without_biases_and_with_limited_time_steps():
+    made = made_of(INTEGER, use_conv_bias=False, time_step_limit=(0.02, 0.05))
+    with torch.no_grad():
+        wanted = made(tokens(1, 6)).logits[0]
+    assert torch.allclose(decoded(CpuDecoder(made), tokens(1, 6)), wanted, atol=1e-4)
+
+
+def test_refusals():
+    with pytest.raises(ValueError, match="multiple of 16"):
+        CpuDecoder(made_of(INTEGER, num_heads=8, head_dim=8))
+    with pytest.raises(ValueError, match="SiLU"):
+        CpuDecoder(made_of(INTEGER, hidden_act="gelu"))
+    with pytest.raises(ValueError, match="threads"):
+        CpuDecoder(made_of(INTEGER), 0)
+    decoder = CpuDecoder(made_of(INTEGER))
+    for token in (-1, 61):
+        with pytest.raises(ValueError, match="outside the vocabulary"):
+            decoder.step(token)

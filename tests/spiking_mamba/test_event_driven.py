@@ -1,0 +1,125 @@
+"""Event-driven models: against the model they were made of, with the same rounded weights."""
+
+import copy
+
+import pytest
+import torch
+from spikingjelly.activation_based import neuron
+from tiny import INTEGER, LEAKY, tiny_model, tokens
+from transformers import AutoModelForCausalLM
+
+import neurons
+from spiking_mamba.model.event_driven import (
+    EventDrivenMambaForCausalLM,
+    EventDrivenProjection,
+    event_driven,
+)
+from spiking_mamba.model.quantised import QuantisedLinear, round_blocks
+
+THRESHOLDS = {"in_proj": 0.25, "out_proj": 0.5}  # powers of two: folding them is exact
+
+
+def rounded(model, weights):
+    """A copy of a model with its projections' weights rounded, and its head's and the head's inputs left."""
+    made = copy.deepcopy(model)
+    for block in made.backbone.layers:
+        for name in ("in_proj", "out_proj"):
+            linear = getattr(block.mixer, name)
+            layer = neurons.EventDrivenLinear.from_linear(linear, weights)
+            linear.weight.data = (layer.integer_weight() * layer.scale).t().contiguous()
+    return made
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("learned", [False, True])
+def test_hidden_states_are_those_of_the_rounded_model(weights, learned):
+    model = tiny_model(neuron=INTEGER, threshold=THRESHOLDS, use_bias=True, learn_threshold=learned)
+    made = event_driven(model, weights)
+    ids = tokens(2, 20)
+    with torch.no_grad():
+        wanted = rounded(model, weights).backbone(ids).last_hidden_state
+        found = made.backbone(ids).last_hidden_state
+    assert torch.allclose(found, wanted, atol=1e-5)
+    assert made.config.threshold == 1.0
+    assert not any(parameter.requires_grad for parameter in made.parameters())
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("spec", [INTEGER, None])
+def test_logits_stay_close(weights, spec):
+    model = tiny_model(neuron=spec)
+    made = event_driven(model, weights)
+    with torch.no_grad():
+        wanted, found = model(tokens(2, 20)).logits, made(tokens(2, 20)).logits
+    error = (found - wanted).norm() / wanted.norm()
+    # spikes amplify the rounding of weights
+    assert error < {"int8": 0.03, "int4": 0.3}[weights] + (0 if spec is None else 0.3)
+
+
+@pytest.mark.parametrize("spec", [INTEGER, None])
+def test_token_by_token_and_at_once(spec):
+    made = event_driven(tiny_model(neuron=spec))
+    ids = tokens(1, 12)
+    with torch.no_grad():
+        wanted, cache, found = made(ids).logits, None, []
+        for token in ids.split(1, 1):
+            output = made(token, cache=cache, use_cache=True)
+            cache = output.cache
+            found.append(output.logits)
+    assert torch.allclose(torch.cat(found, 1), wanted, atol=0.02 * float(wanted.abs().max()))
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("spec", [INTEGER, None])
+def test_saves_and_loads(tmp_path, weights, spec):
+    made = event_driven(tiny_model(neuron=spec, use_bias=True), weights, "bfloat16")
+    made.save_pretrained(tmp_path)
+    for loaded in (
+        EventDrivenMambaForCausalLM.from_pretrained(tmp_path),
+        AutoModelForCausalLM.from_pretrained(tmp_path),
+    ):
+        assert (loaded.config.weights, loaded.config.states) == (weights, "bfloat16")
+        with torch.no_grad():
+            assert torch.equal(loaded(tokens(1, 9)).logits, made(tokens(1, 9)).logits)
+    text = made.generate(tokens(1, 4), max_new_tokens=5, do_sample=False)
+    assert text.shape == (1, 9)
+
+
+def test_backends_have_the_same_logits():
+    pytest.importorskip("numba")
+    made = event_driven(tiny_model(neuron=INTEGER))
+    with torch.no_grad():
+        wanted = made(tokens(2, 9)).logits
+        made.set_weights_backend("numba")
+        layers = [m for m in made.modules() if isinstance(m, EventDrivenProjection)]
+        assert {layer.backend for layer in layers} == {"numba"}
+        assert torch.equal(made(tokens(2, 9)).logits, wanted)
+
+
+def test_round_blocks():
+    x = torch.randn(3, 70, generator=torch.Generator().manual_seed(0))
+    x[1, 32:64] = 0.0
+    integers, scales = round_blocks(x)
+    assert (integers.shape, scales.shape, integers.dtype) == ((3, 70), (3, 3), torch.int8)
+    assert int(integers.abs().max()) == 127
+    each = scales.repeat_interleave(32, 1)[:, :70]
+    assert bool(((integers * each - x).abs() <= 0.5001 * each).all())
+    assert not integers[1, 32:64].any()
+    layer = QuantisedLinear.from_linear(torch.nn.Linear(70, 9))
+    dense = (integers * each) @ (layer.integer_weight() * layer.scale) + layer.bias
+    assert torch.allclose(layer(x), dense, atol=1e-5)
+
+
+def test_what_cannot_be_event_driven_is_refused():
+    for fields in ({"neuron": LEAKY, "membrane": "sequence"}, {"neuron": neurons.spec_of(neuron.IFNode())}):
+        with pytest.raises(ValueError, match="needs neurons.SILIFNode"):
+            event_driven(tiny_model(**fields))
+    many = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 128}}
+    with pytest.raises(ValueError, match="does not fit in int8"):
+        event_driven(tiny_model(neuron=many))
+    with pytest.raises(ValueError, match="weights must be"):
+        event_driven(tiny_model(neuron=INTEGER), "int2")
+    with pytest.raises(ValueError, match="states must be"):
+        event_driven(tiny_model(neuron=INTEGER), states="int8")
+    with pytest.raises(ValueError, match="for inference"):
+        event_driven(tiny_model(neuron=INTEGER)).train()
