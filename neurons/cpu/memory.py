@@ -53,7 +53,7 @@ class Arena:
         size_bytes = size * np.dtype(dtype).itemsize
         if size_bytes > self._chunk.size - self._used:
             self._chunk, self._used = aligned(max(self._CHUNK, size_bytes)), 0
-        found = self._chunk[self._used : self._used + size_bytes].view(dtype)
+        found: np.ndarray = self._chunk[self._used : self._used + size_bytes].view(dtype)
         self._used += -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
         return found
 

@@ -8,10 +8,11 @@ import ctypes
 import platform
 import sys
 from functools import cache
+from typing import Any
 
 from llvmlite import binding, ir
+from numba import extending
 from numba.core import types
-from numba.extending import intrinsic
 
 from .events import compiled
 
@@ -20,6 +21,7 @@ __all__ = ["BARRIER", "add", "barrier", "load", "register_yield", "relax", "stor
 BARRIER = 32  # int64 words of a barrier: two counters, each on cache lines of its own
 _SPINS = 4000
 _WORD = ir.IntType(64)
+intrinsic: Any = extending.intrinsic
 _YIELD = "neurons_yield_thread"
 
 

@@ -112,7 +112,7 @@ def test_round_blocks():
 
 def test_what_cannot_be_event_driven_is_refused():
     for fields in ({"neuron": LEAKY, "membrane": "sequence"}, {"neuron": neurons.spec_of(neuron.IFNode())}):
-        with pytest.raises(ValueError, match="needs neurons.SILIFNode"):
+        with pytest.raises(ValueError, match=r"needs neurons\.SILIFNode"):
             event_driven(tiny_model(**fields))
     many = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 128}}
     with pytest.raises(ValueError, match="does not fit in int8"):
