@@ -11,29 +11,25 @@ needs the packages gguf and llama-cpp-python. Read bandwidth is measured in the 
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Beside this file lies neurons.py, called as the package is: "import neurons" must not find it.
-HERE = Path(__file__).resolve().parent
-sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != HERE]
+import numpy as np
+import torch
 
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-
-from neurons.cpu.memory import aligned  # noqa: E402
-from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, event_driven  # noqa: E402
-from spiking_mamba.model.cpu_decoder import CpuDecoder  # noqa: E402
-from spiking_mamba.rehearsal import published_config  # noqa: E402
-from spiking_mamba.report import markdown_table  # noqa: E402
-from spiking_mamba.training import fail_clearly, quiet  # noqa: E402
+from neurons.cpu.memory import aligned
+from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, event_driven
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.model.cpu_decoder import CpuDecoder
+from spiking_mamba.model.state_spaces import published_config
+from spiking_mamba.reports.document import markdown_table
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 64}}
 SHARES = {"62%": (0.724, 0.406), "42%": (0.49, 0.255)}  # of inputs that fire, in_proj and out_proj
-QUICKSTART = HERE.parent / "quickstart"
+QUICKSTART = Path(__file__).parents[1] / "quickstart"
 LLAMA = {"F16": 1, "Q8_0": 7, "Q4_0": 2}  # llama.cpp's numbers for its formats
 Way = Callable[[int], None]  # decodes so many tokens
 

@@ -13,10 +13,9 @@ from neurons.cpu.packing import Packed, pack
 from neurons.cpu.programs import Scratch, part_outputs
 from neurons.cpu.threads import BARRIER, register_yield
 from neurons.event_linear import EventDrivenLinear
-
-from .cpu_recurrence import LANES, state_bytes
-from .cpu_token import BLOCK, Buffers, Kind, Local, Matrices, Weights, token_function
-from .event_driven import EventDrivenMambaForCausalLM
+from spiking_mamba.model.cpu_recurrence import LANES, state_bytes
+from spiking_mamba.model.cpu_token import BLOCK, Buffers, Kind, Local, Matrices, Weights, token_function
+from spiking_mamba.model.event_driven import EventDrivenMambaForCausalLM
 
 __all__ = ["CpuDecoder"]
 

@@ -13,8 +13,7 @@ import numpy as np
 from neurons.cpu.events import compiled
 from neurons.cpu.programs import program
 from neurons.cpu.threads import barrier
-
-from .cpu_recurrence import recurrence, state_bytes
+from spiking_mamba.model.cpu_recurrence import recurrence, state_bytes
 
 __all__ = ["Buffers", "Kind", "Local", "Matrices", "Weights", "token_function"]
 

@@ -7,22 +7,19 @@ activations rounded to int8 in blocks of 32.
 
 import copy
 import math
-from typing import NamedTuple
 
 import torch
 from huggingface_hub.dataclasses import strict
-from spikingjelly.activation_based.base import MemoryModule
 from torch import nn
 
 import neurons
 from neurons.event_linear import EventDrivenLinear
+from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.projection import spike_fed
+from spiking_mamba.model.quantised import QuantisedLinear
 
-from ..blocks import SpikingMambaMixer
-from ..configuration import PROJECTIONS, SpikingMambaConfig
-from ..modeling import SpikingMambaForCausalLM
-from .quantised import QuantisedLinear
-
-__all__ = ["EventDrivenMambaConfig", "EventDrivenMambaForCausalLM", "EventDrivenProjection", "event_driven"]
+__all__ = ["EventDrivenMambaConfig", "EventDrivenMambaForCausalLM", "event_driven"]
 
 WEIGHTS = ("int8", "int4")
 STATES = ("float32", "bfloat16")
@@ -51,6 +48,8 @@ class EventDrivenMambaConfig(SpikingMambaConfig):
             raise ValueError(f"weights must be one of {WEIGHTS}, got {self.weights!r}.")
         if self.states not in STATES:
             raise ValueError(f"states must be one of {STATES}, got {self.states!r}.")
+        if self.layers_block_type is not None:
+            raise ValueError("An event-driven model has Mamba2 blocks only, no layers_block_type so far.")
         if self.neuron is not None:
             _check_neuron(neurons.build(self.neuron), self.membrane)
 
@@ -65,49 +64,6 @@ def _check_neuron(node: nn.Module, membrane: str) -> None:
         raise ValueError(f"max_spike_count={node.max_spike_count} does not fit in int8; at most 127 does.")
 
 
-class Projection(NamedTuple):
-    """What a block's projection consists of, wherever the block keeps it."""
-
-    weight: torch.Tensor  # [out, in]
-    bias: torch.Tensor | None  # [out]
-    threshold: float
-    neuron: MemoryModule | None
-
-
-def projection_of(mixer: SpikingMambaMixer, name: str) -> Projection:
-    """Read 'in_proj' or 'out_proj' of a mixer."""
-    linear = getattr(mixer, name)
-    holder = getattr(mixer, name.replace("proj", "spikes"), linear)
-    threshold = 1.0 if holder.neuron is None else float(holder.threshold)
-    return Projection(linear.weight, linear.bias, threshold, holder.neuron)
-
-
-class EventDrivenProjection(EventDrivenLinear):
-    """A projection behind its neuron; what comes in is in units of V_th.
-
-    Args:
-        neuron: a ``neurons.SILIFNode`` at unit threshold. Others as in ``EventDrivenLinear``.
-    """
-
-    keeps_spike_size = False  # there is no training
-    membrane = "token"
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool, weights: str, neuron: MemoryModule
-    ) -> None:
-        super().__init__(in_features, out_features, bias, weights)
-        self.neuron = neuron
-
-    def spikes(self, u: torch.Tensor) -> torch.Tensor:
-        """int8 ``[..., in]`` for inputs ``[..., in]`` in units of V_th."""
-        self.neuron.stateless = True
-        return self.neuron(u.float().unsqueeze(0))[0].to(torch.int8)
-
-    def forward(self, u: torch.Tensor, states: list | None = None) -> torch.Tensor:
-        """``[..., in] -> [..., out]``, float32."""
-        return super().forward(self.spikes(u))
-
-
 class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
     """A language model for inference; made by :func:`event_driven` or loaded, never trained.
 
@@ -119,20 +75,14 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
 
     def __init__(self, config: EventDrivenMambaConfig) -> None:
         super().__init__(config)
+        layer = QuantisedLinear if config.neuron is None else EventDrivenLinear
         for block in self.backbone.layers:
             for name in PROJECTIONS:
                 linear = getattr(block.mixer, name)
-                setattr(block.mixer, name, self._projection(linear.in_features, linear.out_features))
+                size = linear.in_features, linear.out_features
+                setattr(block.mixer, name, layer(*size, config.use_bias, config.weights))
         self.lm_head = QuantisedLinear(config.hidden_size, config.vocab_size, False, config.weights)
         self.requires_grad_(False)
-
-    def _projection(self, in_features: int, out_features: int) -> EventDrivenLinear:
-        config = self.config
-        if config.neuron is None:
-            return QuantisedLinear(in_features, out_features, config.use_bias, config.weights)
-        return EventDrivenProjection(
-            in_features, out_features, config.use_bias, config.weights, neurons.build(config.neuron)
-        )
 
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, EventDrivenLinear):
@@ -182,31 +132,27 @@ def event_driven(
     kept = {
         name: tensor.float()
         for name, tensor in model.state_dict().items()
-        if not any(f"{projection}." in name or "_spikes." in name for projection in PROJECTIONS)
+        if not any(f"{projection}." in name for projection in PROJECTIONS)
+        and not name.endswith("log_threshold")
         and not name.startswith("lm_head.")
     }
     made.load_state_dict(kept, strict=False)
     with torch.no_grad():
         for block, source in zip(made.backbone.layers, model.backbone.layers, strict=True):
-            for name, norm in zip(PROJECTIONS, (block.norm, block.mixer.norm), strict=True):
-                found = projection_of(source.mixer, name)
-                norm.weight /= found.threshold
-                _fill(getattr(block.mixer, name), found)
-        _fill(made.lm_head, Projection(model.lm_head.weight, None, 1.0, None))
+            for name, projection in spike_fed(source.mixer):
+                before = block.norm.weight if name == "in_proj" else block.mixer.before_out_proj()
+                threshold = torch.as_tensor(projection.threshold).item()
+                before /= threshold
+                _fill(getattr(block.mixer, name), projection.linear, threshold)
+        _fill(made.lm_head, model.lm_head, 1.0)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval()
 
 
-def _fill(layer: EventDrivenLinear, projection: Projection) -> None:
-    """Put a projection's weights, rounded, into a layer; V_th goes into their scale."""
-    if not math.isfinite(projection.threshold) or projection.threshold <= 0:
-        raise ValueError(f"A threshold must be finite and positive, got {projection.threshold}.")
-    linear = nn.Linear(1, 1, bias=projection.bias is not None)
-    linear.out_features, linear.in_features = projection.weight.shape
-    linear.weight, linear.bias = (
-        None if tensor is None else nn.Parameter(tensor.detach(), requires_grad=False)
-        for tensor in (projection.weight, projection.bias)
-    )
+def _fill(layer: EventDrivenLinear, linear: nn.Module, threshold: float) -> None:
+    """Put a linear layer's weights, rounded, into an integer one; V_th goes into their scale."""
+    if not 0 < threshold < math.inf:
+        raise ValueError(f"A threshold must be finite and positive, got {threshold}.")
     rounded = EventDrivenLinear.from_linear(linear, layer.weights)
-    rounded.scale *= projection.threshold
+    rounded.scale *= threshold
     layer.load_state_dict(rounded.state_dict())

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 
 __all__ = ["write_gguf"]
 

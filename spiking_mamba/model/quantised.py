@@ -33,10 +33,7 @@ class QuantisedLinear(EventDrivenLinear):
     One scale for all inputs would err by 1.7% of the largest logit in a language model's head.
     """
 
-    neuron = None
-    keeps_spike_size = False  # there are no spikes
-
-    def forward(self, x: torch.Tensor, states: list | None = None) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., in] -> [..., out]``, float32."""
         integers, scales = round_blocks(x)
         rounded = integers * scales.repeat_interleave(BLOCK, -1)[..., : self.in_features]

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from tiny import INTEGER, tiny_model
 
 from spiking_mamba.model.gguf import write_gguf
+from tests.helpers.tiny import INTEGER, tiny_model
 
 gguf = pytest.importorskip("gguf")
 

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from tiny import INTEGER, tiny_model, tokens
 
 import neurons
 from spiking_mamba.model.event_driven import event_driven
+from tests.helpers.tiny import INTEGER, tiny_model, tokens
 
 pytest.importorskip("numba")
 

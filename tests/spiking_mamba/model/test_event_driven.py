@@ -5,16 +5,15 @@ import copy
 import pytest
 import torch
 from spikingjelly.activation_based import neuron
-from tiny import INTEGER, LEAKY, tiny_model, tokens
 from transformers import AutoModelForCausalLM
 
 import neurons
 from spiking_mamba.model.event_driven import (
     EventDrivenMambaForCausalLM,
-    EventDrivenProjection,
     event_driven,
 )
 from spiking_mamba.model.quantised import QuantisedLinear, round_blocks
+from tests.helpers.tiny import INTEGER, LEAKY, tiny_model, tokens
 
 THRESHOLDS = {"in_proj": 0.25, "out_proj": 0.5}  # powers of two: folding them is exact
 
@@ -91,7 +90,7 @@ def test_backends_have_the_same_logits():
     with torch.no_grad():
         wanted = made(tokens(2, 9)).logits
         made.set_weights_backend("numba")
-        layers = [m for m in made.modules() if isinstance(m, EventDrivenProjection)]
+        layers = [m for m in made.modules() if isinstance(m, neurons.EventDrivenLinear)]
         assert {layer.backend for layer in layers} == {"numba"}
         assert torch.equal(made(tokens(2, 9)).logits, wanted)
 
