@@ -93,13 +93,20 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         Raises:
             TypeError: an argument that is none of these, nor one of :data:`~.packing.IGNORED`.
             ValueError: neither ids nor embeddings are given, or both; a token id lies outside the vocabulary
-                (checked on the CPU); the batch size has changed in the midst of a stream; a cache is passed
+                (checked on the CPU); the batch size has changed in the midst of a stream; a single token is
+                streamed in training; a cache is passed
                 in training with gradient checkpointing, which would run every block twice on it.
         """
         reject_unknown_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
         self._check_ids(input_ids)
+        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        if self._asks_to_stream(cache, use_cache) and self.training and length == 1:
+            raise ValueError(
+                "Step mode 's' streams in inference alone, and this model is in training: call eval(), or "
+                "pass a cache, whose states carry gradients."
+            )
         streaming = self.streams(cache, use_cache)
         if streaming:
             cache = self._stream_cache((input_ids if inputs_embeds is None else inputs_embeds).shape[0])
@@ -162,8 +169,10 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
 
     def streams(self, cache: Cache | None, use_cache: bool | None) -> bool:
         """Whether a call with these arguments continues the sequence of the calls before it."""
-        asked = self.stream.step_mode == "s" and cache is None and use_cache is not False
-        return asked and not self.training
+        return self._asks_to_stream(cache, use_cache) and not self.training
+
+    def _asks_to_stream(self, cache: Cache | None, use_cache: bool | None) -> bool:
+        return self.stream.step_mode == "s" and cache is None and use_cache is not False
 
     def one_token(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """``[B, 1] -> [B, 1, hidden_size]`` with a cache that has states; they move on in place."""

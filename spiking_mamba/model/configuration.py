@@ -1,5 +1,6 @@
 """The configuration of a spiking Mamba2: the fields of transformers' ``Mamba2Config``, and its neurons."""
 
+import json
 import math
 from typing import Any
 
@@ -10,6 +11,7 @@ from transformers import PretrainedConfig
 import neurons
 from neurons import compensation
 from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.model.membrane import probe
 
 __all__ = ["PROJECTIONS", "SGC_FUNCTIONS", "SGC_MODES", "SGC_SCHEDULES", "SpikingMambaConfig"]
 
@@ -170,6 +172,7 @@ class SpikingMambaConfig(PretrainedConfig):
             raise TypeError(f"neuron must be a spikingjelly node, got {self.neuron['class']}.")
         if "m" not in node.supported_step_mode():
             raise ValueError(f"{self.neuron['class']} does not support multi-step mode.")
+        probe(json.dumps(self.neuron, sort_keys=True), self.membrane)
         if isinstance(node, neurons.SILIFNode) and node.v_threshold != 1.0:
             raise ValueError(
                 f"The neuron's v_threshold is {node.v_threshold}, but inside the model it works at 1: "

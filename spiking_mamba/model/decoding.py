@@ -1,6 +1,7 @@
 """Decoding one token at a time as a CUDA graph: hundreds of small kernels, one launch."""
 
 import copy
+import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -83,6 +84,7 @@ class DecodingGraphs:
 
     def __init__(self, step: Step, blocks: nn.Module) -> None:
         self._step, self._blocks = step, blocks
+        self._lock = threading.Lock()  # sequences of several threads take turns in a graph's tensors
         self._graphs: dict[tuple[int, Any], DecodingGraph] = {}
         self._note_modules()
 
@@ -110,6 +112,7 @@ class DecodingGraphs:
         device = input_ids.device.type
         autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
         key = (input_ids.shape[0], autocast)
-        if key not in self._graphs:
-            self._graphs[key] = DecodingGraph(self._step, cache)
-        return self._graphs[key](input_ids, cache)
+        with self._lock:
+            if key not in self._graphs:
+                self._graphs[key] = DecodingGraph(self._step, cache)
+            return self._graphs[key](input_ids, cache)

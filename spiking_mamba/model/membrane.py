@@ -1,13 +1,16 @@
 """Driving a spikingjelly node with explicit states: they come from the caller and go back to it."""
 
 import copy
+import functools
+import json
 
 import torch
 from spikingjelly.activation_based.base import MemoryModule
 
+import neurons
 from spiking_mamba.model.packing import Pieces
 
-__all__ = ["drive", "drive_pieces", "fresh_states"]
+__all__ = ["drive", "drive_pieces", "fresh_states", "probe"]
 
 
 def fresh_states(node: MemoryModule) -> list:
@@ -88,3 +91,40 @@ def _at_start(
     if not isinstance(before, torch.Tensor):
         return new.clone()
     return torch.where(pieces.goes_on[:, None], before[pieces.row], new)
+
+
+@functools.lru_cache(maxsize=64)
+def probe(spec: str, membrane: str) -> None:
+    """Try what a model relies on in a neuron, whatever its class.
+
+    Args:
+        spec: of the neuron, as JSON, see ``neurons.build``.
+        membrane: 'sequence': a sequence at once gives what its pieces give; 'token': every channel of every
+            token gives one value.
+
+    Raises:
+        ValueError: it does not; the neuron is named.
+    """
+    node = neurons.build(json.loads(spec))
+    name = type(node).__name__
+    if hasattr(node, "backend"):
+        node.backend = "torch"  # the others may need a machine that is not here
+    generator = torch.Generator().manual_seed(0)
+    x = 3.0 * torch.randn(6, 2, 5, generator=generator)
+    lengths = (6,) if membrane == "token" else (1, 2, 3)
+    try:
+        with torch.no_grad():
+            whole = drive(node, x, [])
+            states: list = []
+            pieces = torch.cat([drive(node, piece, states) for piece in x.split(lengths)])
+    except Exception as error:  # of somebody else's code
+        raise ValueError(
+            f"{name} cannot be driven over [T, B, C]: {type(error).__name__}: {error}"
+        ) from error
+    if whole.shape != x.shape:
+        raise ValueError(f"{name} gives {list(whole.shape)} for {list(x.shape)}: one value each is wanted.")
+    if not torch.allclose(whole, pieces, atol=1e-5, equal_nan=True):
+        raise ValueError(
+            f"{name} gives other spikes for a sequence at once than for its pieces: with membrane='sequence' "
+            "it could not decode what it was trained on."
+        )

@@ -245,7 +245,7 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         """
         if not isinstance(dense, nn.Module):
             dense = read_dense(dense, cls)
-        return student_of(
+        student = student_of(
             dense,
             cls,
             neuron=neurons.spec_of(neuron) if isinstance(neuron, nn.Module) else neuron,
@@ -254,3 +254,7 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
             threshold=threshold,
             learn_threshold=learn_threshold,
         )
+        if isinstance(neuron, nn.Module):  # an example may have learned something
+            for projection in student.projections().values():
+                projection.neuron.load_state_dict(neuron.state_dict())
+        return student

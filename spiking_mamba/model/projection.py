@@ -16,6 +16,7 @@ from transformers import initialization as init
 
 import neurons
 from neurons.compensation import compensate
+from neurons.functional import spike_dtype
 from spiking_mamba.model.membrane import drive, drive_pieces
 from spiking_mamba.model.packing import Packing
 
@@ -141,6 +142,8 @@ class SpikeEncoder(nn.Module):
         """
         if self.neuron is None:
             return Spikes(x)
+        if hasattr(self.neuron, "surrogate_function"):  # what it gets may be wider than what the weight meets
+            spike_dtype(x, self.neuron.surrogate_function)
         threshold = self._factor()
         u = x if threshold is None else x.float() / threshold
         if self.training and self._compensates and not self.spike_driven:
