@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from spiking_mamba import SpikingMambaForCausalLM, data
-from spiking_mamba.common.claims import ClaimedError, claimed
+from spiking_mamba.common.claims import LOCK, claim_folder
 from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.files import unused, write_whole
 from spiking_mamba.common.interruption import interruptible
@@ -103,18 +103,14 @@ def write(settings: OwnTextSettings) -> None:
 
     folder = target.with_name(f"{target.name}.parts")
     about = folder / "settings.json"
-    if not unused(folder, [about.name]) and not about.is_file():
+    if not unused(folder, [LOCK]) and not about.is_file():
         raise RunError(f"{folder} was not written by this recipe: choose another output.")
-    folder.mkdir(parents=True, exist_ok=True)
-    with claimed(about) as free:
-        if not free:
-            raise ClaimedError(f"Another process writes {target}.")
+    with claim_folder(folder):
         # more tokens are more parts, and none of them another
         record = json.dumps(asdict(settings) | {"tokens": None}, indent=1)
-        if (before := about.read_text()) not in ("", record):
+        if about.exists() and about.read_text() != record:
             raise RunError(f"{folder} was begun with other settings: delete it, or choose another output.")
-        if not before:
-            about.write_text(record)  # in place: the lock is on this very file
+        write_whole(about, record)
         write_parts(settings, folder, teacher, tokenizer, passages)
         shutil.rmtree(folder)
 

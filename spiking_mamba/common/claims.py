@@ -1,9 +1,10 @@
-"""Who is at a folder: one process at a time, by a lock on a file in it that also says what wrote the folder.
+"""Who is at a folder: one process at a time.
 
-with claim_folder(Path("runs/student"), "distillation"):
+with claim_folder(Path("runs/student")):
     ...  # another process that claims it gets a ClaimedError
 
-The lock is the kernel's (``flock``), so it ends with its process, however that ends.
+The lock is the kernel's (``flock``), on the folder itself or on a file, so it ends with its process, however
+that ends, and nothing of it stays.
 """
 
 from __future__ import annotations
@@ -15,18 +16,15 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 from spiking_mamba.common.errors import RunError
 
-__all__ = ["MARKER", "ClaimedError", "claim_folder", "claimed", "marked", "scratch_folder"]
+__all__ = ["LOCK", "ClaimedError", "claim_folder", "claimed", "scratch_folder"]
 
-MARKER = ".spiking_mamba"  # in a claimed folder
-_MARK = "folder written by spiking_mamba: "
+LOCK = ".lock"  # in a folder that cannot itself be locked, as on NFS
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of some network file systems
-_YOUNG = 60.0  # seconds that a scratch folder may be without its lock: it is being made
 
 _open: set[int] = set()  # file descriptors of the locks that this process holds
 
@@ -47,59 +45,56 @@ os.register_at_fork(after_in_child=_let_go)
 
 @contextlib.contextmanager
 def claimed(path: Path, wait: bool = False) -> Iterator[bool]:
-    """Whether no one else holds this lock file; it is this block's until the block, or the process, ends.
+    """Whether no one else holds this lock; it is this block's until the block, or the process, ends.
 
     Args:
-        path: is made where it is not there, and stays; its content is left alone.
+        path: a folder; or a file, which is made where it is not there, and stays as it is.
         wait: until it is free, instead of giving False.
     """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-    _open.add(descriptor)
+    descriptor, free = _locked(path, wait)
     owner = os.getpid()
+    _open.add(descriptor)
     try:
-        yield _lock(descriptor, path, wait)
+        yield free
     finally:
         if os.getpid() == owner:  # in a forked child it is closed already
             _open.discard(descriptor)
             os.close(descriptor)
 
 
-def _lock(descriptor: int, path: Path, wait: bool) -> bool:
+def _locked(path: Path, wait: bool) -> tuple[int, bool]:
+    """An open file descriptor, and whether the lock on it was free."""
+    if path.is_dir():
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    else:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:
-        return False
+        return descriptor, False
     except OSError as error:
+        if error.errno == errno.EBADF and path.is_dir():  # NFS locks only what is open for writing
+            os.close(descriptor)
+            return _locked(path / LOCK, wait)
         if error.errno not in _NO_LOCKS:
+            os.close(descriptor)
             raise
-        print(
-            f"warning: {path} cannot be locked ({error.strerror}): start no second process", file=sys.stderr
-        )
-    return True
-
-
-def marked(folder: Path) -> str | None:
-    """Of what kind the claim was that wrote the folder; None where no claim has."""
-    try:
-        text = (folder / MARKER).read_text()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return text.removeprefix(_MARK).strip() if text.startswith(_MARK) else None
+        said = f"warning: {path} cannot be locked ({error.strerror}): start no second process"
+        print(said, file=sys.stderr)
+    return descriptor, True
 
 
 @contextlib.contextmanager
-def claim_folder(folder: Path, kind: str) -> Iterator[None]:
-    """The folder, made where it is not there, is this block's alone, and known from now on to be of a kind.
+def claim_folder(folder: Path) -> Iterator[None]:
+    """The folder, made where it is not there, is this block's alone.
 
     Raises:
         ClaimedError: another process is at it.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with claimed(folder / MARKER) as free:
+    with claimed(folder) as free:
         if not free:
             raise ClaimedError(f"Another process is at {folder}: wait for its end or choose another folder.")
-        if marked(folder) != kind:
-            (folder / MARKER).write_text(f"{_MARK}{kind}\n")  # in place: the lock is on this very file
         yield
 
 
@@ -112,21 +107,23 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(f"{prefix}*"):
-        _remove_left(left)
-    folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
-    with claimed(folder / MARKER):
+        with contextlib.suppress(OSError), claimed(left) as free:  # another process may remove it, too
+            if free:
+                shutil.rmtree(left, ignore_errors=True)
+    with contextlib.ExitStack() as stack:
+        folder = _new_folder(parent, prefix, stack)
         try:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _remove_left(folder: Path) -> None:
-    with contextlib.suppress(OSError):  # another process removes it too, or it is not ours to remove
-        if not (folder / MARKER).exists():  # perhaps of a process that is about to lock it
-            if folder.is_dir() and time.time() - folder.stat().st_mtime > _YOUNG:
-                shutil.rmtree(folder, ignore_errors=True)
-            return
-        with claimed(folder / MARKER) as free:
-            if free:
-                shutil.rmtree(folder, ignore_errors=True)
+def _new_folder(parent: Path, prefix: str, stack: contextlib.ExitStack) -> Path:
+    while True:
+        folder = Path(tempfile.mkdtemp(dir=parent, prefix=prefix))
+        with contextlib.suppress(OSError):
+            if stack.enter_context(claimed(folder)) and folder.is_dir():
+                return folder
+        if not parent.is_dir():
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(parent))
+        # another process took it for one that was left: between its making and its lock

@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from spiking_mamba.common.claims import MARKER, claim_folder
+from spiking_mamba.common.claims import LOCK, claim_folder
 from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.files import unused, write_whole
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
@@ -157,9 +157,9 @@ def claim(settings: EvaluationSettings) -> Iterator[Path]:
         RunError: it holds something else, or an evaluation whose results these settings would lose; or
             another process is at it.
     """
-    _check_folder(settings)  # or the claim would leave its mark in somebody's folder
+    _check_folder(settings)  # or the claim would make a folder for nothing
     folder = Path(settings.output)
-    with claim_folder(folder, type(settings).__name__):
+    with claim_folder(folder):
         _check_folder(settings)
         plain = dataclasses.asdict(settings)
         del plain["overwrite"]
@@ -170,7 +170,7 @@ def claim(settings: EvaluationSettings) -> Iterator[Path]:
 def _check_folder(settings: EvaluationSettings) -> None:
     folder = Path(settings.output)
     kept, results = folder / SETTINGS, folder / RESULTS
-    if not unused(folder, [MARKER]):
+    if not unused(folder, [LOCK]):
         try:
             EvaluationSettings(**yaml.safe_load(kept.read_text()))
         except (OSError, TypeError, ValueError, yaml.YAMLError):

@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from spiking_mamba.common.claims import MARKER, claim_folder, marked
+from spiking_mamba.common.claims import LOCK, claim_folder
 from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.files import PART, refuse_above, remove_whole, sweep, unused, write_whole
 from spiking_mamba.training.processes import on_first_process
@@ -20,6 +20,7 @@ from spiking_mamba.training.processes import on_first_process
 __all__ = ["COMPLETE", "HISTORY", "kept_in", "run_folder", "start_run"]
 
 SETTINGS = "settings.yaml"
+MARK = "# spiking_mamba: settings of a run by "  # and its kind: the first line of the file
 HISTORY = "log.json"
 COMPLETE = "complete"  # in a checkpoint that is
 # All that a recipe writes into its folder: nothing else there is removed.
@@ -65,20 +66,19 @@ def start_run(settings: Any, resume: bool, overwrite: bool) -> Path:
 
 
 def _take(folder: Path, settings: Any, resume: bool, overwrite: bool, stack: contextlib.ExitStack) -> None:
-    _plan(folder, settings, resume, overwrite)  # or the claim would leave its mark in somebody's folder
-    stack.enter_context(claim_folder(folder, type(settings).__name__))
+    _plan(folder, settings, resume, overwrite)  # or the claim would make a folder for nothing
+    stack.enter_context(claim_folder(folder))
     _begin(folder, settings, resume, overwrite)
 
 
 def _begin(folder: Path, settings: Any, resume: bool, overwrite: bool) -> None:
     """Make the folder that of these settings; it is claimed."""
     plan = _plan(folder, settings, resume, overwrite)
-    if plan == "resume":
-        sweep(folder, WRITES)
-        return
     if plan == "overwrite":
         _empty(folder)
-    write_whole(folder / SETTINGS, yaml.safe_dump(_plain(settings), sort_keys=False))
+    if plan != "resume" or _written_by(folder) is None:  # by a version that wrote no mark
+        mark = f"{MARK}{type(settings).__name__}\n"
+        write_whole(folder / SETTINGS, mark + yaml.safe_dump(_plain(settings), sort_keys=False))
     sweep(folder, WRITES)
 
 
@@ -88,7 +88,7 @@ def _plan(folder: Path, settings: Any, resume: bool, overwrite: bool) -> str:
         raise RunError("resume and overwrite exclude each other.")
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file: choose another output.")
-    if unused(folder, [MARKER]):
+    if unused(folder, [LOCK]):
         return "begin"
     if resume:
         _check_same(folder, _plain(settings))
@@ -97,11 +97,20 @@ def _plan(folder: Path, settings: Any, resume: bool, overwrite: bool) -> str:
         raise RunError(
             f"{folder} already holds files: choose another output, or say resume=true or overwrite=true."
         )
-    if (kind := marked(folder)) != type(settings).__name__:
+    if (kind := _written_by(folder)) != type(settings).__name__:
         what = "holds no run" if kind is None else f"was written by {kind}, not by {type(settings).__name__}"
         raise RunError(f"{folder} is not empty and {what}: it is left as it is.")
     refuse_above(folder, "overwrite=true")
     return "overwrite"
+
+
+def _written_by(folder: Path) -> str | None:
+    """The class of the settings of the run that wrote the folder; None where none has."""
+    try:
+        first = (folder / SETTINGS).read_text().partition("\n")[0]
+    except (OSError, UnicodeDecodeError):
+        return None
+    return first.removeprefix(MARK) if first.startswith(MARK) else None
 
 
 def _plain(settings: Any) -> dict[str, Any]:
@@ -128,7 +137,7 @@ def _check_same(folder: Path, plain: dict[str, Any]) -> None:
 
 def _empty(folder: Path) -> None:
     """Remove what runs write; the settings stay until others take their place: a kill leaves a run."""
-    names = [entry for entry in folder.iterdir() if entry.name not in (MARKER, SETTINGS)]
+    names = [entry for entry in folder.iterdir() if entry.name not in (LOCK, SETTINGS)]
     foreign = []
     for entry in sorted(names):
         if any(fnmatchcase(entry.name, pattern) for pattern in WRITES):

@@ -31,7 +31,6 @@ import datasets
 import torch
 from transformers import TrainerCallback
 
-from spiking_mamba.common.claims import MARKER
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.data.tokens import train_tokenizer
 from spiking_mamba.evaluation import harness  # noqa: F401 - imported once, here
@@ -112,7 +111,7 @@ def aim(event: str, path: str) -> str:
     name = next((part for part in Path(path).parts if part.startswith("checkpoint-")), "")
     if event in ("os.remove", "os.rmdir") or (name and event == "os.rename" and Path(path).name == name):
         return "removing"
-    if Path(path).name.startswith(("settings.yaml", MARKER)):
+    if Path(path).name.startswith("settings.yaml"):
         return "settings"
     if name:
         return "checkpoint"

@@ -1,5 +1,6 @@
 """Claims of folders: one process at a time, free again however it ends, and nothing of a kill stays."""
 
+import errno
 import multiprocessing
 import os
 import signal
@@ -10,7 +11,7 @@ import time
 import pytest
 
 from spiking_mamba.common import claims
-from spiking_mamba.common.claims import MARKER, ClaimedError, claim_folder, claimed, marked, scratch_folder
+from spiking_mamba.common.claims import LOCK, ClaimedError, claim_folder, claimed, scratch_folder
 from spiking_mamba.common.files import PART, remove_whole, replace_folder, sweep, unused, write_whole
 from tests.helpers.commands import ROOT
 
@@ -34,13 +35,13 @@ def held(name, *arguments):
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
 def test_another_process_is_refused_until_the_first_one_ends(tmp_path, end):
     folder = tmp_path / "run"
-    process, _ = held("claim_folder", f"Path({str(folder)!r})", "'a'")
-    with pytest.raises(ClaimedError, match=f"Another process is at {folder}"), claim_folder(folder, "a"):
+    process, _ = held("claim_folder", f"Path({str(folder)!r})")
+    with pytest.raises(ClaimedError, match=f"Another process is at {folder}"), claim_folder(folder):
         pass
     process.send_signal(end)
     process.wait()
-    with claim_folder(folder, "b"):
-        assert marked(folder) == "b"
+    with claim_folder(folder):
+        assert not list(folder.iterdir())
 
 
 def work(begun):
@@ -70,13 +71,6 @@ def test_a_claim_is_whose_it_is_within_one_process_too(tmp_path):
     assert claims._open == before
 
 
-@pytest.mark.parametrize("content", [b"", b"theme: dark", b"\xff\xfe", None])
-def test_only_this_program_writes_the_mark(tmp_path, content):
-    if content is not None:
-        (tmp_path / MARKER).write_bytes(content)
-    assert marked(tmp_path) is None
-
-
 def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     def refuse(*arguments):
         raise OSError(95, "Operation not supported")
@@ -85,6 +79,21 @@ def test_a_file_system_without_locks_is_said(tmp_path, monkeypatch, capsys):
     with claimed(tmp_path / "lock") as free:
         assert free
     assert "cannot be locked" in capsys.readouterr().err
+
+
+def test_a_folder_on_nfs_is_locked_by_a_file_in_it(tmp_path, monkeypatch):
+    """Where only what is open for writing can be locked."""
+    lock = claims.fcntl.flock
+
+    def flock(descriptor, how):
+        if os.path.isdir(f"/proc/self/fd/{descriptor}"):
+            raise OSError(errno.EBADF, "Bad file descriptor")
+        return lock(descriptor, how)
+
+    monkeypatch.setattr(claims.fcntl, "flock", flock)
+    with claim_folder(tmp_path), pytest.raises(ClaimedError), claim_folder(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [LOCK]
 
 
 def test_what_a_kill_leaves_of_a_scratch_folder_goes_with_the_next(tmp_path):
@@ -96,14 +105,10 @@ def test_what_a_kill_leaves_of_a_scratch_folder_goes_with_the_next(tmp_path):
     assert not own.exists()
     process.kill()
     process.wait()
-    old = tmp_path / ".download-of-an-earlier-version"
-    old.mkdir()
-    with scratch_folder(tmp_path, ".download-"):
+    (tmp_path / ".download-of-an-earlier-version").mkdir()
+    with scratch_folder(tmp_path, ".download-") as own:
         assert not os.path.exists(folder)
-        assert old.exists()  # perhaps about to be locked
-    os.utime(old, (0, 0))
-    with scratch_folder(tmp_path, ".download-"):
-        pass
+        assert {path.name for path in tmp_path.iterdir()} == {"mine", own.name}
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
 
@@ -112,12 +117,12 @@ def test_drafts_are_no_use_of_a_folder(tmp_path):
     (tmp_path / f"settings.yaml{PART}").touch()
     (tmp_path / f"model{PART}").mkdir()
     assert unused(tmp_path)
-    (tmp_path / MARKER).touch()
+    (tmp_path / LOCK).touch()
     assert not unused(tmp_path)
-    assert unused(tmp_path, [MARKER])
-    assert not unused(tmp_path / MARKER)
+    assert unused(tmp_path, [LOCK])
+    assert not unused(tmp_path / LOCK)
     sweep(tmp_path, ["model", "log.json"])
-    assert {path.name for path in tmp_path.iterdir()} == {MARKER, f"settings.yaml{PART}"}
+    assert {path.name for path in tmp_path.iterdir()} == {LOCK, f"settings.yaml{PART}"}
 
 
 def test_a_folder_takes_the_place_of_another(tmp_path):

@@ -177,7 +177,6 @@ class TestPackages:
         [left] = files_in(empty_cache)
         assert left.startswith(".download-")
         (empty_cache / ".download-of-an-earlier-version").mkdir()
-        os.utime(empty_cache / ".download-of-an-earlier-version", (0, 0))
         fetch_package(package)
         assert files_in(empty_cache) == [package.wheel]
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import Trainer, TrainerCallback
 
-from spiking_mamba.common.claims import MARKER, ClaimedError, claim_folder
+from spiking_mamba.common.claims import ClaimedError, claim_folder
 from spiking_mamba.common.errors import DivergedError, RunError
 from spiking_mamba.training import checkpoints
 from spiking_mamba.training.distillation import DistillationSettings, distill
@@ -58,7 +58,7 @@ def content(folder):
 # --- whose folder it is ---
 
 
-@pytest.mark.parametrize("text", ["theme: dark", "", "output: here\nseed: 0\n", None])
+@pytest.mark.parametrize("text", ["theme: dark", "", "output: here\nseed: 0\n", "# spiking_mamba\n", None])
 @pytest.mark.parametrize("way", ["", "resume", "overwrite"])
 def test_a_folder_of_somebody_else_stays_as_it_is(tmp_path, text, way):
     (tmp_path / "thesis").mkdir()
@@ -85,7 +85,7 @@ def test_overwriting_removes_what_runs_write_and_nothing_else(tmp_path, capsys):
     (folder / "rows").symlink_to(tmp_path / "elsewhere")
     with run_folder(Other(str(folder), 2), False, True):
         pass
-    assert sorted(content(folder)) == [MARKER, "download.part", "notes/file", "settings.yaml"]
+    assert sorted(content(folder)) == ["download.part", "notes/file", "settings.yaml"]
     assert "number: 2" in (folder / "settings.yaml").read_text()
     assert (tmp_path / "elsewhere/file").exists()
     assert "left as they are: notes" in capsys.readouterr().err
@@ -116,19 +116,21 @@ def test_a_run_of_another_kind_is_not_overwritten(tmp_path, teacher, rows):
 
 
 @pytest.mark.parametrize("way", [(False, False), (True, False), (False, True)])
-@pytest.mark.parametrize("left", [["settings.yaml.part"], [MARKER], [MARKER, "settings.yaml.part"], []])
+@pytest.mark.parametrize("left", [["settings.yaml.part"], [".lock"], ["model.part"], []])
 def test_a_half_started_run_is_begun_or_gone_on_with(tmp_path, left, way):
     """Of a kill before the settings were whole."""
     for name in left:
         (tmp_path / name).touch()
     with run_folder(Other(str(tmp_path)), *way):
-        assert sorted(content(tmp_path)) == [MARKER, "settings.yaml"]
+        assert "settings.yaml" in content(tmp_path)
+        assert "settings.yaml.part" not in content(tmp_path)
 
 
 def test_a_run_of_an_earlier_version_is_gone_on_with_and_then_known(tmp_path):
     with run_folder(Other(str(tmp_path)), False, False):
         pass
-    (tmp_path / MARKER).unlink()
+    whole = (tmp_path / "settings.yaml").read_text()
+    (tmp_path / "settings.yaml").write_text(whole.partition("\n")[2])  # without the mark
     with pytest.raises(RunError, match="left as it is"):
         start_run(Other(str(tmp_path), 2), False, True)
     with run_folder(Other(str(tmp_path)), True, False):
@@ -168,7 +170,7 @@ def test_a_folder_that_another_process_is_at_is_refused(tmp_path, way, teacher, 
     distill(settings(folder), teacher, rows=rows)
     before = content(folder)
     now = replace(settings(folder), resume=way == "resume", overwrite=way == "overwrite")
-    with claim_folder(folder, "DistillationSettings"), pytest.raises(RunError) as refused:
+    with claim_folder(folder), pytest.raises(RunError) as refused:
         distill(now, teacher, rows=rows)
     assert isinstance(refused.value, ClaimedError) == bool(way)
     assert content(folder) == before
@@ -177,7 +179,7 @@ def test_a_folder_that_another_process_is_at_is_refused(tmp_path, way, teacher, 
 def test_start_run_can_be_called_again_by_the_same_process(tmp_path):
     for _ in range(2):
         start_run(Other(str(tmp_path / "run")), True, False)
-    with pytest.raises(ClaimedError), claim_folder(tmp_path / "run", "Other"):
+    with pytest.raises(ClaimedError), claim_folder(tmp_path / "run"):
         pass
 
 
