@@ -12,7 +12,14 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 
 import neurons
-from spiking_mamba.common.checkpoint_files import INDEX, WEIGHTS, check_layers, check_links, read_headers
+from spiking_mamba.common.checkpoint_files import (
+    INDEX,
+    WEIGHTS,
+    Header,
+    check_layers,
+    check_links,
+    read_headers,
+)
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.block import SpikingMambaMixer
 from spiking_mamba.model.configuration import SpikingMambaConfig
@@ -43,7 +50,7 @@ def _check_sizes(cls: type, folder: Path, config: Any, renamed: dict[str, str]) 
     check_layers(folder, {"num_hidden_layers": config.num_hidden_layers})
     with torch.device("meta"):
         expected = cls(copy.deepcopy(config)).state_dict()
-    found = {}
+    found: dict[str, Header] = {}
     for key, header in headers.items():
         for old, new in renamed.items():
             key = re.sub(old, new, key)

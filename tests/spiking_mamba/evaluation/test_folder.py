@@ -12,9 +12,8 @@ def settings(folder, **fields):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with claim(settings(tmp_path / "out")) as folder:
-        with pytest.raises(ClaimedError), claim(settings(folder)):
-            pass
+    with claim(settings(tmp_path / "out")) as folder, pytest.raises(ClaimedError), claim(settings(folder)):
+        pass
     with claim_folder(folder), pytest.raises(ClaimedError), claim(settings(folder, overwrite=True)):
         pass
     with claim(settings(folder, limit=3)):
