@@ -84,13 +84,6 @@ def picture(
         draft.replace(path)
 
 
-def _gain(model: Mapping[str, Any], scope: str, table: str) -> float | None:
-    """How many times less energy than the dense model at a table: 1 for a model without neurons."""
-    if not model.get("energy"):
-        return 1.0 if not model.get("neuron") else None
-    return model["energy"][scope].get(table, {}).get("gain")
-
-
 def _plain_ticks(figure: Figure) -> None:
     """Label logarithmic axes 0.1, 1, 10: as text is drawn as it is, powers of ten would be seen as TeX."""
     from matplotlib.ticker import LogFormatter, LogFormatterMathtext
@@ -104,6 +97,13 @@ def _plain_ticks(figure: Figure) -> None:
             axis.set_major_formatter(Plain())
         if isinstance(axis.get_minor_formatter(), LogFormatterMathtext):
             axis.set_minor_formatter(Plain())
+
+
+def _gain(model: Mapping[str, Any], scope: str, table: str) -> float | None:
+    """How many times less energy than the dense model at a table: 1 for a model without neurons."""
+    if not model.get("energy"):
+        return 1.0 if not model.get("neuron") else None
+    return model["energy"][scope].get(table, {}).get("gain")
 
 
 def _called(models: Sequence[Mapping[str, Any]], table: str) -> str:
@@ -142,28 +142,26 @@ def draw_accuracy_energy(models: Sequence[Mapping[str, Any]], path: Path) -> Non
     """Accuracy over energy gain, a point a model, a row of panels for each of :func:`drawn_tables`; where a
     group has several runs, its mean with 95 % intervals over them."""
     found = {table: accuracy_and_energy(models, table) for table in drawn_tables(models)}
+    found = {table: (points, label) for table, (points, label) in found.items() if points}
     looks = _group_looks([point for points, _ in found.values() for point in points])
     legend_lines = math.ceil(len(looks) / 2)
     grid: dict[str, Any] = {"nrows": len(found), "ncols": 2, "sharey": True, "squeeze": False}
+    marks: dict[str, Any] = {}  # of the groups, for the legend
     with picture(path, 9, 0.6 + 3.6 * len(found) + 0.24 * legend_lines, **grid) as (figure, axes):
         for panels, (table, (points, label)) in zip(axes, found.items(), strict=True):
-            for panel, scope, title in zip(
-                panels, ("projections", "model"), ("Projections only", "Whole model"), strict=True
-            ):
+            scopes = (("projections", "Projections only"), ("model", "Whole model"))
+            for panel, (scope, title) in zip(panels, scopes, strict=True):
                 for name, look in looks.items():
                     if rows := [point for point in points if point["group"] == name]:
-                        _draw_group(panel, rows, scope, look, short(name))
+                        marks[name] = _draw_group(panel, rows, scope, look, short(name))
                 panel.axvline(1.0, color="grey", linewidth=0.8, linestyle="--")
                 panel.grid(color="#e5e5e5")
                 what = f"({_called(models, table)}, compute only)"
                 panel.set(title=title, xlabel=f"energy gain over the dense model, times\n{what}")
                 _limit(panel, [point[scope] for point in points], [point["accuracy"] for point in points])
             panels[0].set_ylabel(label)
-        shown: dict[str, Any] = {}
-        for panel in axes[:, 0]:
-            handles, labels = panel.get_legend_handles_labels()
-            shown |= dict(zip(labels, handles, strict=True))
-        figure.legend(shown.values(), shown, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
+        handles = [marks[name] for name in looks]
+        figure.legend(handles=handles, loc="outside lower left", ncols=2, frameon=False, fontsize=9)
 
 
 def _group_looks(points: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -182,16 +180,16 @@ def _looks() -> Iterator[dict[str, Any]]:
 
 def _draw_group(
     panel: Axes, rows: Sequence[Mapping[str, Any]], scope: str, look: dict[str, Any], label: str
-) -> None:
+) -> Any:
+    """Draw one group's runs; returns what stands for it in a legend."""
     x, y = [row[scope] for row in rows], [row["accuracy"] for row in rows]
     if len(rows) == 1:
-        panel.plot(x, y, linestyle="none", label=label, **look)
-        return
+        return panel.plot(x, y, linestyle="none", label=label, **look)[0]
     panel.plot(x, y, linestyle="none", **look | {"markersize": 4, "alpha": 0.55})
     across, up = interval(x), interval(y)
     half = [s["high"] - s["mean"] for s in (across, up)]
-    text = f"{label} ({len(rows)} runs)"
-    panel.errorbar(across["mean"], up["mean"], half[1], half[0], label=text, capsize=3, linewidth=1, **look)
+    bars: dict[str, Any] = {"label": f"{label} ({len(rows)} runs)", "capsize": 3, "linewidth": 1}
+    return panel.errorbar(across["mean"], up["mean"], half[1], half[0], **bars, **look)
 
 
 def _limit(panel: Axes, x: Sequence[float], y: Sequence[float]) -> None:

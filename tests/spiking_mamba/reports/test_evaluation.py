@@ -197,6 +197,33 @@ def test_labels_lie_in_the_pictures_and_do_not_overlap(number, layers, tmp_path,
     drawn.check()
 
 
+def test_the_legend_names_every_group_though_short_names_are_the_same(tmp_path, drawn):
+    models = seeds(2, items=40)
+    for index, model in enumerate(models[1:]):
+        model["group"] = f"runs/{'a' * 40}{index}{'b' * 40}/model"
+    assert len({short(model["group"]) for model in models}) == 2
+    write_evaluation_report(tmp_path, evaluation_results(models, resamples=50))
+    (legend,) = drawn.figures[drawn.names.index("accuracy_energy.png")].legends
+    assert [text.get_text() for text in legend.get_texts()] == [short(m["group"]) for m in models]
+    colours = [handle.get_color() for handle in legend.legend_handles]
+    assert len(set(colours)) == 3
+
+
+def test_a_table_without_a_point_is_not_drawn(tmp_path, drawn):
+    """A user's table at which the spikes are free: no gain is a number."""
+    models = seeds(1, items=40)[1:]
+    energy = models[0]["energy"]
+    for scope in ("projections", "model"):
+        energy[scope]["free"] = energy[scope]["fp32"] | {"gain": None}
+    for layer in energy["layers"]:
+        layer["energy"]["free"] = layer["energy"]["fp32"] | {"spiking_pj_per_token": 0.0}
+    write_evaluation_report(tmp_path, evaluation_results(models, resamples=50))
+    check_page(tmp_path)
+    assert len(drawn.figures[drawn.names.index("accuracy_energy.png")].axes) == 2
+    assert "free table" not in drawn.text_of("accuracy_energy.png")
+    assert "free table" in drawn.text_of("layer_energy-student-seed0.png")
+
+
 def test_points_of_the_scatter():
     models = seeds(2, items=50)
     points, label = accuracy_and_energy(models)
