@@ -27,6 +27,7 @@ __all__ = [
     "locate",
     "one_line",
     "read_headers",
+    "read_mapping",
     "read_weights",
     "weight_files",
 ]
@@ -52,7 +53,7 @@ def _folder(name: str | Path) -> Path:
         ) from error
 
 
-def _read_mapping(path: Path) -> dict[str, Any]:
+def read_mapping(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -95,7 +96,7 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
             break
     else:
         raise CheckpointError(f"{folder} is incomplete: it has none of {', '.join(WEIGHTS)}.")
-    where = _read_mapping(index).get("weight_map")
+    where = read_mapping(index).get("weight_map")
     if not isinstance(where, dict) or not all(map(_is_file_name, where.values())):
         raise CheckpointError(f"{index} does not map weights to files beside it.")
     files: dict[str, list[str] | None] = {}
@@ -217,7 +218,7 @@ def locate(name: str | Path) -> tuple[Path, dict[str, Any]]:
     check_links(folder)
     if not (path := folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no checkpoint: it has no config.json.")
-    settings = _read_mapping(path)
+    settings = read_mapping(path)
     weight_files(folder)  # whose names are checked before any reader follows them
     check_layers(folder, settings)
     return folder, settings

@@ -1,6 +1,6 @@
 """The model that lm-eval runs, registered there as ``spiking_mamba``.
 
-import lm_eval, spiking_mamba.harness
+import lm_eval, spiking_mamba.evaluation.harness
 lm_eval.simple_evaluate(model="spiking_mamba", model_args="pretrained=runs/quickstart/student/model", ...)
 """
 

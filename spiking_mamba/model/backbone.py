@@ -1,6 +1,6 @@
 """The backbone: embeddings, blocks and the last norm."""
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from spikingjelly.activation_based.base import MemoryModule
@@ -38,6 +38,8 @@ class Stream(MemoryModule):
 
 class SpikingMambaModel(SpikingMambaPreTrainedModel):
     """The backbone: embeddings, blocks and the last norm."""
+
+    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^lm_head\."]  # AutoModel wants the backbone alone
 
     def __init__(self, config: SpikingMambaConfig) -> None:
         super().__init__(config)

@@ -19,6 +19,7 @@ from spiking_mamba.common.checkpoint_files import (
     check_layers,
     check_links,
     read_headers,
+    read_mapping,
 )
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.block import SpikingMambaMixer
@@ -44,6 +45,8 @@ def _check_sizes(cls: type, folder: Path, config: Any, renamed: dict[str, str]) 
     as integers, booleans or complex numbers, which loading would cast."""
     if not any((folder / name).is_file() or (folder / (name + INDEX)).is_file() for name in WEIGHTS):
         return  # what transformers says of that is clear
+    if (folder / "config.json").is_file() and "ssm_cfg" in read_mapping(folder / "config.json"):
+        raise CheckpointError(f"{folder} is in the form of state-spaces, which from_dense() reads.")
     check_links(folder)
     headers = read_headers(folder)
     config = cls.config_class.from_pretrained(folder) if config is None else config  # type: ignore[attr-defined]

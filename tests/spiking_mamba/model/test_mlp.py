@@ -8,6 +8,7 @@ from torch.nn import functional as F
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, spike_driven
 from spiking_mamba.model.conversion import fold_thresholds
 from spiking_mamba.spikes.counting import count_spikes
+from spiking_mamba.spikes.energy import model_energy, operations
 from tests.helpers.tiny import INTEGER, LEAKY, SHAPE, tiny_model, tokens
 
 KINDS = {
@@ -74,6 +75,21 @@ def test_counted_driven_folded_saved(tmp_path):
         model.save_pretrained(tmp_path)
         loaded = SpikingMambaForCausalLM.from_pretrained(tmp_path).eval()
         assert torch.equal(loaded(ids).logits, expected)
+
+
+def test_energy_by_hand():
+    """Hidden 32, inner 64, MLP 48: two blocks of each kind."""
+    model, ids = mixed(neuron=INTEGER), tokens(2, 12)
+    with torch.no_grad(), count_spikes(model) as counts:
+        model(ids)
+    plain = operations(tiny_model().config)  # two mixers and no MLP
+    found = operations(model.config)
+    more = {"in_proj": 2 * 32 * 96, "out_proj": 2 * 48 * 32, "norms": 2 * 3 * 32, "additions": 2 * 32}
+    assert found.pop("mlp") == 2 * 2 * 48
+    assert found == {name: number + more.get(name, 0) for name, number in plain.items()}
+    energy = model_energy(counts, model.config, measured_in="float32")
+    assert energy["model"]["fp32"]["gain"] > 1
+    assert [row["name"] for row in energy["layers"]] == list(counts.projections)
 
 
 def test_gradients_reach_everything():

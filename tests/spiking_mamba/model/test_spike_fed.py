@@ -4,10 +4,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
+from transformers import AutoModel
 
 import neurons
 from spiking_mamba import SpikingMambaForCausalLM, SpikingProjection, spike_driven
 from spiking_mamba.model.projection import SpikeEncoder, spike_fed
+from tests.helpers.checkpoints import state_spaces_folder
 from tests.helpers.tiny import INTEGER, recorded_spikes, tiny_model, tokens
 
 
@@ -108,3 +110,19 @@ def test_a_neuron_is_swapped_by_name():
     model.projections()["backbone.layers.0.mixer.in_proj"].neuron = new
     assert model.backbone.layers[0].mixer.in_spikes.neuron is new
     assert model.projections()["backbone.layers.0.mixer.in_proj"].neuron is new
+
+
+def test_the_backbone_of_an_untied_checkpoint(tmp_path):
+    model = tiny_model(neuron=INTEGER, tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    backbone = AutoModel.from_pretrained(tmp_path).eval()
+    ids = tokens(1, 5)
+    with torch.no_grad():
+        assert torch.equal(backbone(ids).last_hidden_state, model.backbone(ids).last_hidden_state)
+
+
+def test_from_pretrained_names_the_way_for_another_form(tmp_path):
+    state_spaces_folder(tmp_path)
+    with pytest.raises(ValueError, match=r"form of state-spaces, which from_dense\(\) reads"):
+        SpikingMambaForCausalLM.from_pretrained(tmp_path)
+    assert SpikingMambaForCausalLM.from_dense(tmp_path).config.num_hidden_layers == 2
