@@ -32,6 +32,7 @@ SHARES = {"62%": (0.724, 0.406), "42%": (0.49, 0.255)}  # of inputs that fire, i
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 LLAMA = {"F16": 1, "Q8_0": 7, "Q4_0": 2}  # llama.cpp's numbers for its formats
 Way = Callable[[int], None]  # decodes so many tokens
+_silent: object = None
 
 
 def make(size: str, spiking: bool) -> SpikingMambaForCausalLM:
@@ -96,8 +97,6 @@ def captured_way(model: SpikingMambaForCausalLM) -> Way:
 
 
 def llama_way(path: Path, threads: int) -> Way:
-    import ctypes
-
     import llama_cpp as lc
 
     model_settings, settings = lc.llama_model_default_params(), lc.llama_context_default_params()
@@ -115,9 +114,6 @@ def llama_way(path: Path, threads: int) -> Way:
                 raise RuntimeError("llama.cpp did not decode a token.")
         lc.llama_get_logits_ith(context, -1)
 
-    quiet_log = lc.llama_log_callback(lambda level, text, data: None)
-    lc.llama_log_set(quiet_log, ctypes.c_void_p(0))
-    run.keeps = model, quiet_log  # type: ignore[attr-defined]
     return run
 
 
@@ -128,6 +124,9 @@ def llama_ways(dense: SpikingMambaForCausalLM, folder: Path, threads: int) -> di
 
     from spiking_mamba.model.gguf import write_gguf
 
+    global _silent  # llama.cpp calls it as long as it runs
+    _silent = lc.llama_log_callback(lambda level, text, data: None)
+    lc.llama_log_set(_silent, ctypes.c_void_p(0))
     source = folder / "float32.gguf"
     write_gguf(dense, source)
     ways = {}
