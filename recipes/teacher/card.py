@@ -20,6 +20,7 @@ from spiking_mamba import data
 from spiking_mamba.common.errors import DataError, fail_clearly
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.records import read_records
 from spiking_mamba.common.settings import is_list_of, parse_settings
 from spiking_mamba.evaluation.evaluator import weights_sha256
 from spiking_mamba.evaluation.scoring import perplexity
@@ -45,7 +46,8 @@ class CardSettings:
         corpus: folder with ``manifest.json`` and ``ngram.json`` of its corpus.
         evaluation: ``results.json`` of ``recipes/evaluate`` for that model, or several of them.
         lambada: JSON file of the perplexity on LAMBADA's passages; computed and written if it is not there.
-        further: results of ``recipes/ablate/study.py`` where the model was trained further, dense.
+        further: runs of ``recipes/ablate/study.py`` in which the model was trained further, dense, each
+            ``FILE.jsonl#ROW#SEED``.
         samples: how many.
     """
 
@@ -64,6 +66,16 @@ class CardSettings:
 
 
 # Records ------------------------------------------------------------------------------------------------
+
+
+def read_run(name: str) -> dict[str, Any]:
+    """One run of a table, ``FILE.jsonl#ROW#SEED``."""
+    path, _, rest = name.partition("#")
+    row, _, seed = rest.rpartition("#")
+    for record in read_records(Path(path)):
+        if (record.get("row"), str(record.get("seed"))) == (row, seed):
+            return record
+    raise DataError(f"There is no run {name}: FILE.jsonl#ROW#SEED is wanted.")
 
 
 def read(path: str | Path) -> Any:
@@ -96,7 +108,7 @@ class Records:
             manifest=read(corpus / "manifest.json"),
             ngram=read(corpus / "ngram.json"),
             evaluations=[read(path) for path in settings.evaluation],
-            further=[read(path) for path in settings.further],
+            further=[read_run(name) for name in settings.further],
             log=None if settings.run is None else read(Path(settings.run) / "log.json"),
             weights=weights_sha256(folder),
         )

@@ -20,7 +20,7 @@ from spiking_mamba.common.machine import device_name
 __all__ = ["MARK", "code_state", "commit_of", "is_clean", "package_versions", "provenance"]
 
 MARK = "†"  # beside a number whose code is in no commit
-_SOURCES = (".py", ".cu", ".cpp", ".h", ".yaml", ".json")
+_SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h", ".yaml", ".json")
 _PACKAGES = ("spiking-mamba", "torch", "transformers", "spikingjelly", "lm-eval")
 
 

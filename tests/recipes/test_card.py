@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import string
 from pathlib import Path
 
@@ -124,6 +125,8 @@ def evaluation_records(weights):
 
 def further_record(weights, tokens, after):
     return {
+        "row": "control, 50M",
+        "seed": 0,
         "status": "done",
         "depends": {"teacher": {"model.safetensors": weights}, "data": "c" * 64},
         "settings": {"neuron": None, "length": 64, "training": {"learning_rate": 2e-4}},
@@ -154,7 +157,7 @@ def records(tokenizer, tmp_path, monkeypatch):
     log += [{"step": step, "eval_loss": 5 - step / 50} for step in range(10, 51, 10)]
     found = Records({"model/training.json": training_record(), "run/log.json": log})
     found |= corpus_records() | evaluation_records(weights)
-    found |= {f"further{i}.json": further_record(weights, *run) for i, run in enumerate(runs)}
+    found |= {f"further{i}.jsonl": further_record(weights, *run) for i, run in enumerate(runs)}
     found.save(tmp_path)
     found.settings = {
         "model": str(folder),
@@ -162,7 +165,7 @@ def records(tokenizer, tmp_path, monkeypatch):
         "corpus": str(tmp_path / "corpus"),
         "evaluation": [str(tmp_path / "tasks.json"), str(tmp_path / "more.json")],
         "lambada": str(tmp_path / "lambada.json"),
-        "further": [str(tmp_path / f"further{i}.json") for i in range(3)],
+        "further": [f"{tmp_path}/further{i}.jsonl#control, 50M#0" for i in range(3)],
         "samples": 2,
     }
 
@@ -270,12 +273,16 @@ def test_without_a_log_there_are_no_losses_and_the_curve_stays(records):
             "more.json is no evaluation",
         ),
         (lambda r: r["corpus/manifest.json"]["files"]["train.jsonl"].update(sha256="d"), "is not the corpus"),
-        (lambda r: r["further1.json"]["depends"].update(data="d"), "further1.json is no finished run"),
-        (lambda r: r["further1.json"]["depends"].update(teacher={}), "further1.json is no finished run"),
-        (lambda r: r["further0.json"].update(status="diverged"), "further0.json is no finished run"),
+        (lambda r: r["further1.jsonl"]["depends"].update(data="d"), "further1.jsonl#control, 50M#0 is no"),
+        (
+            lambda r: r["further1.jsonl"]["depends"].update(teacher={}),
+            "further1.jsonl#control, 50M#0 is no",
+        ),
+        (lambda r: r["further0.jsonl"].update(status="diverged"), "further0.jsonl#control, 50M#0 is no"),
         (lambda r: r["model/training.json"]["settings"].update(training={}), "max_steps"),
         (lambda r: r.update({"run/log.json": [{"step": 1, "loss": 2.0}]}), "held_out"),
         (lambda r: r.settings.update(evaluation=[]), "must name"),
+        (lambda r: r.settings.update(further=[r.settings["further"][0] + "1"]), "There is no run"),
         (lambda r: r.settings.update(corpus="/nowhere"), "There is no /nowhere/manifest.json"),
     ],
 )
@@ -297,7 +304,7 @@ def test_the_shipped_card_is_what_its_records_give(tmp_path, monkeypatch):
     folder.mkdir()
     for path in SHIPPED.iterdir():
         if path.name != "README.md":
-            (folder / path.name).symlink_to(path)
+            shutil.copy(path, folder)
     monkeypatch.chdir(ROOT)
     settings = card.parse_settings(card.CardSettings, ["recipes/teacher/card.yaml", f"model={folder}"])
     monkeypatch.setattr(card, "sample", lambda model, tokenizer, seed: "> ")

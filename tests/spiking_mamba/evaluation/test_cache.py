@@ -90,7 +90,7 @@ def test_every_changed_line_is_another_state_of_the_code(tmp_path, monkeypatch):
     for path, text in (
         (None, ""),
         (tmp_path / "spiking_mamba/model/scan.py", "\n# another line\n"),
-        (tmp_path / "neurons/cupy/si_lif.cu", "\n// another line\n"),
+        (tmp_path / "neurons/cupy/si_lif/kernel.cu", "\n// another line\n"),
         (tmp_path / "spiking_mamba/new.py", ""),
     ):
         if path is not None:
@@ -101,7 +101,7 @@ def test_every_changed_line_is_another_state_of_the_code(tmp_path, monkeypatch):
     provenance.code_state.cache_clear()
     assert len(set(states)) == len(states)
     monkeypatch.undo()
-    assert provenance.code_state()["commit"] == provenance._commit()
+    assert provenance.code_state()["commit"] == provenance.commit_of(ROOT)
 
 
 def test_results_are_of_one_state_of_the_code(monkeypatch, tmp_path):
