@@ -1,7 +1,5 @@
 """A training step as one CUDA graph: a thousand launches, one call."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import torch

@@ -6,8 +6,6 @@ al., arXiv 2408.15237, and Bick et al., arXiv 2408.10189, do). Rotary positions 
 decays a head, a fast and a slow one, take their place.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -3,8 +3,6 @@
 On CUDA a step is a graph; there is one for every so many positions of the cache that attention reads.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 from typing import Any

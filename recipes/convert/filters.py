@@ -1,7 +1,5 @@
 """What is thrown out of a text that a model writes: loops, copies, and whatever is evaluated."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 

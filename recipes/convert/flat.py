@@ -4,8 +4,6 @@ One all-reduce, one norm and one optimiser step then serve eighty million number
 their addresses never change, which a CUDA graph asks for.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

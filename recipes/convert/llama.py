@@ -6,8 +6,6 @@ Touvron et al., arXiv 2302.13971: RMS norms, rotary positions, SwiGLU; Ainslie e
 key-value heads shared by groups of heads.
 """
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -120,7 +118,7 @@ class Llama:
     compiles: bool = False
 
     @classmethod
-    def from_transformers(cls, model: Any) -> Llama:
+    def from_transformers(cls, model: Any) -> "Llama":
         """Of a ``LlamaForCausalLM`` or whatever is built alike, sharing its tensors.
 
         Raises:
@@ -139,7 +137,7 @@ class Llama:
             raise NotLlamaError(f"{type(model).__name__} computes otherwise than a Llama (by {error:.2g}).")
         return found
 
-    def to(self, device: str | torch.device, dtype: torch.dtype) -> Llama:
+    def to(self, device: str | torch.device, dtype: torch.dtype) -> "Llama":
         """A copy there; frequencies stay float32."""
 
         def moved(tensor: torch.Tensor | None) -> torch.Tensor | None:

@@ -1,7 +1,5 @@
 """What a batch teaches the mixers: each its attention layer's answers, or all together the logits."""
 
-from __future__ import annotations
-
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -1,7 +1,5 @@
 """Openings that a model goes on from: beginnings of passages, titles, and questions in its chat format."""
 
-from __future__ import annotations
-
 import json
 import zipfile
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ that are still to come, as far as inputs go together: with ``H`` the mean of ``x
 every weight is rounded by itself.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from pathlib import Path

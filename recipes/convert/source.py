@@ -1,7 +1,5 @@
 """The Transformer that is converted: a hub name, a folder, or a package that carries its weights."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 import tempfile

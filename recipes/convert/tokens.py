@@ -4,8 +4,6 @@ A stream is documents behind one another with the end-of-text token between them
 window of a stream; what is evaluated begins with it too.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 

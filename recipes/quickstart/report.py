@@ -1,7 +1,5 @@
 """What a run found: tables for the terminal, ``report.md``, ``report.html`` and a picture."""
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path
@@ -116,7 +114,7 @@ def _draw(results: dict[str, Any], path: Path) -> None:
         _draw_energy(energy, results["energy"])
 
 
-def _draw_energy(panel: Axes, gains: dict[str, float]) -> None:
+def _draw_energy(panel: "Axes", gains: dict[str, float]) -> None:
     names = {
         "fp32": "dense fp32",
         "int8": "dense int8 *",

@@ -4,8 +4,6 @@ pip, npm and apt-get download, so the user's own mirrors and proxies hold. Nothi
 on disk or executed; archives stay in `packages.cache_folder()`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -3,8 +3,6 @@
 See `CorpusSettings` for the steps; `recipes/teacher/corpus.py` runs them.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import sys

@@ -9,8 +9,6 @@ that precede the n-gram), h a context and h' the context without its first token
     p_0        = 1 / vocabulary;  p_n(w | h) = p_{n-1}(w | h') for a context never seen
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

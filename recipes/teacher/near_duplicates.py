@@ -7,8 +7,6 @@ known = ngram_hashes(ids(reference), 13)
 overlaps = np.isin(ngram_hashes(words[0], 13), known).any()
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ A reader takes one file, `(path, content)`, and yields documents; a document is 
 on one line.
 """
 
-from __future__ import annotations
-
 import gzip
 import html.parser
 import json

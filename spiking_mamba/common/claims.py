@@ -7,8 +7,6 @@ The lock is the kernel's (``flock``), on the folder itself or on a file, so it e
 that ends, and nothing of it stays.
 """
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

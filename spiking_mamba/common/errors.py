@@ -1,7 +1,5 @@
 """What ends a command in one line instead of a traceback."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import sys

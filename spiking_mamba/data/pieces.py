@@ -7,8 +7,6 @@ space is left out. So each cut is tried on the text around it, and taken only wh
 tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 
 __all__ = ["PIECE", "pieces"]

@@ -4,8 +4,6 @@ pairs, report = read_preferences("answer_preference", "train", tokenizer, length
 pairs[0].prompt, pairs[0].completions  # ids; the chosen completion comes first
 """
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -164,7 +162,7 @@ class _Texts:
     def characters(self) -> int:
         return sum(map(len, (self.prompt, *self.wholes)))
 
-    def cut(self, characters: int) -> _Texts:
+    def cut(self, characters: int) -> "_Texts":
         """Without what lies beyond the limit in any case: tokenizing takes a hundred times a text's size."""
         return replace(
             self, prompt=self.prompt[:characters], wholes=tuple(w[:characters] for w in self.wholes)

@@ -5,8 +5,6 @@ tokenizer = train_tokenizer(text["text"])
 rows = tokenize(text, tokenizer, length=512)
 """
 
-from __future__ import annotations
-
 import difflib
 import hashlib
 import json

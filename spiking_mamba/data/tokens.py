@@ -1,7 +1,5 @@
 """A tokenizer made from documents, and rows of token ids."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys

@@ -7,8 +7,6 @@ zero_shot(model, tokenizer, tasks)["piqa"]["acc"]
 perplexity(model, rows)["perplexity"]
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib
@@ -116,7 +114,7 @@ class _Measured:
         settings: EvaluationSettings,
         checkpoint: Checkpoint,
         folder: Path,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: "PreTrainedTokenizerBase",
         cache: ResultsCache,
         costs: Mapping[str, Costs],
         stage: Stage,
@@ -140,7 +138,9 @@ class _Measured:
             "code": code_state(),
         }
 
-    def everything(self, tasks: Mapping[str, Task], texts: Mapping[str, datasets.Dataset]) -> dict[str, Any]:
+    def everything(
+        self, tasks: "Mapping[str, Task]", texts: "Mapping[str, datasets.Dataset]"
+    ) -> dict[str, Any]:
         """An entry of the results' ``models``."""
         model, checkpoint = self.lm.model, self.checkpoint
         of_tasks = {name: self._task(name, task) for name, task in tasks.items()}
@@ -182,7 +182,7 @@ class _Measured:
             "joules": _together([m["joules"] for m in measured]),
         }
 
-    def _task(self, name: str, task: Task) -> dict[str, Any]:
+    def _task(self, name: str, task: "Task") -> dict[str, Any]:
         data = describe(task, self.settings.data)
 
         def measure(share: Share) -> dict[str, Any]:
@@ -192,7 +192,7 @@ class _Measured:
 
         return self._kept(name, {"task": name, "data": data["sha256"]}, measure) | {"data": data}
 
-    def _text(self, name: str, text: datasets.Dataset) -> dict[str, Any]:
+    def _text(self, name: str, text: "datasets.Dataset") -> dict[str, Any]:
         length, limit, tokenizer = self.settings.length, self.settings.limit, self.lm.tokenizer
         data = {"source": name, "documents": len(text), "sha256": digest(text["text"])}
 
@@ -249,7 +249,7 @@ def weights_sha256(folder: Path) -> str:
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
-def _tokenizer_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
+def _tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
     backend = getattr(tokenizer, "backend_tokenizer", None)  # only slow ones have none
     rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
     return digest([rules, {key: str(token) for key, token in tokenizer.special_tokens_map.items()}])

@@ -4,8 +4,6 @@ import lm_eval, spiking_mamba.evaluation.harness
 lm_eval.simple_evaluate(model="spiking_mamba", model_args="pretrained=runs/quickstart/student/model", ...)
 """
 
-from __future__ import annotations
-
 import copy
 import math
 from pathlib import Path
@@ -127,7 +125,9 @@ class SpikingMambaLM(HFLM):
                 self._ending_in_zero[bare] = max(len(tokens), self._ending_in_zero.get(bare, 0))
         return super()._loglikelihood_tokens(requests, *args, **options)
 
-    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, requests: "list[Instance]", disable_tqdm: bool = False
+    ) -> list[tuple[float, bool]]:
         """Of each request the log-likelihood in nats, and whether greedy decoding gives it.
 
         Raises:

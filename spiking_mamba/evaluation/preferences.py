@@ -1,7 +1,5 @@
 """What a preference optimisation was worth: preference accuracy, perplexity, spikes, energy."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -5,8 +5,6 @@ zero_shot(model, tokenizer, tasks)["piqa"]["acc"]
 perplexity(model, rows)["perplexity"]
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -30,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["perplexity", "score", "zero_shot"]
 
 
-def score(lm: LM, task: Task, limit: int | None = None, progress: bool | Share = True) -> dict[str, Any]:
+def score(lm: "LM", task: "Task", limit: int | None = None, progress: bool | Share = True) -> dict[str, Any]:
     """Zero-shot scores of one task, by lm-eval, with those of every item.
 
     Args:
@@ -80,9 +78,9 @@ def _standard_error(values: Sequence[float]) -> float | None:
 
 
 def zero_shot(
-    model: transformers.PreTrainedModel,
-    tokenizer: transformers.PreTrainedTokenizerBase,
-    tasks: Mapping[str, Task],
+    model: "transformers.PreTrainedModel",
+    tokenizer: "transformers.PreTrainedTokenizerBase",
+    tasks: "Mapping[str, Task]",
     limit: int | None = None,
     batch_size: int = 16,
     stage: Stage | None = None,

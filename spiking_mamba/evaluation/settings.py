@@ -1,7 +1,5 @@
 """Which checkpoints an evaluation measures on what, and the folder that its results are in."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json
@@ -75,7 +73,7 @@ class EvaluationSettings:
         if self.dtype not in ("float32", "bfloat16"):
             raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
 
-    def checkpoints(self) -> list[Checkpoint]:
+    def checkpoints(self) -> "list[Checkpoint]":
         """What ``models`` and ``seeds`` stand for, in that order, each under a name of its own."""
         patterns = self.models if isinstance(self.models, Mapping) else _named(_listed(self.models))
         if not patterns:

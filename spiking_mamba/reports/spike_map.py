@@ -1,7 +1,5 @@
 """Pictures of where a model spikes: layers by channels, and by spike counts."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -100,7 +98,9 @@ def draw_count_map(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
         figure.colorbar(shown, ax=axes[0].tolist(), label=label)
 
 
-def count_map(panel: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[str], norm: Any) -> AxesImage:
+def count_map(
+    panel: "Axes", rows: Sequence[Mapping[str, Any]], layers: Sequence[str], norm: Any
+) -> "AxesImage":
     """The share of each count of ``-D .. D``, a row a projection; ``norm`` as of :func:`share_norm`."""
     from matplotlib.ticker import MaxNLocator
 
@@ -111,8 +111,8 @@ def count_map(panel: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[s
 
 
 def heat_map(
-    panel: Axes, values: np.ndarray, layers: Sequence[str], across: tuple[float, float], norm: Any
-) -> AxesImage:
+    panel: "Axes", values: np.ndarray, layers: Sequence[str], across: tuple[float, float], norm: Any
+) -> "AxesImage":
     """Rows of numbers as colours, the first row at the top; what is not above zero is grey.
 
     Args:
