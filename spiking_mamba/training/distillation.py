@@ -76,7 +76,7 @@ class DistillationTrainer(SpikingTrainer, Trainer):
         arguments = {k: v for k, v in inputs.items() if k != "labels"}
         # One position's logits only: the loss makes the others itself, a piece at a time.
         arguments |= {"output_hidden_states": True, "logits_to_keep": 1, "use_cache": False}
-        asked = {"output_accumulations": model.training and self.loss.sparsity > 0}
+        asked = {"output_accumulations": model.training and self.loss.needs_accumulations}
         if model.training and self._log_due():
             with count_spikes(self.student, histogram=False) as spikes:
                 output = model(**arguments, **asked)

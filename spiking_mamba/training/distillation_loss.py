@@ -1,6 +1,10 @@
-"""What a student is trained on: KL on logits, a hidden-state term, cross-entropy."""
+"""What a student is trained on: a weighted sum of the entries of ``TERMS``.
 
-from dataclasses import dataclass
+``TERMS`` is the one place of a term: trainer, log and settings go through it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,7 +15,7 @@ from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.training.head_loss import head_loss
 from spiking_mamba.training.spike_penalty import mean_spike_size, over_processes
 
-__all__ = ["DistillationLoss", "hidden_loss", "token_mask"]
+__all__ = ["TERMS", "Batch", "DistillationLoss", "Term", "compared_states", "hidden_loss", "token_mask"]
 
 HIDDEN_KINDS = ("softmax_mse", "mse", "cosine")
 HIDDEN_STATES = ("block", "mixer")
@@ -45,6 +49,112 @@ def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "softm
     raise ValueError(f"Unknown hidden loss {kind!r}.")
 
 
+@dataclass(frozen=True)
+class Batch:
+    """What a term sees of one batch.
+
+    Attributes:
+        student, teacher: the models.
+        student_output, teacher_output: theirs, with ``hidden_states``; the teacher's is None where no term
+            in use compares with it. The student's has ``accumulations`` where a term asked for them.
+        input_ids: ``[B, L]`` int64.
+        mask: ``[B, L]`` bool, the positions that count, see :func:`token_mask`.
+        labels: ``[B, L]`` int64, -100 where there is nothing to predict; or None.
+    """
+
+    student: SpikingMambaForCausalLM
+    teacher: Any
+    student_output: Any
+    teacher_output: Any
+    input_ids: torch.Tensor
+    mask: torch.Tensor
+    labels: torch.Tensor | None
+
+
+def compared_states(model: Any, output: Any, input_ids: torch.Tensor, kind: str) -> list[torch.Tensor]:
+    """The hidden states ``[B, L, hidden_size]`` of every block that the hidden term compares.
+
+    Args:
+        kind: 'block', the residual stream behind a block, or 'mixer', what the block adds to it; float32.
+    """
+    # transformers lists the residual stream behind every block, then the last norm's output
+    stream = list(output.hidden_states[:-1])
+    if kind == "block":
+        return stream
+    before = [model.get_input_embeddings()(input_ids), *stream[:-1]]
+    return [after.float() - b.float() for after, b in zip(stream, before, strict=True)]
+
+
+_Added = tuple[torch.Tensor, dict[str, torch.Tensor]]  # to the loss, weighted; parts for the log, as they are
+
+
+def _head_terms(loss: "DistillationLoss", batch: Batch) -> _Added:
+    """KL and cross-entropy, from one pass over the logits."""
+    theirs, targets = None, None
+    if loss.kl:
+        theirs = batch.teacher_output.hidden_states[-1][batch.mask], batch.teacher.lm_head.weight
+    if loss.cross_entropy:
+        if batch.labels is None:
+            raise ValueError("loss.cross_entropy needs labels.")
+        targets = F.pad(batch.labels[:, 1:], (0, 1), value=-100)[batch.mask]
+    return head_loss(
+        batch.student_output.hidden_states[-1][batch.mask],
+        batch.student.lm_head.weight,
+        teacher=theirs,
+        targets=targets,
+        kl=loss.kl,
+        cross_entropy=loss.cross_entropy,
+        temperature=loss.temperature,
+        compiles=batch.student.compiles,
+    )
+
+
+def _hidden_term(loss: "DistillationLoss", batch: Batch) -> _Added:
+    ours = compared_states(batch.student, batch.student_output, batch.input_ids, loss.hidden_states)
+    others = compared_states(batch.teacher, batch.teacher_output, batch.input_ids, loss.hidden_states)
+    pairs = zip(ours, others, strict=True)
+    distances = [hidden_loss(a[batch.mask], b[batch.mask], loss.hidden_kind) for a, b in pairs]
+    part = torch.stack(distances).mean()
+    return loss.hidden * part, {"hidden": part}
+
+
+def _sparsity_term(loss: "DistillationLoss", batch: Batch) -> _Added:
+    part = mean_spike_size(batch.student, batch.student_output.accumulations, batch.mask)
+    excess = (over_processes(part) - loss.sparsity_target).clamp(min=0)
+    return loss.sparsity * excess, {"spike_size": part}
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the loss.
+
+    Attributes:
+        function: of the :class:`DistillationLoss` and a :class:`Batch`: what is added to the loss, weighted,
+            and unweighted parts for the log. It is called where the weight is positive, once for all terms
+            that share it.
+        title: of its column in the table that a training prints; four decimals.
+        field: of ``DistillationLoss``, its weight; None: its weight is ``loss.weights.<name>``.
+        teacher: it compares with the teacher.
+        accumulations: it needs the student's ``output_accumulations``; such a term is left out of
+            evaluation, where spikes are counted anyway.
+    """
+
+    function: Callable[["DistillationLoss", Batch], _Added]
+    title: str
+    field: str | None = None
+    teacher: bool = True
+    accumulations: bool = False
+
+
+# By the names of their parts in the log, in the order of its columns.
+TERMS = {
+    "kl": Term(_head_terms, "KL", "kl"),
+    "hidden": Term(_hidden_term, "hidden", "hidden"),
+    "ce": Term(_head_terms, "CE", "cross_entropy", teacher=False),
+    "spike_size": Term(_sparsity_term, "spike size", "sparsity", teacher=False, accumulations=True),
+}
+
+
 @dataclass
 class DistillationLoss:
     """What the student is trained on: ``kl * KL + hidden * L_hidden + cross_entropy * CE + sparsity * S``.
@@ -67,6 +177,7 @@ class DistillationLoss:
             are equal where every batch's mean lies on the same side of the target, and always for a target
             of 0; else the accumulated S is the larger one.
         sparsity_target: mean ``|s|`` below which nothing is penalised; 0 penalises every spike.
+        weights: of further terms, by their names in ``TERMS``.
     """
 
     temperature: float = 1.0
@@ -77,28 +188,50 @@ class DistillationLoss:
     cross_entropy: float = 0.0
     sparsity: float = 0.0
     sparsity_target: float = 0.0
+    weights: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not self.temperature > 0:
             raise ValueError(f"loss.temperature must be positive, got {self.temperature}.")
-        if (
-            min(self.kl, self.hidden, self.cross_entropy) < 0
-            or self.kl + self.hidden + self.cross_entropy == 0
-        ):
+        self._check_weights()
+        weights = [self.kl, self.hidden, self.cross_entropy, *self.weights.values()]
+        if min(weights) < 0 or sum(weights) == 0:
             raise ValueError("The weights of the loss must not be negative, and one must be positive.")
         if self.sparsity < 0 or self.sparsity_target < 0:
             raise ValueError("loss.sparsity and loss.sparsity_target must not be negative.")
-        if self.hidden_kind not in ("softmax_mse", "mse", "cosine"):
+        if self.hidden_kind not in HIDDEN_KINDS:
             raise ValueError(
                 f"loss.hidden_kind must be softmax_mse, mse or cosine, got {self.hidden_kind!r}."
             )
-        if self.hidden_states not in ("block", "mixer"):
+        if self.hidden_states not in HIDDEN_STATES:
             raise ValueError(f"loss.hidden_states must be block or mixer, got {self.hidden_states!r}.")
+
+    def _check_weights(self) -> None:
+        if not isinstance(self.weights, dict):
+            raise ValueError(f"loss.weights must map names of terms to numbers, got {self.weights!r}.")
+        for name in self.weights:
+            if name not in TERMS:
+                raise ValueError(f"Unknown term {name!r} in loss.weights; known are {', '.join(TERMS)}.")
+            if (key := TERMS[name].field) is not None:
+                raise ValueError(f"The weight of {name} is loss.{key}, not loss.weights.{name}.")
+
+    def weight(self, name: str) -> float:
+        """Of the term ``name`` of ``TERMS``."""
+        key = TERMS[name].field
+        return self.weights.get(name, 0.0) if key is None else getattr(self, key)
+
+    def _in_use(self) -> list[Term]:
+        return [term for name, term in TERMS.items() if self.weight(name)]
 
     @property
     def needs_teacher(self) -> bool:
         """Whether anything is compared with the teacher: not in a dense control on the data alone."""
-        return bool(self.kl or self.hidden)
+        return any(term.teacher for term in self._in_use())
+
+    @property
+    def needs_accumulations(self) -> bool:
+        """Whether training needs the student's ``output_accumulations``."""
+        return any(term.accumulations for term in self._in_use())
 
     def __call__(
         self,
@@ -121,43 +254,11 @@ class DistillationLoss:
         A sparsity term needs a student's output made with ``output_accumulations``.
         """
         mask = token_mask(input_ids, attention_mask, labels)
-        own, theirs, targets = student_output.hidden_states[-1][mask], None, None
-        if self.kl:
-            theirs = teacher_output.hidden_states[-1][mask], teacher.lm_head.weight
-        if self.cross_entropy:
-            if labels is None:
-                raise ValueError("loss.cross_entropy needs labels.")
-            targets = F.pad(labels[:, 1:], (0, 1), value=-100)[mask]
-        loss, parts = head_loss(
-            own,
-            student.lm_head.weight,
-            teacher=theirs,
-            targets=targets,
-            kl=self.kl,
-            cross_entropy=self.cross_entropy,
-            temperature=self.temperature,
-            compiles=student.compiles,
-        )
-        if self.hidden:
-            ours = self._compared(student, student_output, input_ids)
-            others = self._compared(teacher, teacher_output, input_ids)
-            terms = [
-                hidden_loss(a[mask], b[mask], self.hidden_kind) for a, b in zip(ours, others, strict=True)
-            ]
-            parts["hidden"] = torch.stack(terms).mean()
-            loss = loss + self.hidden * parts["hidden"]
-        if self.sparsity and student.training:
-            parts["spike_size"] = mean_spike_size(student, student_output.accumulations, mask)
-            mean = over_processes(parts["spike_size"])
-            loss = loss + self.sparsity * (mean - self.sparsity_target).clamp(min=0)
+        batch = Batch(student, teacher, student_output, teacher_output, input_ids, mask, labels)
+        terms = [term for term in self._in_use() if student.training or not term.accumulations]
+        loss = torch.zeros((), device=mask.device)
+        parts: dict[str, torch.Tensor] = {}
+        for function in dict.fromkeys(term.function for term in terms):
+            added, found = function(self, batch)
+            loss, parts = loss + added, parts | found
         return loss, {name: part.detach() for name, part in parts.items()}
-
-    def _compared(
-        self, model: Any, output: SpikingMambaCausalLMOutput, input_ids: torch.Tensor
-    ) -> list[torch.Tensor]:
-        # transformers lists the residual stream behind every block, then the last norm's output
-        stream = list(output.hidden_states[:-1])
-        if self.hidden_states == "block":
-            return stream
-        before = [model.get_input_embeddings()(input_ids), *stream[:-1]]
-        return [after.float() - b.float() for after, b in zip(stream, before, strict=True)]

@@ -9,23 +9,24 @@ from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
 from spiking_mamba.common.progress import say
+from spiking_mamba.training.distillation_loss import TERMS
 from spiking_mamba.training.trainer import SpikingTrainer
 
 __all__ = ["TrainingTable", "show_table"]
 
-# of what a trainer may log: title and decimals
-COLUMNS = {
-    "loss": ("loss", 4),
-    "kl": ("KL", 4),
-    "hidden": ("hidden", 4),
-    "ce": ("CE", 4),
-    "spike_size": ("spike size", 4),
-    "rewards/margins": ("margin", 4),
-    "rewards/accuracies": ("accuracy", 3),
-    "mean_abs_spike": ("mean |s|", 3),
-    "eval_loss": ("held-out loss", 4),
-}
 _NARROWEST = 9  # columns, so that 12345.6789 alone would not fit
+
+
+def _shown() -> dict[str, tuple[str, int]]:
+    """Of what a trainer may log: title and decimals, in the order of the columns."""
+    return {
+        "loss": ("loss", 4),
+        **{name: (term.title, 4) for name, term in TERMS.items()},
+        "rewards/margins": ("margin", 4),
+        "rewards/accuracies": ("accuracy", 3),
+        "mean_abs_spike": ("mean |s|", 3),
+        "eval_loss": ("held-out loss", 4),
+    }
 
 
 def show_table(trainer: Trainer) -> "TrainingTable":
@@ -116,11 +117,11 @@ class TrainingTable(TrainerCallback):
         if "train_runtime" in logs:
             self.close()
             say(self._summary(min(state.global_step, state.max_steps), logs["train_runtime"]))
-        elif any(name in logs for name in COLUMNS):
+        elif any(name in logs for name in _shown()):
             self._row(args, state, logs)
 
     def _row(self, args: Any, state: Any, logs: dict[str, Any]) -> None:
-        found = {name: logs[name] for name in COLUMNS if name in logs}
+        found = {name: logs[name] for name in _shown() if name in logs}
         if "loss" in logs and (speed := self._speed()) is not None:
             found["tokens/s"] = speed
         if not found.keys() <= self._columns.keys():
@@ -142,7 +143,7 @@ class TrainingTable(TrainerCallback):
         """Decide on columns and widths, and print the header."""
         names |= {"mean_abs_spike"} if self.spiking else set()
         names |= {"eval_loss"} if args.eval_strategy != "no" else set()
-        titles = {name: title for name, (title, _) in COLUMNS.items() if name in names}
+        titles = {name: title for name, (title, _) in _shown().items() if name in names}
         self._columns = {"step": max(len("step"), len(str(state.max_steps)))}
         self._columns |= {name: max(len(title), _NARROWEST) for name, title in titles.items()}
         if "tokens/s" in names:
@@ -169,7 +170,7 @@ def _number(name: str, value: float | None) -> str:
         return f"{value:,.0f}"
     if math.isfinite(value) and value and not 1e-3 <= abs(value) < 1e4:
         return f"{value:.2e}"
-    return f"{value:.{COLUMNS[name][1]}f}"
+    return f"{value:.{_shown()[name][1]}f}"
 
 
 def _amount(tokens: int) -> str:

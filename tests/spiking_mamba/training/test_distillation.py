@@ -19,7 +19,14 @@ from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.common.errors import CheckpointError, DataError, RunError
 from spiking_mamba.training.arguments import training_arguments
 from spiking_mamba.training.distillation import DistillationSettings, DistillationTrainer, distill
-from spiking_mamba.training.distillation_loss import DistillationLoss, hidden_loss, token_mask
+from spiking_mamba.training.distillation_loss import (
+    TERMS,
+    DistillationLoss,
+    Term,
+    compared_states,
+    hidden_loss,
+    token_mask,
+)
 from spiking_mamba.training.pretraining import PretrainingSettings, pretrain
 from spiking_mamba.training.rows import collate
 from tests.helpers.tiny import INTEGER, LEAKY, VOCABULARY, recorded_spikes, tiny_config, tiny_model, tokens
@@ -136,7 +143,7 @@ def test_mixer_states_are_what_the_mixers_give(pair):
     ours, _ = outputs(student, teacher, inputs)
     for hook in hooks:
         hook.remove()
-    compared = DistillationLoss(hidden=1.0)._compared(student, ours, inputs["input_ids"])
+    compared = compared_states(student, ours, inputs["input_ids"], "mixer")
     assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(compared, given, strict=True))
 
 
@@ -192,6 +199,73 @@ def test_cross_entropy_needs_labels(pair):
     inputs = batch(labelled=False)
     with pytest.raises(ValueError, match="needs labels"):
         DistillationLoss(cross_entropy=1.0)(*pair, *outputs(*pair, inputs), **inputs)
+
+
+# --- a term of one's own ---
+
+
+def size_of_states(loss, batch):
+    """Mean square of the last hidden states: needs no teacher."""
+    part = batch.student_output.hidden_states[-1][batch.mask].square().mean()
+    return loss.weight("size") * part, {"size": part}
+
+
+@pytest.fixture
+def own_term(monkeypatch):
+    monkeypatch.setitem(TERMS, "size", Term(size_of_states, "size", teacher=False))
+
+
+def test_a_term_of_ones_own_trains(own_term, tmp_path, capsys):
+    """A function and an entry are all: settings, trainer, log and table know it."""
+    settings = DistillationSettings(
+        "", str(tmp_path / "run"), neuron=INTEGER, loss={"kl": 0.5, "weights": {"size": 0.25}},
+        training={"max_steps": 4, "logging_steps": 1, "bf16": False, "learning_rate": 1e-2},
+    )  # fmt: skip
+    teacher = tiny_model()
+    _, history = distill(settings, teacher, rows=rows())
+    logged = [row for row in history if "loss" in row]
+    for row in logged:
+        assert row["loss"] == pytest.approx(0.5 * row["kl"] + 0.25 * row["size"], rel=1e-3)
+    assert logged[-1]["size"] < logged[0]["size"]
+    assert capsys.readouterr().out.split()[:4] == ["step", "loss", "KL", "size"]
+
+
+@pytest.mark.parametrize("kl", [0.0, 1.0])
+def test_its_gradient_and_its_teacher(own_term, pair, kl):
+    (student, teacher), inputs = pair, batch()
+    ours, theirs = outputs(student, teacher, inputs)
+    loss = DistillationLoss(kl=kl, weights={"size": 3.0})
+    assert loss.needs_teacher == bool(kl)
+    total, parts = loss(student, teacher, ours, theirs if kl else None, **inputs)
+    assert list(parts) == ["kl", "size"][not kl :]
+    rows_that_count = [ours.hidden_states[-1][row, t] for row, t in counted(inputs)]
+    size = sum(float(x.detach().square().mean()) for x in rows_that_count) / len(rows_that_count)
+    assert float(parts["size"]) == pytest.approx(size, rel=1e-5)
+    assert float(total.detach()) == pytest.approx(kl * float(parts.get("kl", 0)) + 3 * size, rel=1e-5)
+    total.backward()
+
+
+def test_hidden_states_alone(pair):
+    (student, teacher), inputs = pair, batch()
+    ours, theirs = outputs(student, teacher, inputs)
+    loss, parts = DistillationLoss(kl=0.0, hidden=2.0)(student, teacher, ours, theirs, **inputs)
+    assert list(parts) == ["hidden"]
+    assert float(loss.detach()) == 2 * float(parts["hidden"])
+    loss.backward()
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"sise": 1.0}, "Unknown term 'sise' in loss.weights; known are kl, hidden, ce, spike_size, size"),
+        ({"ce": 1.0}, "loss.cross_entropy, not loss.weights.ce"),
+        ({"size": -1.0}, "must not be negative"),
+        (None, "must map names of terms to numbers"),
+    ],
+)
+def test_wrong_weights_of_terms(own_term, weights, message):
+    with pytest.raises(ValueError, match=message):
+        DistillationLoss(weights=weights)
 
 
 # --- the trainer ---
