@@ -154,7 +154,8 @@ OVERRIDES = {
         "supports_gradient_checkpointing",
     },
     SpikingMambaModel: {
-        "__init__", "config_class", "forward", "get_input_embeddings", "set_input_embeddings",
+        "__init__", "_keys_to_ignore_on_load_unexpected", "config_class", "forward", "get_input_embeddings",
+        "set_input_embeddings",
     },
     SpikingMambaForCausalLM: {
         "__init__", "_apply", "_tied_weights_keys", "config_class", "forward", "generate",
