@@ -4,14 +4,12 @@ python recipes/ablate/study.py recipes/ablate/tables/frontier.yaml
 python recipes/ablate/study.py recipes/ablate/tables/frontier.yaml only='*learned*' minutes=9
 """
 
-import fcntl
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from measures import Measures, fingerprint
 from table import OUTSIDE, Table, steps, tokens_seen
 from transformers import TrainerCallback
 
+from spiking_mamba.common.claims import claimed
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
@@ -136,19 +135,6 @@ class StopWhenNotFinite(TrainerCallback):
             self.at, control.should_training_stop = state.global_step, True
 
 
-@contextmanager
-def claimed(path: Path) -> Iterator[bool]:
-    """Whether no other process is at this row; it is this one's until the block, or the process, ends."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-            return
-        yield True
-
-
 def line(result: dict[str, Any], dense: float) -> str:
     if result["status"] != "done":
         return f"{result['status']}: {result['error']}"
@@ -188,7 +174,9 @@ def run_rows(shared: Study, runs: Sequence[tuple[dict[str, Any], int]]) -> int:
     table, bad, late = shared.table, 0, 0
     for number, (row, seed) in enumerate(runs, 1):
         title = f"{number}/{len(runs)}  {row['name']}, seed {seed}"
-        with claimed(table.folder(row, seed, ".lock")) as free:
+        lock = table.folder(row, seed, ".lock")
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(lock) as free:
             if not free or shared.done(row, seed):
                 print(f"{title}: {'done' if free else 'in another process'}", flush=True)
                 continue

@@ -19,7 +19,15 @@ from spiking_mamba.common.files import PART
 from spiking_mamba.data.packages import cache_folder
 from spiking_mamba.data.pieces import pieces
 
-__all__ = ["END_OF_TEXT", "count_bytes", "document_stream", "texts_of", "tokenize", "train_tokenizer"]
+__all__ = [
+    "END_OF_TEXT",
+    "count_bytes",
+    "document_stream",
+    "rules_of",
+    "texts_of",
+    "tokenize",
+    "train_tokenizer",
+]
 
 END_OF_TEXT = "<|endoftext|>"
 MOST_ENTRIES = 2**20  # of a vocabulary; tokenizers takes the memory for all of them first
@@ -189,10 +197,15 @@ def _remove_drafts(folder: Path, own: str) -> None:
                 draft.unlink(missing_ok=True)
 
 
+def rules_of(tokenizer: transformers.PreTrainedTokenizerBase) -> str | list[tuple[str, int]]:
+    """How a tokenizer splits text, as plain data: its rules, or the entries of a slow one, which has none."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+
+
 def _token_key(dataset: datasets.Dataset, tokenizer: transformers.PreTrainedTokenizerBase) -> str:
     """A hash of all that the ids depend on."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # only slow ones have none
-    rules = repr(sorted(tokenizer.get_vocab().items())) if backend is None else backend.to_str()
+    rules = rules_of(tokenizer)
     versions = tokenizers.__version__, transformers.__version__
     sha256 = hashlib.sha256(
         repr((1, type(tokenizer).__name__, rules, tokenizer.eos_token_id, versions)).encode()

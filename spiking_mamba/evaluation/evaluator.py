@@ -26,7 +26,7 @@ from spiking_mamba.common.progress import Share, Stage, say
 from spiking_mamba.common.provenance import code_state, package_versions, provenance
 from spiking_mamba.data.benchmarks import CHANCE, SOURCE_TASKS, digest
 from spiking_mamba.data.text import load_text
-from spiking_mamba.data.tokens import count_bytes, tokenize
+from spiking_mamba.data.tokens import count_bytes, rules_of, tokenize
 from spiking_mamba.evaluation.cache import ResultsCache
 from spiking_mamba.evaluation.scoring import perplexity, score, zero_shot
 from spiking_mamba.evaluation.settings import RESULTS, Checkpoint, EvaluationSettings, claim
@@ -250,9 +250,9 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)  # only slow ones have none
-    rules = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
-    return digest([rules, {key: str(token) for key, token in tokenizer.special_tokens_map.items()}])
+    return digest(
+        [rules_of(tokenizer), {key: str(token) for key, token in tokenizer.special_tokens_map.items()}]
+    )
 
 
 def _pack(counts: SpikeCounts) -> dict[str, Any]:

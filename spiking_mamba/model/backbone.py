@@ -46,6 +46,7 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(SpikingMambaBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self._has_potentials = config.states_per_neuron > 0  # the configuration builds a node to say so
         self.stream = Stream()
         self.gradient_checkpointing = False
         self.post_init()
@@ -96,8 +97,8 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
             TypeError: an argument that is none of these, nor one of :data:`~.packing.IGNORED`.
             ValueError: neither ids nor embeddings are given, or both; a token id lies outside the vocabulary
                 (checked on the CPU); the batch size has changed in the midst of a stream; a single token is
-                streamed in training; a cache is passed
-                in training with gradient checkpointing, which would run every block twice on it.
+                streamed in training; a cache is passed in training with gradient checkpointing, which would
+                run every block twice on it.
         """
         reject_unknown_arguments(kwargs)
         if (input_ids is None) == (inputs_embeds is None):
@@ -125,7 +126,7 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         shape = hidden_states.shape[:2]
         real = real_tokens(attention_mask, shape)
         document = documents_of(shape, seq_idx, position_ids, cu_seq_lens_q, real)
-        order, packing = pack(shape, real, document, cache is not None, self.config.states_per_neuron > 0)
+        order, packing = pack(shape, real, document, cache is not None, self._has_potentials)
         hidden_states = moved(hidden_states, order)
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states

@@ -251,6 +251,11 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
             return hidden_states
         return hidden_states, sum(accumulations, torch.zeros((), device=residual.device))
 
+    def weight_before(self, name: str) -> torch.Tensor:
+        """The weight that scales what the neuron before ``in_proj`` or ``out_proj`` gets: 1 / V_th folds into
+        it."""
+        return self.norm.weight if name == "in_proj" else self.mixer.before_out_proj()
+
     def _normalise(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mixer's input and the residual stream, each ``[B, L, hidden_size]``."""
         residual = hidden_states.float() if self.residual_in_fp32 else hidden_states

@@ -175,5 +175,4 @@ def tensors(cache: Cache) -> Iterator[tuple[dict[int, torch.Tensor | None], int]
 
 def batch_size(cache: Cache) -> int | None:
     """How many sequences a cache holds; None before their first token."""
-    state = conv_state(cache, 0)
-    return None if state is None else state.shape[0]
+    return next((states[key].shape[0] for states, key in tensors(cache)), None)  # type: ignore[union-attr]

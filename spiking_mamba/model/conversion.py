@@ -42,8 +42,7 @@ def fold_thresholds(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
     for block in folded.backbone.layers:
         for name, projection in spike_fed(block.mixer):
             threshold = projection.spikes.threshold
-            before = block.norm.weight if name == "in_proj" else block.mixer.before_out_proj()
-            before.div_(threshold)
+            block.weight_before(name).div_(threshold)
             projection.weight.mul_(threshold)
             projection.spikes.fix_threshold(1.0)
     folded.config.threshold = 1.0

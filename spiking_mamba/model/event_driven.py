@@ -140,9 +140,8 @@ def event_driven(
     with torch.no_grad():
         for block, source in zip(made.backbone.layers, model.backbone.layers, strict=True):
             for name, projection in spike_fed(source.mixer):
-                before = block.norm.weight if name == "in_proj" else block.mixer.before_out_proj()
                 threshold = torch.as_tensor(projection.threshold).item()
-                before /= threshold
+                block.weight_before(name).div_(threshold)
                 _fill(getattr(block.mixer, name), projection.linear, threshold)
         _fill(made.lm_head, model.lm_head, 1.0)
     made.generation_config = copy.deepcopy(model.generation_config)

@@ -177,10 +177,9 @@ def _pieces(shape: tuple[int, int], real: torch.Tensor | None, document: torch.T
     ends = torch.where(in_row, ends[: len(row)], tokens.sum(1)[row])
     size = ends - start
     order = torch.argsort(size, descending=True, stable=True)
-    row, start, size = row[order], start[order], size[order]
     last = torch.full((batch,), -1)
-    for piece in sorted(range(len(row)), key=lambda piece: int(start[piece])):
-        last[row[piece]] = piece
+    last[row[~in_row]] = torch.argsort(order)[~in_row]  # where those went in which rows end
+    row, start, size = row[order], start[order], size[order]
     lengths = [(int(each), int((size >= each).sum())) for each in size.unique(sorted=True)]
     goes_on = number[row, start] == 0
     return Pieces(*(t.to(device) for t in (row, start, size, goes_on, last)), lengths)

@@ -255,6 +255,7 @@ def test_changed_code_is_said_at_once_and_in_the_record(folder, monkeypatch, cap
 def test_two_processes_share_a_table(folder, monkeypatch, capsys):
     counted = Counted(monkeypatch)
     lock = folder / "runs/small/a-0.lock"
+    lock.parent.mkdir(parents=True)
     with study.claimed(lock) as free:
         assert free
         study.study(table(folder, [{"name": "a", "threshold": 0.5}, {"name": "b", "threshold": 0.25}]))

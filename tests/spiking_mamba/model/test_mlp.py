@@ -59,6 +59,16 @@ def test_full_cached_streamed_and_captured_agree(neuron):
     assert beams.shape[1] <= ids.shape[1] + 4
 
 
+def test_a_stream_whose_batch_changes():
+    """An MLP in front has no convolution to tell the batch by."""
+    model = mixed(layers_block_type=["mlp", "mamba", "mlp", "mamba"])
+    functional.set_step_mode(model, "s")
+    with torch.no_grad():
+        model(tokens(2, 1))
+        with pytest.raises(ValueError, match="holds 2 sequences, this call has 3"):
+            model(tokens(3, 1))
+
+
 def test_counted_driven_folded_saved(tmp_path):
     threshold = {"in_proj": 0.5, "out_proj": 0.25}
     model, ids = mixed(neuron=INTEGER, threshold=threshold), tokens(2, 12)
