@@ -60,21 +60,23 @@ score() { # NAME or source [key=value ...]
   python3 recipes/convert/score.py recipes/convert/score.yaml data=$base/data log=$base/run/scores.jsonl $what "$@"
 }
 
-pack() { # NAME [key=value ...]
+pack() { # NAME [key=value ...]: as int8, from which the next stage starts
   name=$1; shift
-  CUDA_VISIBLE_DEVICES= python3 recipes/convert/pack.py recipes/convert/pack.yaml state=$base/run/$name/state.pt output=$base/run/$name/packed "$@"
+  python3 recipes/convert/pack.py recipes/convert/pack.yaml state=$base/run/$name/state.pt output=$base/run/$name/packed "$@"
 }
 
-results() { # NAME FIRST LAST: shards of packed mixers, small files with the first; at most 4 shards (60 MiB) a call
-  cd "$base" || return 1
-  (cd triton 2>/dev/null && find . -name '*.autotune.json' | tar -cf "$base/autotune.tar" -T -)
-  tar -cf "$OUT/small.tar" autotune.tar $(ls run/*.json run/*.jsonl run/*/log.jsonl run/*/packed/mixers.json 2>/dev/null)
-  for k in $(seq "$2" "$3"); do f=run/$1/packed/mixers-0$k.safetensors; [ -f "$f" ] && cp "$f" "$OUT/"; done
-  ls -la "$OUT" run/$1/packed
+results() { # NAME: mixers in 4 bits, logs and scores, to OUT; what is small goes into one file
+  pack "$1" bits=4 group=32 calibration="$base/data/package_text.bin" output="$base/run/$1/packed4"
+  cp "$base/run/$1/packed4"/* "$OUT/" && small
 }
 
-stage() { # STAGE NAME SECONDS BUDGET [key=value ...]: train, pack, and copy the shards to OUT before anything else
-  train "$@" && pack "$2" && cp "$base/run/$2/packed"/* "$OUT/" && (score "$2" limit=200 passages=48; cp "$base"/run/scores.jsonl "$base/run/$2/log.jsonl" "$OUT/")
+small() {
+  (cd "$base/triton" 2>/dev/null && find . -name '*.autotune.json' | tar -cf "$base/autotune.tar" -T -)
+  (cd "$base" && tar -cf "$OUT/small.tar" autotune.tar $(ls run/*.json run/*.jsonl run/*.npz run/*/log.jsonl 2>/dev/null))
+}
+
+stage() { # STAGE NAME SECONDS BUDGET [key=value ...]: train, pack, and copy to OUT before anything else
+  train "$@" && pack "$2" && results "$2"
 }
 
 smoke1() { # half of everything once, briefly, and how fast; each part has a limit, none stops the next

@@ -1,13 +1,15 @@
 """Pack a stage's mixers: python recipes/convert/pack.py recipes/convert/pack.yaml"""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from conversion import convert, mixers_of
 from flat import FlatParameters
 from llama import Llama
-from packing import pack_mixers
+from packing import pack_mixers, second_moments
 from source import load_source
+from tokens import Stream, read_tokens
 
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet
@@ -25,6 +27,8 @@ class PackSettings:
         bits, group: see ``packing.integers``.
         megabytes: of a file, at most.
         expand: width of a mixer over the residual stream's.
+        calibration: file of tokens (uint16); rounding errors are fed back by what projections are given on
+            `rows` of `length` of them. null: they are not fed back.
     """
 
     source: str
@@ -34,6 +38,9 @@ class PackSettings:
     group: int = 0
     megabytes: float = 15.0
     expand: int = 2
+    calibration: Any = None
+    rows: int = 64
+    length: int = 512
 
 
 @fail_clearly()
@@ -45,9 +52,15 @@ def main() -> None:
     flat = FlatParameters(mixers_of(model))
     flat.matrices.data.copy_(state["matrices"])
     flat.vectors.data.copy_(state["vectors"])
-    facts = {"progress": state["progress"]}
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device)
+    moments = {}
+    if settings.calibration is not None:
+        stream = Stream(read_tokens([settings.calibration]), settings.length, 0, device)
+        moments = second_moments(model, stream.take(0, settings.rows))
+    facts = {"progress": state["progress"], "group": settings.group, "calibration": settings.calibration}
     paths = pack_mixers(
-        model, settings.output, settings.bits, settings.group, megabytes=settings.megabytes, facts=facts
+        model, settings.output, settings.bits, settings.group, moments, settings.megabytes, facts
     )
     for path in paths:
         print(f"{path} {path.stat().st_size:,} bytes")

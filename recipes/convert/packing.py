@@ -17,15 +17,33 @@ from safetensors.torch import load_file, save_file
 
 from spiking_mamba import SpikingMambaForCausalLM
 
-__all__ = ["integers", "load_mixers", "pack_mixers", "unpacked"]
+__all__ = ["integers", "load_mixers", "pack_mixers", "second_moments", "unpacked"]
 
 _INDEX = "mixers.json"
 
 
+_SHRUNK = [
+    k / 20 for k in range(13, 21)
+]  # of the scale at which a group's largest weight is the largest integer
+
+
 def scales_of(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """``[out, in] -> [out, in / group]``: the largest weight of a group is the largest integer."""
-    largest = weight.unflatten(1, (-1, group)).abs().amax(-1)
-    return (largest / (2 ** (bits - 1) - 1)).clamp(min=torch.finfo(torch.float32).tiny)
+    """``[out, in] -> [out, in / group]``, of float16's values: the scale at which a group's largest weight is
+    the largest integer, or up to a third less where cutting that weight off lets the others err less."""
+    most = 2 ** (bits - 1) - 1
+    parts = weight.unflatten(1, (-1, group))
+    whole = parts.abs().amax(-1) / most
+    best, least = None, None
+    for share in _SHRUNK:
+        # rounded up by float16's step: the largest integer must not be exceeded by rounding alone
+        scale = (whole * share * (1 + 2**-11)).clamp(min=2.0**-14).half().float()
+        found = (parts / scale[..., None]).round().clamp(-most, most) * scale[..., None]
+        error = (found - parts).square().sum(-1)
+        better = torch.ones_like(error, dtype=torch.bool) if least is None else error <= least
+        best = scale if best is None else torch.where(better, scale, best)
+        least = error if least is None else torch.where(better, error, least)
+    assert best is not None
+    return best
 
 
 @torch.no_grad()
@@ -40,7 +58,7 @@ def integers(
         second_moment: ``[in, in]``, the inputs' mean ``x x^T``, for feeding errors back.
 
     Returns:
-        int8 ``[out, in]`` in ``+-(2^(bits-1) - 1)``, and float32 ``[out, in / group]``.
+        int8 ``[out, in]`` in ``+-(2^(bits-1) - 1)``, and float32 ``[out, in / group]`` of float16's values.
     """
     weight = weight.detach().float().clone()
     inputs, most = weight.shape[1], 2 ** (bits - 1) - 1
@@ -85,7 +103,7 @@ def _from_nibbles(packed: torch.Tensor, shape: list[int]) -> torch.Tensor:
 def _packed(
     model: SpikingMambaForCausalLM, bits: int, group: int, moments: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Tensors of all mixers by name: matrices as integers and scales, the rest in 16 bits of float."""
+    """Tensors of all mixers by name: matrices as integers and scales in float16, the rest in float32."""
     for number, mixer in enumerate(mixers_of(model)):
         for name, parameter in mixer.named_parameters():
             key = f"{number}.{name}"
@@ -95,11 +113,43 @@ def _packed(
                 continue
             moment = moments.get(f"{number}.{name.removesuffix('.weight')}")
             found, scale = integers(parameter.detach(), bits, group, moment)
-            yield f"{key}:scale", scale.cpu()
+            yield f"{key}:scale", scale.half().cpu()
             if bits <= 4:
                 yield f"{key}:nibbles", _nibbles(found.cpu())
             else:
                 yield f"{key}:integers", found.cpu()
+
+
+@torch.no_grad()
+def second_moments(
+    model: SpikingMambaForCausalLM, ids: torch.Tensor, rows: int = 4
+) -> dict[str, torch.Tensor]:
+    """The mean ``x x^T`` of what every projection of every mixer is given, by name: "0.in_proj" and so on.
+
+    Args:
+        ids: ``[B, L]``; first places are left out, as in training. rows: that go through the model at a time.
+    """
+    sums: dict[str, torch.Tensor] = {}
+
+    def add(name: str) -> Any:
+        def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0][:, 1:].flatten(0, 1).float()
+            sums[name] = sums.get(name, 0) + x.T @ x
+
+        return hook
+
+    handles = [
+        getattr(mixer, name).register_forward_pre_hook(add(f"{number}.{name}"))
+        for number, mixer in enumerate(mixers_of(model))
+        for name in ("in_proj", "out_proj")
+    ]
+    try:
+        for part in ids.split(rows):
+            model.backbone(part, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: total / (ids.shape[0] * (ids.shape[1] - 1)) for name, total in sums.items()}
 
 
 def pack_mixers(
@@ -149,7 +199,7 @@ def unpacked(tensors: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) ->
         if name in tensors:
             found[name] = tensors[name].float()
             continue
-        scale = tensors[f"{name}:scale"]
+        scale = tensors[f"{name}:scale"].float()
         if f"{name}:nibbles" in tensors:
             whole = _from_nibbles(tensors[f"{name}:nibbles"], list(shape))
         else:

@@ -42,6 +42,7 @@ class ScoreSettings:
         limit: items of each task, its first ones; 0: all.
         tokens: of a batch, padding included. passages: rows of 512 tokens of each kind.
         expand: width of a mixer over the residual stream's.
+        items: file (.npz) for every item's outcome, by task and metric; null: none.
     """
 
     source: str
@@ -53,6 +54,7 @@ class ScoreSettings:
     tokens: int = 32768
     passages: int = 128
     expand: int = 2
+    items: Any = None
 
 
 class Scored:
@@ -113,8 +115,8 @@ def likelihoods(scored: Scored, rows: list[np.ndarray], ends: np.ndarray, most: 
     return sums, greedy
 
 
-def tasks(scored: Scored, data: Any, limit: int, most: int) -> dict[str, dict[str, float]]:
-    """``acc`` and ``acc_norm``, its standard error, and the number of items, by task."""
+def outcomes(scored: Scored, data: Any, limit: int, most: int) -> dict[str, dict[str, np.ndarray]]:
+    """Whether each item was answered rightly, bool ``[items]``, by task and metric: ``acc``, ``acc_norm``."""
     table, tokens = data["requests"], data["tokens"]
     starts = np.cumsum(table[:, 4]) - table[:, 4]
     chosen = np.flatnonzero(table[:, 1] < (limit or 10**9))
@@ -136,16 +138,24 @@ def tasks(scored: Scored, data: Any, limit: int, most: int) -> dict[str, dict[st
                 hits = [np.argmax(values) == gold, np.argmax(values / size) == gold]
             right["acc"].append(hits[0])
             right["acc_norm"].append(hits[1])
-        found[name] = {key: round(float(np.mean(value)), 4) for key, value in right.items()}
-        main = found[name][BENCHMARK_SETS[name].main]
-        found[name] |= {"stderr": round(float(np.sqrt(main * (1 - main) / len(by_item))), 4)}
-        found[name] |= {"items": len(by_item)}
+        found[name] = {key: np.array(value, bool) for key, value in right.items()}
+    return found
+
+
+def tasks(right: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
+    """``acc`` and ``acc_norm``, the standard error of the one that counts, and how many items, by task."""
+    found = {}
+    for name, metrics in right.items():
+        found[name] = {key: round(float(np.mean(value)), 4) for key, value in metrics.items()}
+        main, items = metrics[BENCHMARK_SETS[name].main].mean(), len(metrics["acc"])
+        found[name] |= {"stderr": round(float(np.sqrt(main * (1 - main) / items)), 4), "items": items}
     return found
 
 
 @torch.no_grad()
 def passages(scored: Scored, data: Any, count: int, most: int, length: int = 512) -> dict[str, float]:
-    """Perplexity, and KL from the source in nats a token, of passages; positions 0 are left out."""
+    """Perplexity, KL from the source in nats a token, and how often both hold the same token for the most
+    probable one, on passages; positions 0 are left out."""
     found = {}
     device = scored.source.head.device
     for name, short in PASSAGES.items():
@@ -153,16 +163,18 @@ def passages(scored: Scored, data: Any, count: int, most: int, length: int = 512
         whole = len(tokens) // (length - 1)
         ids = torch.from_numpy(tokens[: whole * (length - 1)]).view(whole, -1)[:count]
         ids = F.pad(ids, (1, 0), value=END).to(device)
-        nll, kl, n = 0.0, 0.0, 0
+        nll, kl, same, n = 0.0, 0.0, 0, 0
         for part in ids.split(max(1, most // length)):
             own, theirs = scored.hidden_states(part)[:, 1:-1], scored.source.hidden_states(part)[:, 1:-1]
             for hidden, other, targets in zip(own, theirs, part[:, 2:], strict=True):
                 log_p, log_q = (scored.logits(h).log_softmax(-1) for h in (hidden, other))
                 nll -= float(log_p.gather(1, targets[:, None]).double().sum())
                 kl += float((log_q.exp() * (log_q - log_p)).double().sum())
+                same += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
                 n += len(targets)
         found[f"perplexity_{short}"] = round(float(np.exp(nll / max(1, n))), 3)
         found[f"kl_{short}"] = round(kl / max(1, n), 4)
+        found[f"agreement_{short}"] = round(same / max(1, n), 4)
     return found
 
 
@@ -197,7 +209,13 @@ def main() -> None:
     scored, facts = load_scored(settings, device)
     data = np.load(Path(settings.data, "evaluated.npz"))
     begun = time.monotonic()
-    found = tasks(scored, data, settings.limit, settings.tokens)
+    right = outcomes(scored, data, settings.limit, settings.tokens)
+    if settings.items is not None:
+        np.savez_compressed(
+            settings.items, **{f"{n}/{m}": np.packbits(v) for n, ms in right.items() for m, v in ms.items()},
+            **{f"{n}/items": len(ms["acc"]) for n, ms in right.items()},
+        )  # fmt: skip
+    found = tasks(right)
     rest = passages(scored, data, settings.passages, settings.tokens)
     mains = [values[BENCHMARK_SETS[name].main] for name, values in found.items()]
     entry = {"scored": facts or "source", "limit": settings.limit, "mean": round(float(np.mean(mains)), 4)}
