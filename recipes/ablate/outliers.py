@@ -7,12 +7,13 @@ import itertools
 import json
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BeforeValidator, Field
 from transformers import PreTrainedTokenizerBase
 
 from spiking_mamba import SpikingMambaForCausalLM, data, evaluation
@@ -22,6 +23,7 @@ from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.schema import Count, Fraction, Name, Names, as_list, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.evaluation.outliers import SCOPES, number_of_outliers, replace_outliers
 from spiking_mamba.model.checkpoint import load_model
@@ -30,12 +32,13 @@ from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
 from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.reports.figures import COLOURS, picture
 from spiking_mamba.training.run import start_run
+from spiking_mamba.training.student import Length
 
 VERSIONS = ("torch", "transformers", "spikingjelly")
 NAMES = {"in_proj": "u (input of in_proj)", "out_proj": "y (input of out_proj)"}
 
 
-@dataclass
+@schema
 class OutlierSettings:
     """Settings of the study; every field is a key of the YAML file.
 
@@ -50,46 +53,37 @@ class OutlierSettings:
         per: 'token': of the channels of every token; 'tensor': of a whole batch, which depends on batch_size.
         data: sources of text, see ``spiking_mamba.data.load_text``; each has its own perplexity, on its
             held-out documents.
-        length: tokens a row. rows: how many of each source, at most. batch_size: rows at a time.
+        length: tokens a row.
+        rows: how many of each source, at most.
+        batch_size: rows at a time.
         tasks: zero-shot sets, see ``spiking_mamba.data.benchmarks.CHANCE``; may be empty.
         limit: items of each set; null for all.
         resume, overwrite: go on with, or throw away, the run in ``output``.
     """
 
-    output: str
-    model: str
-    tokenizer: Any = None
-    sites: Any = PROJECTIONS
-    values: Any = (0.0, 1.0)
-    fractions: Any = (0.0001, 0.001, 0.01)
-    per: str = "token"
-    data: Any = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
-    length: int = 256
-    rows: int = 200
-    batch_size: int = 8
-    tasks: Any = ()
-    limit: Any = None
+    output: Name
+    model: Name
+    tokenizer: Name | None = None
+    sites: Annotated[list[Literal[PROJECTIONS]], BeforeValidator(as_list)] = field(
+        default_factory=lambda: list(PROJECTIONS)
+    )
+    values: Annotated[list[Annotated[float, Field(ge=-1e9, le=1e9)]], BeforeValidator(as_list)] = field(
+        default_factory=lambda: [0.0, 1.0]
+    )
+    fractions: Annotated[list[Fraction], BeforeValidator(as_list)] = field(
+        default_factory=lambda: [0.0001, 0.001, 0.01]
+    )
+    per: Literal[SCOPES] = "token"
+    data: Annotated[Names, Field(min_length=1)] = field(
+        default_factory=lambda: ["wikipedia-leads", "state-of-the-union"]
+    )
+    length: Length = 256
+    rows: Count = 200
+    batch_size: Count = 8
+    tasks: Names = field(default_factory=list)
+    limit: Count | None = None
     resume: bool = False
     overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("sites", "values", "fractions", "data", "tasks"):
-            value = getattr(self, name)
-            setattr(self, name, list(value) if isinstance(value, list | tuple) else [value])
-        if unknown := [site for site in self.sites if site not in PROJECTIONS]:
-            raise ValueError(f"sites must be of {', '.join(PROJECTIONS)}, got {unknown[0]!r}.")
-        if self.per not in SCOPES:
-            raise ValueError(f"per must be one of {', '.join(SCOPES)}, got {self.per!r}.")
-        for name, low, high in (("fractions", 0.0, 1.0), ("values", -1e9, 1e9)):
-            for value in getattr(self, name):
-                number = isinstance(value, int | float) and not isinstance(value, bool)
-                if not number or not low <= value <= high:
-                    raise ValueError(f"{name} must be numbers from {low:g} to {high:g}, got {value!r}.")
-        for name, low in (("length", 2), ("rows", 1), ("batch_size", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"{name} must be at least {low}, got {getattr(self, name)}.")
-        if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
-            raise ValueError(f"limit must be a positive integer or null, got {self.limit!r}.")
 
 
 def conditions(settings: OutlierSettings) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.evaluation.statistics import interval
 
 if TYPE_CHECKING:

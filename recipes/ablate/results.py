@@ -6,11 +6,11 @@ python recipes/ablate/results.py recipes/ablate/results.yaml
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated
 
 from frontier import answer, draw
+from pydantic import Field
 from recorded import PERPLEXITY, Row, read
 from sections import section
 from table import Table
@@ -19,7 +19,8 @@ from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.provenance import MARK
-from spiking_mamba.common.settings import is_list_of, parse_settings
+from spiking_mamba.common.schema import Name, Names, schema
+from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.evaluation.statistics import interval
 from spiking_mamba.reports.document import Block, Heading, Paragraph, Picture, to_markdown
 from spiking_mamba.reports.document import Table as Cells
@@ -29,7 +30,7 @@ RATE = 500_000  # tokens a second of student steps with their teacher on an H200
 AROUND = 10.0  # seconds a row takes besides training
 
 
-@dataclass
+@schema
 class ResultsSettings:
     """Settings of the page; every field is a key of the YAML file.
 
@@ -39,14 +40,9 @@ class ResultsSettings:
         results: folder of the rows' results; null: where each table says.
     """
 
-    tables: Any
-    page: str = "docs/results.md"
-    results: Any = None
-
-    def __post_init__(self) -> None:
-        self.tables = [self.tables] if isinstance(self.tables, str) else self.tables
-        if not is_list_of(self.tables, str):
-            raise ValueError(f"tables must be a list of YAML files, got {self.tables!r}.")
+    tables: Annotated[Names, Field(min_length=1)]
+    page: Name = "docs/results.md"
+    results: Name | None = None
 
 
 def write(settings: ResultsSettings) -> None:

@@ -7,8 +7,8 @@ from placeholders import fill, rows_named
 from recorded import PERPLEXITY, Row, best_control, marked
 from table import DRIVEN_ROWS, Table
 
+from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.provenance import MARK, is_clean
-from spiking_mamba.common.settings import reject_unknown_keys
 from spiking_mamba.evaluation.statistics import interval
 from spiking_mamba.reports.document import Block, Code, Heading, Paragraph
 from spiking_mamba.reports.document import Table as Cells

@@ -2,16 +2,28 @@
 
 import copy
 import fnmatch
+import functools
+import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from placeholders import rows_named
+from pydantic import AfterValidator, BeforeValidator, Field
 
-from spiking_mamba.common.settings import is_list_of, reject_unknown_keys, set_dotted
-from spiking_mamba.training.arguments import TRAINING_KEYS
+from spiking_mamba.common.keys import reject_unknown_keys, set_dotted, shown
+from spiking_mamba.common.schema import (
+    Count,
+    Name,
+    Positive,
+    Seeds,
+    SettingsError,
+    Sources,
+    mapping_of,
+    schema,
+)
 from spiking_mamba.training.distillation import DistillationSettings
 
 CHECKS = ("bf16", "int8", "spike_driven")
@@ -21,7 +33,92 @@ _OWN = ("name", "seeds", "checks", "lever")  # of a row; its other keys are sett
 OUTSIDE = ("teacher", "output", "data", "seed", "resume", "overwrite", "dry_run", "compile")
 
 
-@dataclass
+def _check_file_name(name: str) -> str:
+    if Path(name).name != name:
+        raise ValueError(f"must be a file's name without a folder, got {shown(name)}.")
+    return name
+
+
+def _check_row_name(name: str) -> str:
+    if not slug(name) or ".." in Path(name).parts or Path(name).is_absolute():
+        raise ValueError(f"must be a name that is no path, got {shown(name)}.")
+    return name
+
+
+Patterns = Annotated[list[str], BeforeValidator(lambda only: [only] if isinstance(only, str) else only)]
+
+
+@functools.cache  # the page asks for the same again and again
+def _checked(fields: str) -> DistillationSettings:
+    return DistillationSettings(**json.loads(fields))
+
+
+@schema
+class Claim:
+    """A claim of the source.
+
+    Attributes:
+        claim: in words.
+        verdict: what is found, with placeholders.
+        rows: further ones that it is judged by.
+    """
+
+    claim: str
+    verdict: str = ""
+    rows: list[str] = field(default_factory=list)
+
+
+@schema
+class Lever:
+    """What a single change gave.
+
+    Attributes:
+        change: in words.
+        row: that has it.
+        against: the row it is held against.
+    """
+
+    change: str
+    row: str
+    against: str
+
+
+@schema
+class Finding:
+    """What follows.
+
+    Attributes:
+        text: with placeholders.
+        rows: that must have been run, besides those that it names.
+    """
+
+    text: str
+    rows: list[str] = field(default_factory=list)
+
+
+@schema
+class Row:
+    """What of a row is no setting of its students.
+
+    Attributes:
+        name: its own.
+        seeds: instead of the table's.
+        checks: instead of the table's.
+        lever: by which the picture groups it.
+    """
+
+    name: Annotated[Name, AfterValidator(_check_row_name)]
+    seeds: Seeds = field(default_factory=lambda: [0])
+    checks: list[Literal[CHECKS]] = field(default_factory=list)
+    lever: str = ""
+
+
+def _check_row(row: dict[str, Any]) -> dict[str, Any]:
+    Row(**{"name": "", **{key: value for key, value in row.items() if key in _OWN}})
+    return row
+
+
+@schema
 class Table:
     """A table of students; every field is a key of the YAML file.
 
@@ -56,61 +153,49 @@ class Table:
         minutes: start no row that would end later than this many minutes after the start; null: no limit.
     """
 
-    name: str
-    teacher: str
-    data: Any
-    held_out: Any
-    common: dict
-    rows: Any
+    name: Annotated[Name, AfterValidator(_check_file_name)]
+    teacher: Name
+    data: Sources
+    held_out: Sources
+    common: dict[str, Any]
+    rows: Annotated[list[Annotated[dict[str, Any], AfterValidator(_check_row)]], Field(min_length=1)]
     title: str = ""
     about: str = ""
-    claims: Any = ()
-    levers: Any = ()
-    findings: Any = ()
-    seeds: Any = (0,)
-    checks: Any = ()
-    held_out_rows: Any = None
-    results: str = "docs/results"
-    output: str = "runs/study"
-    only: Any = None
+    claims: list[mapping_of(Claim)] = field(default_factory=list)
+    levers: list[mapping_of(Lever)] = field(default_factory=list)
+    findings: list[mapping_of(Finding)] = field(default_factory=list)
+    seeds: Seeds = field(default_factory=lambda: [0])
+    checks: list[Literal[CHECKS]] = field(default_factory=list)
+    held_out_rows: Count | None = None
+    results: Name = "docs/results"
+    output: Name = "runs/study"
+    only: Patterns | None = None
     rehearse: bool = False
-    minutes: Any = None
+    minutes: Positive | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rows, list) or not self.rows:
-            raise ValueError(f"{self.name} has no rows.")
         if self.rehearse:
             self.held_out_rows, self.output = 4, str(Path(self.output, "rehearsal"))
             self.results = str(Path(self.output, "results"))
         self._check_names()
-        number = isinstance(self.minutes, int | float) and not isinstance(self.minutes, bool)
-        if self.minutes is not None and not (number and self.minutes > 0):
-            raise ValueError(f"minutes must be a positive number or null, got {self.minutes!r}.")
-        for seeds in (self.seeds, *(row.get("seeds", ()) for row in self.rows)):
-            if not is_list_of(seeds, int):
-                raise ValueError(f"seeds must be a list of integers, got {seeds!r}.")
         self._check_texts()
         for row in self.rows:
-            reject_unknown_keys(dict.fromkeys(self.checks_of(row)), CHECKS, f"{row['name']}: checks")
-            self.settings(row)
+            self._check_settings(row)
 
     def _check_names(self) -> None:
-        names = [row.get("name") for row in self.rows]
-        slugs = [slug(str(name)) for name in names]
-        if not all(isinstance(name, str) and slug(name) for name in names) or len(set(slugs)) < len(slugs):
-            raise ValueError(f"Every row of {self.name} needs a name of its own, got {names}.")
-        self.only = [self.only] if isinstance(self.only, str) else self.only
-        if self.only is not None and not is_list_of(self.only, str):
-            raise ValueError("only takes names; quote one with a colon or comma twice: only='\"4.76x: *\"'.")
+        names = [row["name"] for row in self.rows]
+        slugs = [slug(name) for name in names]
+        if twice := [name for name in names if slugs.count(slug(name)) > 1]:
+            raise ValueError(f"Every row of {self.name} needs a name of its own, got {shown(twice)}.")
         for pattern in self.only or ():
             if not fnmatch.filter(names, pattern):
-                raise ValueError(f"only={pattern!r} is none of the rows {', '.join(map(repr, names))}.")
+                raise ValueError(
+                    f"only={shown(pattern)} is none of the rows {', '.join(map(repr, names[:20]))}; "
+                    "quote one with a colon or comma twice: only='\"4.76x: *\"'."
+                )
 
     def _check_texts(self) -> None:
         """Raise a ValueError where what the page says of the rows rests on none of them."""
-        self._check_entries("claims", ("claim",), ("rows", "verdict"))
-        self._check_entries("findings", ("text",), ("rows",))
-        self._check_entries("levers", ("change", "row", "against"))
         for claim in self.claims:
             self._check_rows(claim.get("rows", []), "claims")
             self._check_rows(self._own_rows(claim.get("verdict", "")), "claims")
@@ -120,19 +205,18 @@ class Table:
         for lever in self.levers:
             self._check_rows([lever["row"], lever["against"]], "levers")
 
-    def _check_entries(self, key: str, needed: Sequence[str], others: Sequence[str] = ()) -> None:
-        """Raise a ValueError unless ``key`` is a list of mappings with these keys."""
-        entries = getattr(self, key)
-        if not is_list_of(entries, dict):
-            raise ValueError(f"{self.name}: {key} must be a list of mappings, got {entries!r}.")
-        for entry in entries:
-            reject_unknown_keys(entry, (*needed, *others), f"{self.name}: {key}")
-            if missing := [name for name in needed if name not in entry]:
-                raise ValueError(f"{self.name}: {key}: {entry} must set {', '.join(missing)}.")
+    def _check_settings(self, row: dict[str, Any]) -> None:
+        """Raise a ValueError for what cannot be trained, at the first row that has it."""
+        try:
+            found = self.settings(row)
+            if isinstance(given := found.training.get("max_steps", 0), float | str) or given < 0:
+                raise ValueError(f"training.max_steps must be an integer of at least 0, got {shown(given)}.")
+        except SettingsError as error:
+            raise SettingsError(self.name, [each.within(row["name"]) for each in error.problems]) from None
+        except ValueError as error:
+            raise ValueError(f"{row['name']}: {error}") from None
 
-    def _check_rows(self, rows: Any, key: str) -> None:
-        if not isinstance(rows, list):
-            raise ValueError(f"{self.name}: {key}: rows must be a list of names, got {rows!r}.")
+    def _check_rows(self, rows: Sequence[str], key: str) -> None:
         reject_unknown_keys(dict.fromkeys(rows), [row["name"] for row in self.rows], f"{self.name}: {key}")
 
     def _own_rows(self, text: str) -> list[str]:
@@ -153,12 +237,10 @@ class Table:
                 set_dotted(given, key, value)
         known = [f.name for f in fields(DistillationSettings) if f.name not in OUTSIDE or f.name == "compile"]
         reject_unknown_keys(given, known, row["name"])
-        if self.rehearse and given["training"].get("max_steps"):
+        if self.rehearse and isinstance(given.get("training"), dict) and given["training"].get("max_steps"):
             given["training"] |= {"max_steps": 2, "per_device_train_batch_size": 2}
-        reject_unknown_keys(given.get("training", {}), TRAINING_KEYS, f"{row['name']}: training")
-        settings = DistillationSettings(teacher=self.teacher, output="", data=self.data, seed=seed, **given)
-        settings.make_loss()
-        return settings
+        others = {"teacher": self.teacher, "output": self.output, "data": self.data, "seed": seed}
+        return copy.deepcopy(_checked(json.dumps(given | others)))
 
     def runs(self) -> Iterator[tuple[dict[str, Any], int]]:
         """Rows and seeds, in the order in which they are run."""

@@ -1,22 +1,24 @@
 """Pack a stage's mixers: python recipes/convert/pack.py recipes/convert/pack.yaml"""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated
 
 import torch
 from conversion import convert, mixers_of
 from flat import FlatParameters
 from llama import Llama
 from packing import pack_mixers, second_moments
+from pydantic import Field
 from source import load_source
 from tokens import Stream, read_tokens
 
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.schema import Count, Name, Natural, Positive, schema
 from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.training.student import Length
 
 
-@dataclass
+@schema
 class PackSettings:
     """Every field is a key of the YAML file.
 
@@ -29,18 +31,19 @@ class PackSettings:
         expand: width of a mixer over the residual stream's.
         calibration: file of tokens (uint16); rounding errors are fed back by what projections are given on
             `rows` of `length` of them. null: they are not fed back.
+        rows, length: of the calibration.
     """
 
-    source: str
-    state: str
-    output: str
-    bits: int = 8
-    group: int = 0
-    megabytes: float = 15.0
-    expand: int = 2
-    calibration: Any = None
-    rows: int = 64
-    length: int = 512
+    source: Name
+    state: Name
+    output: Name
+    bits: Annotated[int, Field(ge=2, le=8)] = 8
+    group: Natural = 0
+    megabytes: Positive = 15.0
+    expand: Count = 2
+    calibration: Name | None = None
+    rows: Count = 64
+    length: Length = 512
 
 
 @fail_clearly()

@@ -5,17 +5,19 @@ python recipes/convert/prepare.py recipes/convert/prepare.yaml
 
 import json
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from openings import openings
+from pydantic import Field
 from source import load_source_tokenizer
 from tokens import END
 
 from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.schema import Count, Name, Seed, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 from spiking_mamba.data.contamination import EVALUATED, evaluated_texts
@@ -23,7 +25,7 @@ from spiking_mamba.data.packages import read_corpus
 from spiking_mamba.evaluation.tasks import undisturbed, zero_shot_tasks
 
 
-@dataclass
+@schema
 class PrepareSettings:
     """Every field is a key of the YAML file.
 
@@ -32,19 +34,20 @@ class PrepareSettings:
         corpus: folder that ``recipes/teacher/corpus.py`` has written.
         output: folder for what is prepared.
         skip: sources of the corpus that are left out.
-        openings: how many. opening: their most tokens.
+        openings: how many.
+        opening: their most tokens.
         passages: of each kind, for perplexity and KL.
         seed: of the draws.
     """
 
-    source: str
-    corpus: str
-    output: str
-    skip: list
-    openings: int = 100_000
-    opening: int = 48
-    passages: int = 200
-    seed: int = 0
+    source: Name
+    corpus: Name
+    output: Name
+    skip: list[Name]
+    openings: Count = 100_000
+    opening: Annotated[int, Field(ge=1, le=255)] = 48
+    passages: Count = 200
+    seed: Seed = 0
 
 
 def encode(tokenizer: Any, texts: list[str]) -> list[list[int]]:

@@ -6,7 +6,6 @@ python recipes/convert/score.py recipes/convert/score.yaml
 import json
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +22,14 @@ from torch.nn import functional as F
 from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.schema import Count, Name, Natural, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 
 PASSAGES = {"openwebtext-passages": "web", "wikipedia-passages": "wiki"}
 
 
-@dataclass
+@schema
 class ScoreSettings:
     """Every field is a key of the YAML file.
 
@@ -40,21 +40,22 @@ class ScoreSettings:
         state: a stage's ``state.pt``, whose mixers are scored; null: `mixers`.
         mixers: folder of packed mixers; null, too: the source itself.
         limit: items of each task, its first ones; 0: all.
-        tokens: of a batch, padding included. passages: rows of 512 tokens of each kind.
+        tokens: of a batch, padding included.
+        passages: rows of 512 tokens of each kind.
         expand: width of a mixer over the residual stream's.
         items: file (.npz) for every item's outcome, by task and metric; null: none.
     """
 
-    source: str
-    data: str
-    log: str
-    state: Any = None
-    mixers: Any = None
-    limit: int = 400
-    tokens: int = 32768
-    passages: int = 128
-    expand: int = 2
-    items: Any = None
+    source: Name
+    data: Name
+    log: Name
+    state: Name | None = None
+    mixers: Name | None = None
+    limit: Natural = 400
+    tokens: Count = 32768
+    passages: Count = 128
+    expand: Count = 2
+    items: Name | None = None
 
 
 class Scored:

@@ -10,7 +10,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from capture import captured
@@ -19,12 +19,15 @@ from flat import FlatParameters
 from llama import Llama
 from matching import LayerMatching, LogitMatching
 from packing import load_mixers
+from pydantic import Field
 from source import load_source
 from tokens import Mixture, Stream, read_tokens
 
 from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.schema import Count, Fraction, Name, Natural, Positive, Seed, schema
 from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.training.student import Length
 
 STARTED = time.monotonic()
 
@@ -33,7 +36,7 @@ STATE, LOG = "state.pt", "log.jsonl"
 _UNTIMED, _TIMED = 10, 30  # steps before the speed is taken, and over which it is
 
 
-@dataclass
+@schema
 class TrainSettings:
     """Settings of a stage; every field is a key of the YAML file.
 
@@ -51,47 +54,43 @@ class TrainSettings:
         budget: seconds of training that the stage has, for ``steps: 0``.
         seconds: after which this call ends, its state kept; 0: at the stage's end.
         learning_rate, final_learning_rate: after the warm-up, and at the end of a cosine.
-        warmup: steps of a linear rise from 0. weight_decay: of matrices.
+        warmup: steps of a linear rise from 0.
+        weight_decay: of matrices.
         clip: norm that gradients are cut to, each mixer's in 'layers', all together in 'logits'.
         piece: rows whose logits are made at a time.
         log_every: steps between two lines of the log.
-        compiles: use ``torch.compile``. graph: replay steps as CUDA graphs.
+        compiles: use ``torch.compile``.
+        graph: replay steps as CUDA graphs.
         seed: of rows and of what attention gives no mixer.
     """
 
-    output: str
-    stage: str
-    source: str
-    own_text: list
-    package_text: list
-    start: Any = None
-    expand: int = 2
-    rows: int = 32
-    length: int = 512
-    own_share: float = 2 / 3
-    steps: int = 0
-    budget: float = 1200.0
-    seconds: float = 0.0
-    learning_rate: float = 1e-3
-    final_learning_rate: float = 1e-5
-    warmup: int = 100
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    piece: int = 8
-    log_every: int = 50
+    output: Name
+    stage: Literal[STAGES]
+    source: Name
+    own_text: list[Name]
+    package_text: list[Name]
+    start: Name | None = None
+    expand: Count = 2
+    rows: Count = 32
+    length: Length = 512
+    own_share: Fraction = 2 / 3
+    steps: Natural = 0
+    budget: Positive = 1200.0
+    seconds: Annotated[float, Field(ge=0)] = 0.0
+    learning_rate: Positive = 1e-3
+    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
+    warmup: Natural = 100
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    clip: Positive = 1.0
+    piece: Count = 8
+    log_every: Count = 50
     compiles: bool = True
     graph: bool = True
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.stage not in STAGES:
-            raise ValueError(f"stage must be one of {', '.join(STAGES)}, got {self.stage!r}.")
-        if self.rows < 1 or self.length < 2 or self.piece < 1 or self.rows % self.piece:
-            raise ValueError("rows, length and piece must be positive, and piece must divide rows.")
-        if not 0 <= self.own_share <= 1:
-            raise ValueError(f"own_share must lie in [0, 1], got {self.own_share}.")
-        if self.steps < 0 or self.budget <= 0 or self.seconds < 0 or self.warmup < 0:
-            raise ValueError("steps, seconds and warmup must not be negative, and budget must be positive.")
+        if self.rows % self.piece:
+            raise ValueError(f"piece must divide rows={self.rows}, got {self.piece}.")
 
 
 def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:

@@ -6,26 +6,29 @@ python recipes/convert/write_text.py recipes/convert/write_text.yaml
 import json
 import os
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from decode import Openings, Writer
 from filters import Evaluated, Filter
 from llama import Llama
+from pydantic import Field
 from source import load_source
 from tokens import END
 
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.schema import Count, Name, Natural, Positive, Seed, schema
 from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.training.student import Length
 
 STARTED = time.monotonic()
 
 
-@dataclass
+@schema
 class WriteSettings:
     """Every field is a key of the YAML file.
 
@@ -38,36 +41,33 @@ class WriteSettings:
         seconds: after which it ends, counted from its start.
         first_part: number of the first batch: another number, other text.
         rows, length: of a batch.
-        temperature, min_p: of the sampling. ends_turn: the token that ends a turn of a chat.
+        temperature, min_p: of the sampling.
+        ends_turn: the token that ends a turn of a chat.
         overlap: documents that share so many tokens in a row with an evaluated text are dropped.
         every: positions of attention that one CUDA graph reads more than the one before.
         compiles: use ``torch.compile``.
         seed: of sampling and openings; with a batch's number and the process's it makes that batch again.
     """
 
-    source: str
-    data: str
-    output: str
-    parts: int = 0
+    source: Name
+    data: Name
+    output: Name
+    parts: Natural = 0
     seconds: float = 120.0
-    first_part: int = 0
-    rows: int = 2048
-    length: int = 512
-    temperature: float = 0.9
-    min_p: float = 0.04
-    ends_turn: int = 2
-    overlap: int = 13
-    every: int = 64
+    first_part: Natural = 0
+    rows: Count = 2048
+    length: Length = 512
+    temperature: Positive = 0.9
+    min_p: Annotated[float, Field(gt=0, le=1)] = 0.04
+    ends_turn: Natural = 2
+    overlap: Count = 13
+    every: Count = 64
     compiles: bool = True
-    seed: int = 0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if self.parts < 0 or self.rows < 1 or self.length < 2 or self.every < 1:
-            raise ValueError("rows, length and every must be positive, and parts must not be negative.")
         if not self.parts and self.seconds <= 0:
             raise ValueError("Set parts, or seconds that are positive.")
-        if self.temperature <= 0 or not 0 < self.min_p <= 1:
-            raise ValueError("temperature must be positive, and min_p must lie in (0, 1].")
 
 
 def read_openings(path: Path, rows: int, device: torch.device) -> Openings:

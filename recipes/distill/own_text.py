@@ -4,15 +4,15 @@ python recipes/distill/own_text.py recipes/distill/own_text.yaml
 """
 
 import json
-import math
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import torch
+from pydantic import Field
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
@@ -22,12 +22,14 @@ from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.files import unused, write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.schema import Count, Name, Positive, Seed, Sources, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.tokenizer import load_tokenizer
+from spiking_mamba.training.student import Length
 
 
-@dataclass
+@schema
 class OwnTextSettings:
     """Settings of the text; every field is a key of the YAML file.
 
@@ -45,24 +47,20 @@ class OwnTextSettings:
         seed: of passages and sampling.
     """
 
-    teacher: str
-    output: str
-    data: Any
-    tokens: int
-    tokenizer: Any = None
-    passage: int = 16
-    length: int = 512
-    batch_size: int = 64
-    temperature: float = 1.0
-    seed: int = 0
+    teacher: Name
+    output: Name
+    data: Sources
+    tokens: Annotated[int, Field(ge=1, lt=2**50)]
+    tokenizer: Name | None = None
+    passage: Count = 16
+    length: Length = 512
+    batch_size: Count = 64
+    temperature: Positive = 1.0
+    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if not 0 < self.passage < self.length:
+        if self.passage >= self.length:
             raise ValueError(f"passage must lie between 0 and length={self.length}, got {self.passage}.")
-        if self.tokens < 1 or self.batch_size < 1:
-            raise ValueError("tokens and batch_size must be at least 1.")
-        if not 0 < self.temperature < math.inf:
-            raise ValueError(f"temperature must be positive and finite, got {self.temperature}.")
         if Path(self.output).suffix != ".jsonl":
             raise ValueError(f"output must be a .jsonl file, got {self.output}.")
 

@@ -5,7 +5,7 @@ python recipes/quickstart/quickstart.py recipes/quickstart/quickstart.yaml
 
 import dataclasses
 import time
-from dataclasses import dataclass, field
+from dataclasses import field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,19 +20,23 @@ from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.progress import Stage, quiet
+from spiking_mamba.common.schema import Count, Name, Names, Seed, Sources, mapping_of, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.spikes.energy import projection_energy
+from spiking_mamba.training.arguments import Training
 from spiking_mamba.training.distillation import DistillationSettings, distill
+from spiking_mamba.training.distillation_loss import DistillationLoss
 from spiking_mamba.training.run import kept_in, run_folder
+from spiking_mamba.training.student import Compensation, Length, Membrane, Neuron, Threshold
 
 PROMPT = "The city of"
 VERSIONS = ("torch", "transformers", "spikingjelly", "lm-eval")
 
 
-@dataclass
+@schema
 class QuickstartSettings:
     """Settings of the quickstart; every field is a key of the YAML file.
 
@@ -41,38 +45,35 @@ class QuickstartSettings:
             ``results.json``.
         teacher, data, length, neuron, sgc, membrane, threshold, learn_threshold, loss, training: see
             ``spiking_mamba.training.distillation.DistillationSettings``.
-        held_out: text that the teacher has not seen, and
-        held_out_rows: how many rows of it give the perplexity.
+        held_out: text that the teacher has not seen, for the perplexity.
+        held_out_rows: how many rows of it.
         tasks: zero-shot sets, see ``spiking_mamba.data.benchmarks``.
         limit: items of each set; null for all.
         seed: of data order and every random generator.
         resume, overwrite: go on with, or throw away, the run in ``output``.
     """
 
-    output: str
-    teacher: str = "recipes/quickstart/teacher"
-    data: Any = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
-    length: int = 256
-    neuron: dict = field(default_factory=lambda: {"class": "neurons.SILIFNode"})
-    sgc: Any = None
-    membrane: str = "token"
-    threshold: Any = 1.0
+    output: Name
+    teacher: Name = "recipes/quickstart/teacher"
+    data: Sources = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
+    length: Length = 256
+    neuron: Neuron = field(default_factory=lambda: {"class": "neurons.SILIFNode"})
+    sgc: Compensation | None = None
+    membrane: Membrane = "token"
+    threshold: Threshold = 1.0
     learn_threshold: bool = False
-    loss: dict = field(default_factory=dict)
-    training: dict = field(default_factory=dict)
-    held_out: str = "wikipedia-passages"
-    held_out_rows: int = 400
-    tasks: Any = ("arc_easy", "piqa", "sciq")
-    limit: Any = 100
-    seed: int = 0
+    loss: mapping_of(DistillationLoss) = field(default_factory=dict)
+    training: Training = field(default_factory=dict)
+    held_out: Name = "wikipedia-passages"
+    held_out_rows: Count = 400
+    tasks: Names = field(default_factory=lambda: ["arc_easy", "piqa", "sciq"])
+    limit: Count | None = 100
+    seed: Seed = 0
     resume: bool = False
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        counts = {"held_out_rows": self.held_out_rows} | ({} if self.limit is None else {"limit": self.limit})
-        for name, value in counts.items():
-            if type(value) is not int or value < 1:
-                raise ValueError(f"{name} must be a positive integer, got {value!r}.")
+        self.distillation()
 
     def distillation(self) -> DistillationSettings:
         names = {f.name for f in dataclasses.fields(DistillationSettings)}

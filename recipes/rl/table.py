@@ -5,7 +5,7 @@ python recipes/rl/table.py recipes/rl/table.yaml
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from spiking_mamba.common.machine import keep_freed_memory
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.provenance import MARK, is_clean
 from spiking_mamba.common.records import put_record, read_records
-from spiking_mamba.common.settings import is_list_of, parse_settings
+from spiking_mamba.common.schema import Count, Name, Seeds, schema
+from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.evaluation.evaluator import evaluate
 from spiking_mamba.evaluation.settings import EvaluationSettings
 from spiking_mamba.evaluation.statistics import groups, interval
@@ -32,7 +33,7 @@ OF_A_RUN = ("method", "rows", "held_out", "before", "after", "change", "seconds"
 OF_A_MODEL = ("weights_sha256", "tasks", "average", "perplexity")
 
 
-@dataclass
+@schema
 class TableSettings:
     """Settings of the table; every field is a key of the YAML file.
 
@@ -51,30 +52,24 @@ class TableSettings:
         batch_size: sequences a forward pass of the evaluation.
     """
 
-    teacher: str
-    student: str
-    output: str
-    results: Any = None
-    dpo: str = "recipes/rl/dpo.yaml"
-    kto: str = "recipes/rl/kto.yaml"
-    changes: list = field(default_factory=list)
-    seeds: list = field(default_factory=lambda: [0, 1, 2])
-    tasks: list = field(
+    teacher: Name
+    student: Name
+    output: Name
+    results: Name | None = None
+    dpo: Name = "recipes/rl/dpo.yaml"
+    kto: Name = "recipes/rl/kto.yaml"
+    changes: list[str] = field(default_factory=list)
+    seeds: Seeds = field(default_factory=lambda: [0, 1, 2])
+    tasks: list[Name] = field(
         default_factory=lambda: ["arc_easy", "arc_challenge", "boolq", "openbookqa", "lambada_openai"]
     )
-    corpora: list = field(default_factory=lambda: ["openwebtext-passages", "wikipedia-passages"])
-    limit: Any = None
-    batch_size: int = 16
+    corpora: list[Name] = field(default_factory=lambda: ["openwebtext-passages", "wikipedia-passages"])
+    limit: Count | None = None
+    batch_size: Count = 16
 
     def __post_init__(self) -> None:
-        if not self.seeds or not is_list_of(self.seeds, int):
-            raise ValueError(f"seeds must be a list of integers, got {self.seeds!r}.")
-        if not is_list_of(self.changes, str):
-            raise ValueError(f"changes must be a list such as ['limit=100'], got {self.changes!r}.")
         if self.results is None:
             self.results = str(Path(self.output, "table.jsonl"))
-        if not isinstance(self.results, str):
-            raise ValueError(f"results must be a path or null, got {self.results!r}.")
 
 
 def folder(settings: TableSettings, column: str, seed: Any) -> Path:

@@ -11,17 +11,19 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 from datasets import Dataset
+from pydantic import Field
 
 from spiking_mamba import data
 from spiking_mamba.common.errors import DataError, fail_clearly
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.records import read_records
-from spiking_mamba.common.settings import is_list_of, parse_settings
+from spiking_mamba.common.schema import Count, Name, Names, schema
+from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.evaluation.evaluator import weights_sha256
 from spiking_mamba.evaluation.scoring import perplexity
 from spiking_mamba.evaluation.statistics import interval
@@ -36,7 +38,7 @@ TOP_P, TEMPERATURE, NEW_TOKENS = 0.95, 0.8, 60  # of the samples
 CURVE = "curve.png"
 
 
-@dataclass
+@schema
 class CardSettings:
     """Keys of the YAML file.
 
@@ -51,18 +53,13 @@ class CardSettings:
         samples: how many.
     """
 
-    model: str
-    corpus: str
-    evaluation: Any
-    lambada: str
-    run: Any = None
-    further: list = field(default_factory=list)
-    samples: int = 10
-
-    def __post_init__(self) -> None:
-        self.evaluation = [self.evaluation] if isinstance(self.evaluation, str) else self.evaluation
-        if not is_list_of(self.evaluation, str) or not self.evaluation:
-            raise ValueError(f"evaluation must name results.json files, got {self.evaluation!r}.")
+    model: Name
+    corpus: Name
+    evaluation: Annotated[Names, Field(min_length=1)]
+    lambada: Name
+    run: Name | None = None
+    further: list[Name] = field(default_factory=list)
+    samples: Count = 10
 
 
 # Records ------------------------------------------------------------------------------------------------

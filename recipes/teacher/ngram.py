@@ -4,21 +4,24 @@ python recipes/teacher/ngram.py recipes/teacher/ngram.yaml
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from kneser_ney import KneserNey
+from pydantic import Field
 
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.schema import Name, Source, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import count_bytes, document_stream, train_tokenizer
 
 
-@dataclass
+@schema
 class NgramSettings:
     """Keys of the YAML file.
 
@@ -31,12 +34,12 @@ class NgramSettings:
         output: JSON file for the result; '' writes none.
     """
 
-    train: str
-    evaluate: list = field(default_factory=lambda: ["openwebtext-passages", "wikipedia-passages"])
-    vocab_size: int = 4096
-    order: int = 5
-    tokenizer: str = ""
-    output: str = ""
+    train: Name
+    evaluate: list[Name] = field(default_factory=lambda: ["openwebtext-passages", "wikipedia-passages"])
+    vocab_size: Annotated[int, Field(gt=256, le=2**20)] = 4096
+    order: Annotated[int, Field(ge=1, le=20)] = 5
+    tokenizer: Source = ""
+    output: Source = ""
 
 
 @fail_clearly()

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.progress import Share
-from spiking_mamba.common.settings import reject_unknown_keys
 from spiking_mamba.evaluation.tasks import undisturbed
 from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer

@@ -6,13 +6,15 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import yaml
+from pydantic import BeforeValidator, Field
 
 from spiking_mamba.common.claims import LOCK, claim_folder
 from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.files import unused, write_whole
+from spiking_mamba.common.schema import Count, Name, Names, Natural, Words, as_list, schema
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 
 __all__ = ["RESULTS", "Checkpoint", "EvaluationSettings", "claim"]
@@ -23,7 +25,7 @@ _GROWING = ("models", "seeds", "tasks", "corpora")  # more of them may be named 
 _FREE = ("output", "reference", "costs", "overwrite")  # nothing measured depends on them
 
 
-@dataclass
+@schema
 class EvaluationSettings:
     """Settings of an evaluation; every field is a key of the YAML file.
 
@@ -46,53 +48,49 @@ class EvaluationSettings:
         overwrite: replace the results of another evaluation in ``output``; its cache is kept.
     """
 
-    models: Any
-    output: str = "runs/evaluation"
-    reference: Any = None
-    seeds: Any = None
-    tasks: Any = field(default_factory=lambda: list(BENCHMARK_SETS))
-    corpora: Any = field(default_factory=lambda: ["openwebtext-passages", "wikipedia-passages"])
-    limit: Any = None
-    length: int = 256
-    data: str = "packages"
-    tokenizer: Any = None
-    dtype: str = "float32"
-    batch_size: int = 16
-    costs: Any = None
+    models: Annotated[
+        Name | list[Name] | dict[str, Name],
+        BeforeValidator(lambda given: list(given) if isinstance(given, tuple) else given),
+        Words("a name, a list of names or a mapping from names to them"),
+    ]
+    output: Name = "runs/evaluation"
+    reference: str | None = None
+    seeds: (
+        Annotated[Natural | list[Natural], Words("an integer or a list of integers of at least 0")] | None
+    ) = None
+    tasks: Names = field(default_factory=lambda: list(BENCHMARK_SETS))
+    corpora: Names = field(default_factory=lambda: ["openwebtext-passages", "wikipedia-passages"])
+    limit: Count | None = None
+    length: Annotated[int, Field(ge=2, lt=2**31)] = 256
+    data: Literal["packages", "hub"] = "packages"
+    tokenizer: Name | None = None
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch_size: Count = 16
+    costs: Name | None = None
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        self.tasks = _listed(self.tasks)
-        self.corpora = _listed(self.corpora)
         if not self.tasks and not self.corpora:
             raise ValueError("There is nothing to evaluate: name tasks or corpora.")
-        if self.limit is not None and (type(self.limit) is not int or self.limit < 1):
-            raise ValueError(f"limit must be a positive integer or null, got {self.limit!r}.")
-        if self.batch_size < 1 or self.length < 2:
-            raise ValueError("batch_size must be at least 1 and length at least 2.")
-        if self.dtype not in ("float32", "bfloat16"):
-            raise ValueError(f"dtype must be 'float32' or 'bfloat16', got {self.dtype!r}.")
+        self.checkpoints()
 
     def checkpoints(self) -> "list[Checkpoint]":
         """What ``models`` and ``seeds`` stand for, in that order, each under a name of its own."""
-        patterns = self.models if isinstance(self.models, Mapping) else _named(_listed(self.models))
+        patterns = self.models if isinstance(self.models, Mapping) else _named(as_list(self.models))
         if not patterns:
             raise ValueError("models must name at least one checkpoint.")
-        patterns = {str(group): str(pattern) for group, pattern in patterns.items()}
         found = []
         for group, pattern in patterns.items():
             if "{seed}" not in pattern:
                 found.append(Checkpoint(group, group, None, pattern))
                 continue
-            if not (seeds := _listed(self.seeds)):
+            if not (seeds := as_list(self.seeds)):
                 raise ValueError(f"{pattern} needs seeds, such as seeds=[0,1,2].")
             for seed in dict.fromkeys(seeds):
-                if type(seed) is not int:
-                    raise ValueError(f"seeds must be integers, got {seed!r}.")
                 name = group if "{seed}" in group else f"{group} seed {{seed}}"
                 name, path = (text.replace("{seed}", str(seed)) for text in (name, pattern))
                 found.append(Checkpoint(name, group, seed, path))
-        if _listed(self.seeds) and not any("{seed}" in pattern for pattern in patterns.values()):
+        if as_list(self.seeds) and not any("{seed}" in pattern for pattern in patterns.values()):
             raise ValueError("seeds are given, but no model has {seed} in its path.")
         for key in ("name", "path"):
             values = [getattr(checkpoint, key) for checkpoint in found]
@@ -122,13 +120,6 @@ class Checkpoint:
     seed: int | None
     path: str
     reference: bool = False
-
-
-def _listed(value: Any) -> list[Any]:
-    """A setting that may be one value, a list, or null for an empty one."""
-    if value is None:
-        return []
-    return list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _named(paths: list[Any]) -> dict[str, str]:

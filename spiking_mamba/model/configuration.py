@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 import neurons
 from neurons import compensation
-from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.model.membrane import probe
 
 __all__ = ["PROJECTIONS", "SGC_FUNCTIONS", "SGC_MODES", "SGC_SCHEDULES", "SpikingMambaConfig"]

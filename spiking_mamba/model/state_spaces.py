@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from spiking_mamba.common.checkpoint_files import Weights
-from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.model.configuration import SpikingMambaConfig
 
 __all__ = ["PUBLISHED", "from_state_spaces", "published_config", "to_state_spaces"]

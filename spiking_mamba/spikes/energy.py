@@ -20,7 +20,8 @@ from typing import Any
 
 import yaml
 
-from spiking_mamba.common.settings import load_yaml, reject_unknown_keys
+from spiking_mamba.common.keys import reject_unknown_keys
+from spiking_mamba.common.yaml_text import load_yaml
 from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
 from spiking_mamba.spikes.counts import SpikeCounts
 

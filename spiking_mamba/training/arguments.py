@@ -4,20 +4,143 @@ import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
-from transformers import Trainer, TrainingArguments
+from pydantic import AfterValidator, Field
+from transformers import Trainer, TrainingArguments, get_scheduler
+from transformers.integrations import get_reporting_integration_callbacks
 
+from spiking_mamba.common.keys import unknown_key
 from spiking_mamba.common.machine import bf16_pays
-from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.common.schema import (
+    Auto,
+    Count,
+    Natural,
+    Positive,
+    Problem,
+    SettingsError,
+    Words,
+    mapping_of,
+    schema,
+    schema_of,
+)
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 
-__all__ = ["TRAINING_KEYS", "autocast", "compile_blocks", "training_arguments"]
+__all__ = ["TRAINING_KEYS", "Training", "autocast", "compile_blocks", "training_arguments"]
 
 
+# What a recipe decides by itself, or has no use for; how many devices train is accelerate's to say.
+_LEFT_OUT = {
+    *("output_dir", "seed", "data_seed", "resume_from_checkpoint", "do_train", "do_eval", "do_predict"),
+    *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
+    *("hub_revision", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "local_rank", "debug", "label_names"),
+    *("length_column_name", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches"),
+    *("eval_use_gather_object", "train_sampling_strategy", "use_liger_kernel", "liger_kernel_config"),
+    *("torch_compile", "torch_compile_backend", "torch_compile_mode"),  # a recipe's `compile` does
+}
 # of a recipe's ``training``
-TRAINING_KEYS = tuple(field.name for field in dataclasses.fields(TrainingArguments) if field.init)
+TRAINING_KEYS = tuple(
+    field.name
+    for field in dataclasses.fields(TrainingArguments)
+    if field.init and field.name not in _LEFT_OUT
+)
+
+
+@schema
+class _Checkpointing:
+    """What ``torch.utils.checkpoint`` takes."""
+
+    use_reentrant: bool = False
+    preserve_rng_state: bool = True
+    determinism_check: Literal["default", "none"] = "default"
+    early_stop: bool = True
+
+
+_Steps = Annotated[float, Field(gt=0)]
+_NotNegative = Annotated[float, Field(ge=0)]
+_Log = Literal["debug", "info", "warning", "error", "critical", "passive", "detail"]
+_MAX_STEPS = "a positive integer, or -1 to go by num_train_epochs"
+_BOUNDS: dict[str, Any] = {
+    "max_steps": Annotated[Natural | Literal[-1], Words(_MAX_STEPS)],
+    **dict.fromkeys(("learning_rate", "num_train_epochs", "adam_epsilon"), Positive),
+    **dict.fromkeys(("logging_steps", "save_steps"), _Steps),
+    **dict.fromkeys(("eval_steps", "neftune_noise_alpha"), _Steps | None),
+    **dict.fromkeys(
+        ("adam_beta1", "adam_beta2", "label_smoothing_factor"), Annotated[_NotNegative, Field(lt=1)]
+    ),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"), _NotNegative),
+    **dict.fromkeys(
+        (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "ddp_timeout",
+        ),
+        Count,
+    ),
+    **dict.fromkeys(
+        (
+            *("torch_empty_cache_steps", "eval_accumulation_steps"),
+            *("dataloader_prefetch_factor", "ddp_bucket_cap_mb"),
+        ),
+        Count | None,
+    ),
+    "dataloader_num_workers": Natural,
+    "save_total_limit": Natural | None,
+    "dataloader_multiprocessing_context": Literal["fork", "spawn", "forkserver"] | None,
+    **dict.fromkeys(
+        ("gradient_checkpointing_kwargs", "activation_checkpointing_kwargs"),
+        mapping_of(_Checkpointing) | None,
+    ),
+    "bf16": Auto,
+    **dict.fromkeys(("log_level", "log_level_replica"), _Log),
+}
+_NUMBERS = {
+    field.name: int if field.name in ("max_steps",) or isinstance(field.default, int) else float
+    for field in dataclasses.fields(TrainingArguments)
+    if isinstance(field.default, int | float) and not isinstance(field.default, bool)
+}
+_Checked = schema_of(TrainingArguments, TRAINING_KEYS, _BOUNDS, "training")
+
+
+def check_training(given: dict[str, Any]) -> dict[str, Any]:
+    """A recipe's ``training`` as it is.
+
+    Raises:
+        SettingsError: a key that is not known here, or a value that it does not take.
+    """
+    if (unknown := unknown_key(given, TRAINING_KEYS)) is not None:
+        raise SettingsError("training", [Problem("", f"Unknown key {unknown[0]} in ", f"; {unknown[1]}")])
+    _Checked(**_plain(given))
+    return given
+
+
+# The type of a recipe's ``training``.
+Training = Annotated[
+    dict[str, Any],
+    AfterValidator(check_training),
+    Words("a mapping, fields of transformers' TrainingArguments"),
+]
+
+
+def _plain(given: dict[str, Any]) -> dict[str, Any]:
+    """Values as the arguments take them: numbers that were written as text, and what YAML makes of ``no``."""
+    given = {key: _number(key, value) for key, value in given.items()}
+    return {k: "no" if v is False and k.endswith("_strategy") else v for k, v in given.items()}
+
+
+def _number(key: str, value: Any) -> Any:
+    """The value of an argument that is a number: 1e3 is a whole one, and in quotes it is text."""
+    if key not in _NUMBERS or not isinstance(value, str | float):
+        return value
+    try:
+        number = float(value)
+    except ValueError:
+        return value
+    whole = number.is_integer() and (isinstance(value, str) or _NUMBERS[key] is int)
+    return int(number) if whole else number
 
 
 def training_arguments(
@@ -25,6 +148,7 @@ def training_arguments(
     given: dict[str, Any],
     seed: int,
     cls: type[TrainingArguments] = TrainingArguments,
+    evaluates: bool = False,
     **others: Any,
 ) -> TrainingArguments:
     """transformers' ``TrainingArguments`` from a recipe's ``training`` mapping; or a ``cls`` derived from
@@ -34,9 +158,15 @@ def training_arguments(
     is reported to services, logs and checkpoints go to ``folder``, AdamW with betas (0.9, 0.95).
 
     Raises:
-        ValueError: an unknown key; the nearest known one is named.
+        ValueError: an unknown key, and then the nearest known one is named; a value that it does not take;
+            or values that do not go together.
     """
-    reject_unknown_keys(given, TRAINING_KEYS, "training")
+    try:
+        given = _plain(check_training(given))
+    except SettingsError as error:
+        raise SettingsError("training", [problem.within("training") for problem in error.problems]) from None
+    if given.get("max_steps") == 0:  # a study has such rows, and trains none
+        raise ValueError(f"training.max_steps must be {_MAX_STEPS}, got 0.")
     defaults = {
         "report_to": "none",
         "disable_tqdm": False,  # transformers would decide by how much it is to say itself
@@ -56,13 +186,14 @@ def training_arguments(
         "use_cpu": not torch.cuda.is_available(),
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-    given = {key: _number(key, value) for key, value in given.items()}
-    # YAML reads a bare `no` as false
-    given = {k: "no" if v is False and k.endswith("_strategy") else v for k, v in given.items()}
     arguments = defaults | given
     if arguments["bf16"] == "auto":
         arguments["bf16"] = bf16_pays()
-    made = cls(output_dir=str(folder), seed=seed, data_seed=seed, **arguments, **others)
+    try:
+        made = cls(output_dir=str(folder), seed=seed, data_seed=seed, **arguments, **others)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
+        raise ValueError(f"training: {error}") from error
+    _rehearse(made, evaluates)
     if made.n_gpu > 1:
         # Trainer would split each batch over threads, and Triton's tuning is not safe among threads
         print(f"Using one of {made.n_gpu} GPUs: torchrun or accelerate launch use them all.", file=sys.stderr)
@@ -70,32 +201,39 @@ def training_arguments(
     return made
 
 
-_NUMBERS = {
-    field.name
-    for field in dataclasses.fields(TrainingArguments)
-    if isinstance(field.default, int | float) and not isinstance(field.default, bool)
-}
-
-
-def _number(key: str, value: Any) -> Any:
-    """The value of an argument that is a number: YAML reads 1e-3, which has no point, as text."""
-    if key not in _NUMBERS or not isinstance(value, str):
-        return value
+def _rehearse(made: TrainingArguments, evaluates: bool) -> None:
+    """Raise a ValueError for what transformers would find out when the folder is written already."""
+    if (made.eval_strategy != "no" or made.save_strategy == "best") and not evaluates:
+        raise ValueError(
+            "training.eval_strategy must be no, and save_strategy not best: nothing is held out for them."
+        )
+    if (made.fp16 or made.fp16_full_eval) and not torch.cuda.is_available():
+        raise ValueError("training.fp16 needs a GPU.")
+    if made.optim_args and made.optim.value.startswith("adamw_torch"):
+        raise ValueError(f"training.optim_args: {made.optim.value} takes none.")
     try:
-        number = float(value)
-    except ValueError:
-        raise ValueError(f"training.{key} must be a number, got {value!r}.") from None
-    return int(number) if number.is_integer() else number
+        optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(made)
+        optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
+    except Exception as error:  # whatever an optimiser's package raises
+        raise ValueError(
+            f"training.optim={made.optim.value} with optim_args={made.optim_args}: {error}"
+        ) from error
+    steps = made.max_steps if made.max_steps > 0 else 100
+    options = made.lr_scheduler_kwargs or {}
+    try:
+        get_scheduler(made.lr_scheduler_type, optimizer, made.get_warmup_steps(steps), steps, options)
+    except Exception as error:
+        said = f"training.lr_scheduler_type={made.lr_scheduler_type.value} with lr_scheduler_kwargs={options}"
+        raise ValueError(f"{said}: {error}") from error
+    try:
+        for callback in get_reporting_integration_callbacks(made.report_to):
+            callback()
+    except Exception as error:
+        raise ValueError(f"training.report_to={made.report_to}: {error}") from error
 
 
-def compile_blocks(setting: Any, *models: SpikingMambaForCausalLM) -> None:
-    """Compile the models' blocks if a recipe's ``compile`` says so; 'auto' means on a GPU that has Triton.
-
-    Raises:
-        ValueError: it is none of true, false and 'auto'.
-    """
-    if setting not in (True, False, "auto"):
-        raise ValueError(f"compile must be true, false or auto, got {setting!r}.")
+def compile_blocks(setting: bool | Literal["auto"], *models: SpikingMambaForCausalLM) -> None:
+    """Compile the models' blocks if a recipe's ``compile`` says so; 'auto' means on a GPU that has Triton."""
     if setting == "auto":
         setting = torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
     for model in models:

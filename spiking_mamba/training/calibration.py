@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.model.configuration import PROJECTIONS
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.modes import evaluating, frozen

@@ -1,9 +1,9 @@
 """One-stage distillation of a dense Mamba2 into a spiking one."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
 from accelerate import PartialState
@@ -19,17 +19,25 @@ from transformers import (
 
 from spiking_mamba import data
 from spiking_mamba.common.interruption import interruptible
-from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.common.schema import Auto, Name, Seed, Source, Sources, Words, mapping_of, schema
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.spikes.counting import count_spikes
-from spiking_mamba.training.arguments import autocast, compile_blocks, training_arguments
+from spiking_mamba.training.arguments import Training, autocast, compile_blocks, training_arguments
 from spiking_mamba.training.calibration import asks_for_calibration, resolve_threshold
 from spiking_mamba.training.distillation_loss import DistillationLoss
 from spiking_mamba.training.rows import check_rows, collate
 from spiking_mamba.training.run import finish_run, kept_in, run, run_folder, whole_model
+from spiking_mamba.training.student import (
+    Compensation,
+    Length,
+    Membrane,
+    Neuron,
+    Threshold,
+    check_student,
+)
 from spiking_mamba.training.trainer import SpikingTrainer, sgc_lambda
 
 __all__ = ["DistillationSettings", "DistillationTrainer", "distill", "sgc_lambda"]
@@ -92,7 +100,7 @@ class DistillationTrainer(SpikingTrainer, Trainer):
         return (loss, output) if return_outputs else loss
 
 
-@dataclass
+@schema
 class DistillationSettings:
     """Settings of one distillation; every field is a key of the YAML file.
 
@@ -121,29 +129,31 @@ class DistillationSettings:
             teacher's size; see ``spiking_mamba.training.rehearsal``.
     """
 
-    teacher: str
-    output: str
-    data: Any = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
-    tokenizer: Any = None
-    length: int = 256
-    neuron: Any = field(
+    teacher: Source
+    output: Name
+    data: Sources = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
+    tokenizer: Name | None = None
+    length: Length = 256
+    neuron: Neuron | None = field(
         default_factory=lambda: {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
     )
-    sgc: Any = None
-    membrane: str = "token"
-    threshold: Any = 1.0
+    sgc: Compensation | None = None
+    membrane: Membrane = "token"
+    threshold: Threshold = 1.0
     learn_threshold: bool = False
-    loss: dict = field(default_factory=dict)
+    loss: mapping_of(DistillationLoss) = field(default_factory=dict)
     freeze_embeddings: bool = True
-    training: dict = field(default_factory=dict)
-    compile: Any = "auto"
-    seed: int = 0
+    training: Training = field(default_factory=dict)
+    compile: Auto = "auto"
+    seed: Seed = 0
     resume: bool = False
     overwrite: bool = False
-    dry_run: Any = False
+    dry_run: Annotated[bool | Literal["full"], Words("true, false or 'full'")] = False
+
+    def __post_init__(self) -> None:
+        check_student(self.neuron, self.sgc, self.membrane, self.threshold, self.learn_threshold)
 
     def make_loss(self) -> DistillationLoss:
-        reject_unknown_keys(self.loss, DistillationLoss.__dataclass_fields__, "loss")
         return DistillationLoss(**self.loss)
 
     def make_arguments(self) -> TrainingArguments:

@@ -1,24 +1,38 @@
 """Pretraining of a small dense Mamba2, to be distilled later."""
 
-from dataclasses import dataclass, field
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from pydantic import Field
 from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers.activations import ACT2FN
 
 from spiking_mamba import data
 from spiking_mamba.common.files import file_sha256
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.provenance import provenance
-from spiking_mamba.common.settings import reject_unknown_keys
+from spiking_mamba.common.schema import (
+    Auto,
+    Count,
+    Name,
+    Positive,
+    Seed,
+    Sources,
+    mapping_of,
+    schema,
+    schema_of,
+)
 from spiking_mamba.data.tokens import texts_of
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
-from spiking_mamba.training.arguments import autocast, compile_blocks, training_arguments
+from spiking_mamba.training.arguments import Training, autocast, compile_blocks, training_arguments
 from spiking_mamba.training.head_loss import head_loss
 from spiking_mamba.training.rows import check_rows, collate
 from spiking_mamba.training.run import finish_run, kept_in, run, run_folder, whole_model
+from spiking_mamba.training.student import Compensation, Length, Membrane, Neuron, Threshold
 
 __all__ = ["PretrainingSettings", "PretrainingTrainer", "pretrain"]
 
@@ -52,7 +66,34 @@ class PretrainingTrainer(Trainer):
             self.model.compile_blocks(compiles)
 
 
-@dataclass
+_SIZES = (
+    "hidden_size",
+    "num_hidden_layers",
+    "num_heads",
+    "head_dim",
+    "n_groups",
+    "state_size",
+    "conv_kernel",
+)
+_MODEL: dict[str, Any] = {
+    **dict.fromkeys((*_SIZES, "expand", "chunk_size"), Count),
+    **dict.fromkeys(("layer_norm_epsilon", "initializer_range"), Positive),
+    **dict.fromkeys(("time_step_min", "time_step_max", "time_step_floor"), Positive),
+    "time_step_rank": Count | Literal["auto"],
+    "time_step_limit": Annotated[list[float], Field(min_length=2, max_length=2)],
+    "hidden_act": Literal[tuple(ACT2FN)],
+    "intermediate_size": Count | None,
+    "neuron": Neuron | None,
+    "sgc": Compensation | None,
+    "membrane": Membrane,
+    "threshold": Threshold,
+}
+_OTHERS = ("use_bias", "use_conv_bias", "residual_in_fp32", "rescale_prenorm_residual")
+_OTHERS += ("tie_word_embeddings", "learn_threshold", "layers_block_type")
+_Model = schema_of(SpikingMambaConfig, (*_MODEL, *_OTHERS), _MODEL, "model")
+
+
+@schema
 class PretrainingSettings:
     """Settings of one pretraining; every field is a key of the YAML file.
 
@@ -73,19 +114,23 @@ class PretrainingSettings:
         overwrite: throw away the run in ``output``.
     """
 
-    output: str
-    data: Any = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
-    length: int = 256
-    vocab_size: int = 4096
-    tokenizer: Any = None
-    held_out: Any = None
-    model: dict = field(default_factory=dict)
-    training: dict = field(default_factory=dict)
-    compile: Any = "auto"
-    save_dtype: str = "float32"
-    seed: int = 0
+    output: Name
+    data: Sources = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
+    length: Length = 256
+    vocab_size: Annotated[int, Field(gt=256, le=2**20)] = 4096
+    tokenizer: Name | None = None
+    held_out: Sources | None = None
+    model: mapping_of(_Model) = field(default_factory=dict)
+    training: Training = field(default_factory=dict)
+    compile: Auto = "auto"
+    save_dtype: Literal["float32", "bfloat16"] = "float32"
+    seed: Seed = 0
     resume: bool = False
     overwrite: bool = False
+
+    def __post_init__(self) -> None:
+        if self.model:
+            self.make_config(self.vocab_size, 0)
 
     def make_config(self, vocab_size: int, end: int) -> SpikingMambaConfig:
         """The model's configuration; the number of heads follows from the widths.
@@ -93,18 +138,25 @@ class PretrainingSettings:
         Args:
             end: id of the end-of-text token.
         """
-        reject_unknown_keys(self.model, SpikingMambaConfig.__dataclass_fields__, "model")
-        fields = {"head_dim": 32, "n_groups": 1, "expand": 2, "tie_word_embeddings": True} | self.model
+        checked = _Model(**self.model)  # whose numbers are what the configuration takes
+        given = {key: getattr(checked, key) for key in self.model}
+        fields = {"head_dim": 32, "n_groups": 1, "expand": 2, "tie_word_embeddings": True} | given
         if "hidden_size" not in fields:
             raise ValueError("model must set hidden_size.")
         fields.setdefault("num_heads", fields["hidden_size"] * fields["expand"] // fields["head_dim"])
-        return SpikingMambaConfig(
-            vocab_size=vocab_size, bos_token_id=end, eos_token_id=end, pad_token_id=end, **fields
-        )
+        try:
+            return SpikingMambaConfig(
+                vocab_size=vocab_size, bos_token_id=end, eos_token_id=end, pad_token_id=end, **fields
+            )
+        except (ValueError, TypeError, StrictDataclassError) as error:
+            raise ValueError(f"model: {error}") from error
 
     def make_arguments(self) -> TrainingArguments:
         evaluation = {} if self.held_out is None else {"eval_strategy": "steps"}
-        return training_arguments(Path(self.output), evaluation | self.training, self.seed)
+        evaluates = self.held_out is not None
+        return training_arguments(
+            Path(self.output), evaluation | self.training, self.seed, evaluates=evaluates
+        )
 
 
 def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]]]:
@@ -116,9 +168,8 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
     Raises:
         RunError, DataError, ValueError: before anything is written or trained.
     """
-    if settings.save_dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"save_dtype must be float32 or bfloat16, got {settings.save_dtype!r}.")
     set_seed(settings.seed)
+    settings.make_config(settings.vocab_size, 0)  # what is wrong with it is said before text is read
     text = data.load_text(settings.data, split="train" if settings.held_out is None else None)
     if settings.tokenizer is None:
         tokenizer = data.train_tokenizer(text["text"], settings.vocab_size)

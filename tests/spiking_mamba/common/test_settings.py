@@ -1,25 +1,27 @@
 """Recipe settings, and the folder of a run."""
 
+import math
 import re
-from dataclasses import dataclass, field
+from dataclasses import field
 from typing import Any
 
 import pytest
 import yaml
 
 from spiking_mamba.common.errors import RunError
+from spiking_mamba.common.schema import schema
 from spiking_mamba.common.settings import is_list_of, parse_settings
 from spiking_mamba.training.arguments import training_arguments
 from spiking_mamba.training.run import start_run
 
 
-@dataclass
+@schema
 class Settings:
     output: str
     rate: float = 0.1
     steps: int = 10
     flag: bool = False
-    loss: dict = field(default_factory=dict)
+    loss: dict[str, Any] = field(default_factory=dict)
     data: Any = None
     resume: bool = False
     overwrite: bool = False
@@ -106,14 +108,14 @@ def test_what_looks_like_a_number_and_is_none(config):
         (("stepps=3",), "Unknown key 'stepps'.*did you mean 'steps'"),
         (("--ouptut", "x"), "Unknown key 'ouptut'.*did you mean 'output'"),
         (("zzz=3",), "Unknown key 'zzz'.*known are output, rate"),
-        (("steps=many",), "steps must be int, got 'many'"),
-        (("steps=1.5",), "steps must be int, got 1.5"),
-        (("steps=true",), "steps must be int, got True"),
-        (("rate=fast",), "rate must be float, got 'fast'"),
-        (("rate=true",), "rate must be float, got True"),
-        (("flag=1",), "flag must be bool, got 1"),
-        (("output=3",), "output must be str, got 3"),
-        (("loss=3",), "loss must be dict, got 3"),
+        (("steps=many",), "steps must be an integer, got 'many'"),
+        (("steps=1.5",), "steps must be an integer, got 1.5"),
+        (("steps=true",), "steps must be an integer, got True"),
+        (("rate=fast",), "rate must be a number, got 'fast'"),
+        (("rate=true",), "rate must be a number, got True"),
+        (("flag=1",), "flag must be true or false, got 1"),
+        (("output=3",), "output must be a string, got 3"),
+        (("loss=3",), "loss must be a mapping, got 3"),
         (("stray",), "Expected key=value or --key value, got 'stray'"),
         (("data=[1",), "flow sequence"),
     ],
@@ -125,7 +127,7 @@ def test_refused(refusal, arguments, message):
 
 def test_refused_files(refusal, tmp_path):
     assert "There is no settings file" in refusal(path=tmp_path / "absent.yaml")
-    assert "There is no settings file" in refusal(path=tmp_path)
+    assert "is a folder" in refusal(path=tmp_path)
     path = tmp_path / "other.yaml"
     for text, message in [
         ("- a\n- b\n", "no mapping"),
@@ -210,6 +212,38 @@ def test_training_arguments(tmp_path):
     assert (arguments.adam_beta2, arguments.bf16, arguments.report_to) == (0.95, False, [])
     with pytest.raises(ValueError, match="'learning_rat' in training; did you mean 'learning_rate'"):
         training_arguments(tmp_path / "run", {"learning_rat": 1e-3}, 0)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"max_steps": -5}, "training.max_steps must be a positive integer, or -1"),
+        ({"max_steps": 0}, "training.max_steps must be a positive integer, or -1"),
+        ({"max_steps": True}, "training.max_steps must be"),
+        ({"max_steps": 1.5}, "training.max_steps must be"),
+        ({"learning_rate": math.inf}, "training.learning_rate must be a number above 0"),
+        ({"learning_rate": "fast"}, "training.learning_rate must be a number above 0"),
+        ({"per_device_train_batch_size": 0}, "training.per_device_train_batch_size must be an integer"),
+        ({"warmup_steps": -1}, "training.warmup_steps must be a number of at least 0"),
+        ({"bf16": 1}, "training.bf16 must be true, false or 'auto'"),
+        ({"bf16": True, "fp16": True}, "training: At most one of fp16 and bf16"),
+        ({"lr_scheduler_type": "cosin"}, "training.lr_scheduler_type must be 'linear', 'cosine'"),
+        ({"lr_scheduler_type": "cosine_with_min_lr"}, "training.lr_scheduler_type=.*min_lr"),
+        ({"lr_scheduler_kwargs": {"a": 1}}, "training.lr_scheduler_type=.*unexpected keyword argument 'a'"),
+        ({"optim": "adam"}, "training.optim must be 'adamw_torch'"),
+        ({"optim_args": "a=1"}, "training.optim_args: adamw_torch_fused takes none"),
+        ({"report_to": "nobody"}, "training.report_to=.*nobody is not supported"),
+        ({"eval_strategy": "steps"}, "training.eval_strategy must be no"),
+        ({"save_strategy": "best"}, "save_strategy not best"),
+        ({"gradient_checkpointing_kwargs": {"a": 1}}, "Unknown key 'a' in training.gradient_check"),
+        ({"seed": 1}, "Unknown key 'seed' in training"),
+        ({"output_dir": "x"}, "Unknown key 'output_dir' in training"),
+    ],
+)
+def test_refused_training_arguments(tmp_path, given, message):
+    with pytest.raises(ValueError, match=message):
+        training_arguments(tmp_path / "run", given, 0)
     assert not (tmp_path / "run").exists()
 
 

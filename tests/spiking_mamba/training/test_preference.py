@@ -343,7 +343,7 @@ def test_a_whole_run(method, fields, tmp_path):
     [
         ({"objective": {"betta": 0.1}}, "did you mean 'beta'"),
         ({"objective": {"max_length": 9}}, "Unknown key 'max_length'"),
-        ({"method": "ppo"}, "must be one of dpo, kto"),
+        ({"method": "ppo"}, "must be 'dpo' or 'kto'"),
         ({"reference": "none"}, "'copy' or 'precomputed'"),
         ({"training": {"per_device_train_batch_size": 65}}, "64 rows, fewer than one batch of 65"),
         ({"sgc": {"mode": "mix"}}, "mode"),

@@ -81,9 +81,8 @@ def test_what_is_held_out_must_not_be_trained_on(settings):
 
 
 def test_an_unknown_dtype(settings):
-    settings.save_dtype = "int4"
     with pytest.raises(ValueError, match="int4"):
-        pretrain(settings)
+        settings.save_dtype = "int4"
     assert not Path(settings.output).exists()
 
 
