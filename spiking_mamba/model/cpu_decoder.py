@@ -1,23 +1,35 @@
 """Decoding an event-driven model on a processor, one compiled call a token."""
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from neurons.cpu.instructions import INSTRUCTIONS, best
+from neurons.cpu.instructions import INSTRUCTIONS, best, runs_here
 from neurons.cpu.linear import CROSSOVER
 from neurons.cpu.memory import Arena, aligned
 from neurons.cpu.packing import Packed, pack
 from neurons.cpu.programs import Scratch, part_outputs
-from neurons.cpu.threads import BARRIER, register_yield
+from neurons.cpu.threads import BARRIER, GONE, STATE, register_yield
 from neurons.event_linear import EventDrivenLinear
+from spiking_mamba.model import cache as caches
+from spiking_mamba.model.cache import Cache
 from spiking_mamba.model.cpu_recurrence import LANES, state_bytes
-from spiking_mamba.model.cpu_token import BLOCK, Buffers, Kind, Local, Matrices, Weights, token_function
-from spiking_mamba.model.event_driven import EventDrivenMambaForCausalLM
+from spiking_mamba.model.cpu_token import (
+    BLOCK,
+    Buffers,
+    Kind,
+    Local,
+    Matrices,
+    Weights,
+    call_helper,
+    token_functions,
+)
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 
-__all__ = ["CpuDecoder"]
+__all__ = ["CpuDecoder", "Fetched", "cannot_decode"]
 
 f32 = np.float32
 
@@ -30,49 +42,97 @@ def _stack(tensors: list[torch.Tensor]) -> np.ndarray:
     return np.stack([_array(tensor) for tensor in tensors])
 
 
+class Fetched(NamedTuple):
+    """Bytes that a token reads from memory, of weights as they lie there, each once.
+
+    Attributes:
+        in_proj, out_proj: of the inputs that fired, a mean over the tokens so far.
+        projections: of both, were all their inputs to fire.
+        head: of the weights behind the last norm.
+        rest: of states, which are written too, convolutions, norms and an embedding.
+    """
+
+    in_proj: float
+    out_proj: float
+    projections: int
+    head: int
+    rest: int
+
+    @property
+    def share(self) -> float:
+        """Of the projections' bytes, how many were fetched."""
+        return (self.in_proj + self.out_proj) / self.projections
+
+    @property
+    def total(self) -> float:
+        """All bytes of a token."""
+        return self.in_proj + self.out_proj + self.head + self.rest
+
+
+def cannot_decode(model: SpikingMambaForCausalLM) -> str | None:
+    """Why no decoder can be made of an event-driven model; None where one can."""
+    config = model.config
+    if model.device.type != "cpu":
+        return f"The model is on {model.device}: a decoder for processors needs it on the CPU."
+    if config.hidden_act not in ("silu", "swish"):
+        return f"Only SiLU is compiled in, not {config.hidden_act!r}."
+    if config.num_heads % config.n_groups:
+        return f"{config.n_groups} groups do not divide {config.num_heads} heads."
+    if config.head_dim % LANES:
+        return f"Heads must be a multiple of {LANES} channels wide, not {config.head_dim}."
+    return None
+
+
 class CpuDecoder:
     """A model laid out for this processor, and one sequence of it.
 
+    A decoder belongs to one caller at a time; :meth:`another` shares its weights.
+
+    Attributes:
+        tokens: how many it has decoded, of any sequence.
+
     Args:
         model: what :func:`~spiking_mamba.model.event_driven.event_driven` made, on the CPU.
-        threads: how many work on a token together.
+        threads: how many work on a token together; more than there are cores take turns.
         shares: shares of inputs that fire at input and output projections, by which their layout is chosen;
             None: as a spiking model's are where nothing is known, half.
         keep: keep each token's inputs and sums of all projections in :attr:`spikes` and :attr:`sums`.
+        instructions: a name of :data:`neurons.cpu.instructions.INSTRUCTIONS`; None: the best there are.
 
     Raises:
-        ValueError: the model is on another device, or has what is not compiled in: another activation than
-            SiLU, heads that groups do not divide.
+        ValueError: the model is on another device, or has what is not compiled in, see
+            :func:`cannot_decode`; this processor lacks the instructions.
     """
 
     def __init__(
         self,
-        model: EventDrivenMambaForCausalLM,
+        model: SpikingMambaForCausalLM,
         threads: int = 1,
         shares: tuple[float, float] | None = None,
         keep: bool = False,
         instructions: str | None = None,
     ) -> None:
-        config = model.config
-        if model.device.type != "cpu":
-            raise ValueError(f"The model is on {model.device}: a decoder for processors needs it on the CPU.")
-        if config.hidden_act not in ("silu", "swish"):
-            raise ValueError(f"Only SiLU is compiled in, not {config.hidden_act!r}.")
-        if config.num_heads % config.n_groups:
-            raise ValueError(f"{config.n_groups} groups do not divide {config.num_heads} heads.")
-        if config.head_dim % LANES:
-            raise ValueError(f"Heads must be a multiple of {LANES} channels wide, not {config.head_dim}.")
+        if (reason := cannot_decode(model)) is not None:
+            raise ValueError(reason)
         if threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}.")
+        if instructions is not None and not runs_here(instructions):
+            raise ValueError(f"This processor does not have the instructions {instructions!r}.")
+        self.config, self.threads = model.config, threads
         register_yield()
-        self.config, self.threads = config, threads
         self._kind = self._choose(instructions or best(), shares or (0.5, 0.5))
         self._arena = Arena()
         self._keep: list[np.ndarray] = []  # what addresses point into
         self._weights = self._read(model)
-        self._token = token_function(self._kind)
-        self._pool = ThreadPoolExecutor(max(1, threads - 1), "decoder")  # starts none before they are needed
+        self._token, self._serve = token_functions(self._kind)
         self._make_buffers(keep)
+
+    def another(self) -> "CpuDecoder":
+        """A decoder for another sequence, of the same weights in memory."""
+        made = copy.copy(self)
+        made._arena = Arena()
+        made._make_buffers(self._buffers.spikes.size > 0)
+        return made
 
     def _choose(self, instructions: str, shares: tuple[float, float]) -> Kind:
         config = self.config
@@ -90,7 +150,7 @@ class CpuDecoder:
             taps=config.conv_kernel,
         )
 
-    def _read(self, model: EventDrivenMambaForCausalLM) -> Weights:
+    def _read(self, model: SpikingMambaForCausalLM) -> Weights:
         config, blocks = self.config, list(model.backbone.layers)
         mixers: list[Any] = [block.mixer for block in blocks]
         channels = mixers[0].conv_dim
@@ -165,10 +225,17 @@ class CpuDecoder:
             y=aligned(inner, f32),
             squares=np.zeros((self.threads, config.n_groups), f32),
             logits=aligned(outputs[2], f32),
+            token=np.zeros(1, np.int64),
             barrier=aligned(BARRIER, np.int64),
+            helpers=aligned(self.threads * STATE, np.int64).reshape(self.threads, STATE),
+            fired=np.zeros(2, np.int64),
             spikes=np.zeros((layers, d + inner) if keep else (0, 0), np.int8),
             sums=np.zeros((layers, sum(outputs[:2])) if keep else (0, 0), np.int32 if kind.spiking else f32),
         )
+        self._buffers.helpers[:] = GONE
+        self.tokens = 0
+        # starts none before they are needed
+        self._pool = ThreadPoolExecutor(max(1, self.threads - 1), "decoder")
         self._locals = [
             Local(
                 scratch=Scratch(widest).arrays,
@@ -192,20 +259,75 @@ class CpuDecoder:
         split = self._weights.in_proj.scale.shape[1]
         return self._buffers.sums[:, :split], self._buffers.sums[:, split:]
 
+    @property
+    def fired(self) -> np.ndarray:
+        """Inputs of input and output projections, of all layers, that have fired so far, int64 ``[2]``."""
+        return self._buffers.fired
+
+    def fetched(self, fired: np.ndarray | None = None) -> Fetched:
+        """What a token reads of which so many inputs fire, ``[2]``; None: as in the tokens so far."""
+        w, kind = self._weights, self._kind
+        if fired is None:
+            fired = self.fired / max(1, self.tokens)
+        layers = len(w.norm)
+        matrices = (w.in_proj, self.config.hidden_size), (w.out_proj, w.gated_norm.shape[1])
+        sizes, read = [], []
+        for (m, inputs), layout, fires in zip(matrices, kind.layouts, fired, strict=True):
+            bits = kind.bits * m.scale.shape[1]
+            scales = layers * -(-inputs // BLOCK) * m.scale.shape[1] if kind.bits == 4 else 0
+            rows = layers * inputs if layout == "tiles" else fires
+            sizes.append(layers * inputs * bits // 8 + scales)
+            read.append(rows * bits / 8 + scales)
+        head = self.config.hidden_size * w.head.scale.shape[1] * kind.bits // 8
+        head += -(-self.config.hidden_size // BLOCK) * w.head.scale.shape[1] if kind.bits == 4 else 0
+        small = w.norm, w.conv, w.conv_bias, w.dt_bias, w.A, w.D, w.gated_norm, w.last_norm
+        states = self._buffers.conv.nbytes + self._buffers.state.nbytes
+        scales = sum(m.scale.nbytes + m.bias.nbytes for m in (w.in_proj, w.out_proj, w.head))
+        rest = states + scales + sum(array.nbytes for array in small) + w.embeddings[0].nbytes
+        return Fetched(read[0], read[1], sum(sizes), head, rest)
+
+    def firing(self) -> tuple[float, float]:
+        """Shares of inputs of input and output projections that have fired since this was made."""
+        w = self._weights
+        inputs = max(1, self.tokens) * len(w.norm) * np.array([w.norm.shape[1], w.gated_norm.shape[1]])
+        of_input, of_output = self._buffers.fired / inputs
+        return float(of_input), float(of_output)
+
     def reset(self) -> None:
         """Begin a sequence."""
         self._buffers.conv[:] = 0
         self._buffers.state[:] = 0
 
+    def load(self, cache: Cache) -> None:
+        """Go on behind the tokens that a cache of one sequence has seen."""
+        for layer in range(self.config.num_hidden_layers):
+            conv, state = caches.conv_state(cache, layer), caches.scan_state(cache, layer)
+            self._buffers.conv[layer] = conv[0].t().float().numpy()  # type: ignore[index]
+            self._states(layer)[:] = state[0].transpose(1, 2)  # type: ignore[index]
+
+    def save(self, cache: Cache) -> None:
+        """Put the states behind the last token into a cache of one sequence."""
+        for layer in range(self.config.num_hidden_layers):
+            conv = torch.from_numpy(self._buffers.conv[layer].copy()).t()[None]
+            caches.update_conv_state(cache, layer, conv)
+            caches.update_scan_state(cache, layer, self._states(layer).transpose(1, 2).float()[None])
+
+    def _states(self, layer: int) -> torch.Tensor:
+        """A layer's states ``[H, N, P]``, a view."""
+        dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[self._kind.states]
+        states = torch.from_numpy(self._buffers.state[layer]).view(dtype)
+        return states.view(len(states), self._kind.state_size, self._kind.head_dim)
+
     def step(self, token: int) -> np.ndarray:
         """One token; the next one's logits, float32 ``[vocab_size]``, which the next call overwrites."""
         if not 0 <= token < self.config.vocab_size:
             raise ValueError(f"Token {token} lies outside the vocabulary of {self.config.vocab_size}.")
-        helpers = [self._pool.submit(self._share, me, token) for me in range(1, self.threads)]
-        self._share(0, token)
-        for helper in helpers:
-            helper.result()
-        return self._buffers.logits[: self.config.vocab_size]
-
-    def _share(self, me: int, token: int) -> None:
-        self._token(me, self.threads, token, self._weights, self._buffers, self._locals[me])
+        w, buffers = self._weights, self._buffers
+        if self.threads > 1:
+            buffers.token[0] = token
+            for me in range(1, self.threads):
+                if call_helper(buffers.helpers.ctypes.data + 8 * STATE * me):
+                    self._pool.submit(self._serve, me, self.threads, w, buffers, self._locals[me])
+        self._token(0, self.threads, token, w, buffers, self._locals[0])
+        self.tokens += 1
+        return buffers.logits[: self.config.vocab_size]

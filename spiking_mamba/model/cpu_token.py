@@ -12,10 +12,10 @@ import numpy as np
 
 from neurons.cpu.events import compiled
 from neurons.cpu.programs import program
-from neurons.cpu.threads import barrier
+from neurons.cpu.threads import GONE, STATE, WORK, barrier, exchange, wait_for_work
 from spiking_mamba.model.cpu_recurrence import recurrence, state_bytes
 
-__all__ = ["Buffers", "Kind", "Local", "Matrices", "Weights", "token_function"]
+__all__ = ["Buffers", "Kind", "Local", "Matrices", "Weights", "call_helper", "token_functions"]
 
 f32, i8, i32 = np.float32, np.int8, np.int32
 BLOCK = 32
@@ -85,7 +85,10 @@ class Buffers(NamedTuple):
     y: np.ndarray  # float32 [I]
     squares: np.ndarray  # float32 [threads, G], sums over a thread's part of a group
     logits: np.ndarray  # float32 [outputs of the head]
+    token: np.ndarray  # int64 [1], the one to work on
     barrier: np.ndarray  # int64 [BARRIER]
+    helpers: np.ndarray  # int64 [threads, STATE]
+    fired: np.ndarray  # int64 [2], inputs of input and output projections that fired so far, of all layers
     spikes: np.ndarray  # int8 [L, d + I] where they are kept, else [0, 0]
     sums: np.ndarray  # int32 or float32 [L, outputs of in_proj + outputs of out_proj], likewise
 
@@ -192,6 +195,20 @@ class Local(NamedTuple):
 
 
 @compiled
+def _firing(spikes):
+    fired = 0
+    for i in range(spikes.size):
+        fired += spikes[i] != 0
+    return fired
+
+
+@compiled
+def call_helper(state):
+    """Say that there is work to the helper whose state is at this address; whether there is no helper."""
+    return exchange(state, WORK) == GONE
+
+
+@compiled
 def _keep(m, me, threads, local, spikes, sums):
     """Copy a projection's inputs, and this thread's part of its sums."""
     first, last = m.parts * me // threads, m.parts * (me + 1) // threads
@@ -273,8 +290,9 @@ def _mixing(kind: Kind) -> Any:
 
 
 @cache
-def token_function(kind: Kind) -> Any:
-    """The compiled ``token(me, threads, token, w, s, local)``: thread ``me``'s share of one token.
+def token_functions(kind: Kind) -> tuple[Any, Any]:
+    """The compiled ``token(me, threads, token, w, s, local)``: thread ``me``'s share of one token; and
+    ``serve(me, threads, w, s, local)``: its share of all tokens until none has come for a while.
 
     ``w`` are :class:`Weights`, ``s`` the :class:`Buffers`, ``local`` this thread's :class:`Local`.
     Afterwards ``s.logits`` are the next token's, and the states have moved on.
@@ -309,6 +327,8 @@ def token_function(kind: Kind) -> Any:
                 w.in_proj, layer, x, w.norm[layer], scale, w.max_spike_count,
                 me, threads, local, local.sums, s.projected,
             )  # fmt: skip
+            if me == 0:
+                s.fired[0] += _firing(local.integers[:d])
             if s.spikes.size:
                 _keep(w.in_proj, me, threads, local, s.spikes[layer, :d], s.sums[layer])
             barrier(bar, threads)
@@ -321,6 +341,8 @@ def token_function(kind: Kind) -> Any:
                 w.out_proj, layer, local.gated, w.gated_norm[layer], f32(1.0), w.max_spike_count,
                 me, threads, local, local.sums, s.x,
             )  # fmt: skip
+            if me == 0:
+                s.fired[1] += _firing(local.integers[:inner])
             if s.spikes.size:
                 own = s.sums[layer, s.projected.size :]
                 _keep(w.out_proj, me, threads, local, s.spikes[layer, d:], own)
@@ -331,4 +353,10 @@ def token_function(kind: Kind) -> Any:
         )
         barrier(bar, threads)
 
-    return token
+    @compiled
+    def serve(me, threads, w, s, local):
+        state = s.helpers.ctypes.data + 8 * STATE * me
+        while wait_for_work(state):
+            token(me, threads, s.token[0], w, s, local)
+
+    return token, serve
