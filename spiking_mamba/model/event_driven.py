@@ -19,6 +19,7 @@ from neurons.backend import check_numba
 from neurons.event_linear import EventDrivenLinear
 from spiking_mamba.model.cache import Cache, takes_any_cache_name
 from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
+from spiking_mamba.model.mlp import SpikingMambaMLP
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.projection import spike_fed
 from spiking_mamba.model.quantised import QuantisedLinear
@@ -53,8 +54,6 @@ class EventDrivenMambaConfig(SpikingMambaConfig):
             raise ValueError(f"weights must be one of {WEIGHTS}, got {self.weights!r}.")
         if self.states not in STATES:
             raise ValueError(f"states must be one of {STATES}, got {self.states!r}.")
-        if self.layers_block_type is not None:
-            raise ValueError("An event-driven model has Mamba2 blocks only, no layers_block_type so far.")
         if self.neuron is not None:
             _check_neuron(neurons.build(self.neuron), self.membrane)
 
@@ -86,7 +85,7 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
             for name in PROJECTIONS:
                 linear = getattr(block.mixer, name)
                 size = linear.in_features, linear.out_features
-                setattr(block.mixer, name, layer(*size, config.use_bias, config.weights))
+                setattr(block.mixer, name, layer(*size, linear.bias is not None, config.weights))
         self.lm_head = QuantisedLinear(config.hidden_size, config.vocab_size, False, config.weights)
         self.requires_grad_(False)
         self.set_decoding("auto")
@@ -209,8 +208,12 @@ def event_driven(
         for block, source in zip(made.backbone.layers, model.backbone.layers, strict=True):
             for name, projection in spike_fed(source.mixer):
                 threshold = torch.as_tensor(projection.threshold).item()
-                block.weight_before(name).div_(threshold)
                 _fill(getattr(block.mixer, name), projection.linear, threshold)
+                if name == "out_proj" and isinstance(block.mixer, SpikingMambaMLP):
+                    # what its neuron gets comes straight from the upper half of the input projection
+                    block.mixer.in_proj.scale.chunk(2)[1].div_(threshold)
+                else:
+                    block.weight_before(name).div_(threshold)
         _fill(made.lm_head, model.lm_head, 1.0)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval()

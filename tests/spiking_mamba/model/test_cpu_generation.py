@@ -70,6 +70,16 @@ def test_tokens_are_those_of_transformers_loop(weights, how):
     assert torch.equal(found, wanted)
 
 
+def test_with_mlp_blocks():
+    kinds = {
+        "num_hidden_layers": 4,
+        "layers_block_type": ["mamba", "mlp", "mlp", "mamba"],
+        "intermediate_size": 48,
+    }
+    wanted, found = both_ways(made_of(**kinds), tokens(1, 5), do_sample=False, **LONG)
+    assert torch.equal(found, wanted)
+
+
 def test_without_a_prompt():
     wanted, found = both_ways(made_of(bos_token_id=1), None, do_sample=False, **LONG)
     assert torch.equal(found, wanted)
