@@ -56,7 +56,8 @@ def _rows_int8(name: str) -> Any:
     def rows_int8(weights, scales, row_bytes, inputs, factors, first, last, scratch, sums):
         offsets, counts = scratch[0], scratch[1]
         eights, _, total = events(inputs, row_bytes, offsets, counts)
-        sums[64 * first : 64 * last] = -minus * total
+        for o in range(64 * first, 64 * last):
+            sums[o] = -minus * total
         kernel(
             weights + 64 * first,
             offsets.ctypes.data,
@@ -76,7 +77,8 @@ def _rows_int4(name: str) -> Any:
     def rows_int4(weights, scales, row_bytes, inputs, factors, first, last, scratch, sums):
         offsets, counts, begins, totals = scratch
         grouped_events(inputs, row_bytes, offsets, counts, begins, totals)
-        sums[128 * first : 128 * last] = 0
+        for o in range(128 * first, 128 * last):
+            sums[o] = 0
         kernel(
             weights + 64 * first,
             offsets.ctypes.data,
@@ -102,8 +104,10 @@ def _tiles(name: str, bits: int, floats: bool) -> Any:
     def tiles(weights, scales, row_bytes, inputs, factors, first, last, scratch, sums):
         counts, totals = scratch[1], scratch[3]
         groups = (inputs.size + GROUP - 1) // GROUP
-        counts[: inputs.size] = inputs
-        counts[inputs.size : groups * GROUP] = 0
+        for k in range(inputs.size):  # an assignment of slices would take seconds to compile
+            counts[k] = inputs[k]
+        for k in range(inputs.size, groups * GROUP):
+            counts[k] = 0
         group_sums(counts[: groups * GROUP], totals[:groups])
         for tile in range(first, last):
             kernel(

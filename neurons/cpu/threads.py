@@ -16,10 +16,28 @@ from numba.core import types
 
 from .events import compiled
 
-__all__ = ["BARRIER", "add", "barrier", "load", "register_yield", "relax", "store", "yield_thread"]
+__all__ = [
+    "BARRIER",
+    "GONE",
+    "IDLE",
+    "STATE",
+    "WORK",
+    "add",
+    "barrier",
+    "exchange",
+    "load",
+    "register_yield",
+    "relax",
+    "store",
+    "wait_for_work",
+    "yield_thread",
+]
 
 BARRIER = 32  # int64 words of a barrier: two counters, each on cache lines of its own
+STATE = 16  # int64 words of a helper's state, on cache lines of its own
+IDLE, WORK, GONE = 0, 1, 2  # what that state says
 _SPINS = 4000
+_YIELDS = 2000  # about a millisecond on an idle processor: between two tokens somebody samples and prints
 _WORD = ir.IntType(64)
 intrinsic: Any = extending.intrinsic
 _YIELD = "neurons_yield_thread"
@@ -42,6 +60,17 @@ def add(typing, address, value):
     def generate(context, builder, signature, arguments):
         word = builder.inttoptr(arguments[0], _WORD.as_pointer())
         return builder.atomic_rmw("add", word, arguments[1], "seq_cst")
+
+    return types.int64(types.intp, types.int64), generate
+
+
+@intrinsic
+def exchange(typing, address, value):
+    """Write an int64 to an address; what stood there before."""
+
+    def generate(context, builder, signature, arguments):
+        word = builder.inttoptr(arguments[0], _WORD.as_pointer())
+        return builder.atomic_rmw("xchg", word, arguments[1], "seq_cst")
 
     return types.int64(types.intp, types.int64), generate
 
@@ -119,3 +148,25 @@ def barrier(words, threads):
             relax()
         else:
             yield_thread()
+
+
+@compiled
+def wait_for_work(state):
+    """Wait until somebody has written ``WORK`` to a helper's state, and make it ``IDLE``.
+
+    Returns:
+        Whether there is work; otherwise nobody came for a while, and the state is ``GONE``.
+    """
+    spins = 0
+    while load(state) != WORK:
+        spins += 1
+        if spins < _SPINS:
+            relax()
+        elif spins < _SPINS + _YIELDS:
+            yield_thread()
+        elif exchange(state, GONE) == WORK:  # it came at the last moment
+            break
+        else:
+            return False
+    store(state, IDLE)
+    return True

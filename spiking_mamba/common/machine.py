@@ -1,11 +1,12 @@
 """What this machine computes on, and how to let it compute faster."""
 
 import ctypes
+import os
 import sys
 
 import torch
 
-__all__ = ["bf16_pays", "device_name", "keep_freed_memory"]
+__all__ = ["bf16_pays", "cores", "device_name", "keep_freed_memory"]
 
 
 def keep_freed_memory() -> None:
@@ -36,3 +37,8 @@ def device_name() -> str:
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} CPU threads"
+
+
+def cores() -> int:
+    """How many processors this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -12,6 +12,7 @@ from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.conversion import fold_thresholds
 from spiking_mamba.model.dense import read_dense
+from spiking_mamba.model.event_driven import EventDrivenMambaConfig
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.state_spaces import to_state_spaces
 
@@ -27,9 +28,10 @@ def load_dense(name: str | Path) -> SpikingMambaForCausalLM:
 
 
 def load_model(name: str | Path) -> SpikingMambaForCausalLM:
-    """A model of this package, spiking or dense, from any form of checkpoint: see ``load_dense``."""
+    """A model of this package, spiking, event-driven or dense, from any form of checkpoint: see
+    ``load_dense``."""
     folder, settings = locate(name)
-    if settings.get("neuron") is None:
+    if settings.get("neuron") is None and settings.get("model_type") != EventDrivenMambaConfig.model_type:
         return load_dense(folder)
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

@@ -6,88 +6,26 @@ less than to wait for one another, and computes its own part of the outputs.
 """
 
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from neurons.cpu.events import compiled
 from neurons.cpu.programs import program
-from neurons.cpu.threads import barrier
+from neurons.cpu.threads import GONE, STATE, WORK, barrier, exchange, wait_for_work
+from spiking_mamba.model.cpu_layout import BLOCK, Kind
 from spiking_mamba.model.cpu_recurrence import recurrence, state_bytes
 
-__all__ = ["Buffers", "Kind", "Local", "Matrices", "Weights", "token_function"]
+__all__ = ["call_helper", "token_functions"]
 
 f32, i8, i32 = np.float32, np.int8, np.int32
-BLOCK = 32
 
 
-class Kind(NamedTuple):
-    """What is compiled in: everything that models of one shape and layout share.
-
-    Attributes:
-        instructions: of :mod:`neurons.cpu.instructions`. bits: of the weights. spiking: or dense.
-        layouts: of input projection and output projection, 'rows' or 'tiles'.
-        states: 'float32' or 'bfloat16'.
-        head_dim, state_size, groups: as in the configuration. taps: of the convolution.
-    """
-
-    instructions: str
-    bits: int
-    spiking: bool
-    layouts: tuple[str, str]
-    states: str
-    head_dim: int
-    state_size: int
-    groups: int
-    taps: int
-
-
-class Matrices(NamedTuple):
-    """One projection of every layer, as :func:`neurons.cpu.programs.program` takes them."""
-
-    weights: np.ndarray  # int64 [L], addresses
-    group_scales: np.ndarray  # int64 [L], addresses
-    row_bytes: int
-    parts: int
-    part_outputs: int
-    scale: np.ndarray  # float32 [L, outputs]
-    bias: np.ndarray  # float32 [L, outputs]
-
-
-class Weights(NamedTuple):
-    """A model: L layers, d wide, H heads of P channels, I = H * P, G groups, N states, C = I + 2 * G * N."""
-
-    embeddings: np.ndarray  # float32 [V, d]
-    norm: np.ndarray  # float32 [L, d], over V_th
-    in_proj: Matrices
-    conv: np.ndarray  # float32 [L, taps, C]
-    conv_bias: np.ndarray  # float32 [L, C]
-    dt_bias: np.ndarray  # float32 [L, H]
-    A: np.ndarray  # float32 [L, H], negative
-    D: np.ndarray  # float32 [L, H]
-    gated_norm: np.ndarray  # float32 [L, I], over V_th
-    out_proj: Matrices
-    last_norm: np.ndarray  # float32 [d]
-    head: Matrices
-    eps: f32
-    max_spike_count: f32
-    dt_low: f32
-    dt_high: f32
-
-
-class Buffers(NamedTuple):
-    """What a sequence and its current token occupy; shared by the threads."""
-
-    conv: np.ndarray  # float32 [L, taps, C], the last inputs, the newest last
-    state: np.ndarray  # uint8 [L, H, bytes of one head]
-    x: np.ndarray  # float32 [outputs of out_proj], the residual stream
-    projected: np.ndarray  # float32 [outputs of in_proj]
-    y: np.ndarray  # float32 [I]
-    squares: np.ndarray  # float32 [threads, G], sums over a thread's part of a group
-    logits: np.ndarray  # float32 [outputs of the head]
-    barrier: np.ndarray  # int64 [BARRIER]
-    spikes: np.ndarray  # int8 [L, d + I] where they are kept, else [0, 0]
-    sums: np.ndarray  # int32 or float32 [L, outputs of in_proj + outputs of out_proj], likewise
+@compiled
+def _copy(source, target):
+    # numba's own assignment brings a message about shapes along, which takes seconds to compile
+    for i in range(target.size):
+        target[i] = source[i]
 
 
 @compiled
@@ -160,8 +98,10 @@ def _shift(inputs, kept, first, last):
     """Keep the new input instead of the oldest."""
     newest = kept.shape[0] - 1
     for tap in range(newest):
-        kept[tap, first:last] = kept[tap + 1, first:last]
-    kept[newest, first:last] = inputs[first:last]
+        for c in range(first, last):
+            kept[tap, c] = kept[tap + 1, c]
+    for c in range(first, last):
+        kept[newest, c] = inputs[c]
 
 
 @compiled
@@ -180,15 +120,18 @@ def _gate(y, gate):
     return squares
 
 
-class Local(NamedTuple):
-    """What one thread works in; integers and sums of the widest projection."""
+@compiled
+def _firing(spikes):
+    fired = 0
+    for i in range(spikes.size):
+        fired += spikes[i] != 0
+    return fired
 
-    scratch: tuple[np.ndarray, ...]
-    integers: np.ndarray  # int8
-    factors: np.ndarray  # float32, of every 32 integers
-    sums: np.ndarray  # int32 of spikes, float32 of activations
-    xbc: np.ndarray  # float32 [C]
-    gated: np.ndarray  # float32 [I], behind the gated norm
+
+@compiled
+def call_helper(state):
+    """Say that there is work to the helper whose state is at this address; whether there is no helper."""
+    return exchange(state, WORK) == GONE
 
 
 @compiled
@@ -196,9 +139,9 @@ def _keep(m, me, threads, local, spikes, sums):
     """Copy a projection's inputs, and this thread's part of its sums."""
     first, last = m.parts * me // threads, m.parts * (me + 1) // threads
     if me == 0:
-        spikes[:] = local.integers[: spikes.size]
-    own = slice(first * m.part_outputs, last * m.part_outputs)
-    sums[own] = local.sums[own]
+        _copy(local.integers, spikes)
+    for o in range(first * m.part_outputs, last * m.part_outputs):
+        sums[o] = local.sums[o]
 
 
 def _projection(kind: Kind, layout: str, spiking: bool, adds: bool) -> Any:
@@ -272,16 +215,10 @@ def _mixing(kind: Kind) -> Any:
     return mix
 
 
-@cache
-def token_function(kind: Kind) -> Any:
-    """The compiled ``token(me, threads, token, w, s, local)``: thread ``me``'s share of one token.
-
-    ``w`` are :class:`Weights`, ``s`` the :class:`Buffers`, ``local`` this thread's :class:`Local`.
-    Afterwards ``s.logits`` are the next token's, and the states have moved on.
-    """
+def _mixer_block(kind: Kind) -> Any:
+    """What a block with a mixer adds to the residual stream; one thread's share."""
     input_projection = _projection(kind, kind.layouts[0], kind.spiking, False)
     output_projection = _projection(kind, kind.layouts[1], kind.spiking, True)
-    head_projection = _projection(kind, "tiles", False, False)
     mix = _mixing(kind)
     groups = kind.groups
 
@@ -290,40 +227,105 @@ def token_function(kind: Kind) -> Any:
         """Divide each group's values by their root mean square; needs all threads' squares."""
         size = x.size // groups
         for g in range(groups):
-            mean = s.squares[:, g].sum() / f32(size)
-            scale = f32(1.0) / np.sqrt(mean + w.eps)
+            squares = f32(0.0)
+            for thread in range(s.squares.shape[0]):
+                squares += s.squares[thread, g]
+            scale = f32(1.0) / np.sqrt(squares / f32(size) + w.eps)
             for i in range(g * size, g * size + size):
                 x[i] = s.y[i] * scale
 
     @compiled
+    def block(me, threads, layer, x, scale, w, s, local):
+        place, d, bar = w.place[layer], x.size, s.barrier.ctypes.data
+        channels, inner = local.xbc.size, s.y.size
+        input_projection(
+            w.in_proj, place, x, w.norm[layer], scale, w.max_spike_count,
+            me, threads, local, local.sums, s.projected,
+        )  # fmt: skip
+        if me == 0:
+            s.fired[0] += _firing(local.integers[:d])
+        if s.spikes.size:
+            _keep(w.in_proj, me, threads, local, s.spikes[layer, :d], s.sums[layer])
+        barrier(bar, threads)
+        mix(w, s, place, me, threads, local)
+        barrier(bar, threads)
+        first, last = channels * me // threads, channels * (me + 1) // threads
+        _shift(s.projected[inner : inner + channels], s.conv[place], first, last)
+        gated = local.gated[:inner]
+        normalise_groups(w, s, gated)
+        output_projection(
+            w.out_proj, place, gated, w.gated_norm[place], f32(1.0), w.max_spike_count,
+            me, threads, local, local.sums, s.x,
+        )  # fmt: skip
+        if me == 0:
+            s.fired[1] += _firing(local.integers[:inner])
+        if s.spikes.size:
+            own = s.sums[layer, s.projected.size :]
+            _keep(w.out_proj, me, threads, local, s.spikes[layer, d : d + inner], own)
+
+    return block
+
+
+def _mlp_block(kind: Kind) -> Any:
+    """What a block with an MLP adds to the residual stream; one thread's share."""
+    input_projection = _projection(kind, kind.layouts[2], kind.spiking, False)
+    output_projection = _projection(kind, kind.layouts[3], kind.spiking, True)
+
+    @compiled
+    def block(me, threads, layer, x, scale, w, s, local):
+        place, d, width = -1 - w.place[layer], x.size, w.ones.size
+        input_projection(
+            w.mlp_in, place, x, w.norm[layer], scale, w.max_spike_count,
+            me, threads, local, local.sums, s.projected,
+        )  # fmt: skip
+        if me == 0:
+            s.fired[2] += _firing(local.integers[:d])
+        if s.spikes.size:
+            _keep(w.mlp_in, me, threads, local, s.spikes[layer, :d], s.sums[layer])
+        barrier(s.barrier.ctypes.data, threads)
+        gated = local.gated[:width]
+        for i in range(width):
+            gated[i] = _silu(s.projected[i]) * s.projected[width + i]
+        output_projection(
+            w.mlp_out, place, gated, w.ones, f32(1.0), w.max_spike_count,
+            me, threads, local, local.sums, s.x,
+        )  # fmt: skip
+        if me == 0:
+            s.fired[3] += _firing(local.integers[:width])
+        if s.spikes.size:
+            own = s.sums[layer, s.projected.size :]
+            _keep(w.mlp_out, me, threads, local, s.spikes[layer, d : d + width], own)
+
+    return block
+
+
+@cache
+def token_functions(kind: Kind) -> tuple[Any, Any]:
+    """The compiled ``token(me, threads, token, w, s, local)``: thread ``me``'s share of one token; and
+    ``serve(me, threads, w, s, local)``: its share of all tokens until none has come for a while.
+
+    ``w`` are :class:`~.cpu_layout.Weights`, ``s`` the :class:`~.cpu_layout.Buffers`, ``local`` this thread's
+    :class:`~.cpu_layout.Local`.
+    Afterwards ``s.logits`` are the next token's, and the states have moved on.
+    """
+    head_projection = _projection(kind, "tiles", False, False)
+    mixer = _mixer_block(kind)
+    mlps = kind.mlps
+    mlp = _mlp_block(kind) if mlps else mixer
+
+    @compiled
     def token(me, threads, token, w, s, local):
         layers, d = w.norm.shape
-        channels, inner = local.xbc.size, s.y.size
         bar, x = s.barrier.ctypes.data, s.x[:d]
         if me == 0:
-            x[:] = w.embeddings[token]
+            _copy(w.embeddings[token], x)
         barrier(bar, threads)
         for layer in range(layers):
             scale = f32(1.0) / np.sqrt(_mean_square(x) + w.eps)
-            input_projection(
-                w.in_proj, layer, x, w.norm[layer], scale, w.max_spike_count,
-                me, threads, local, local.sums, s.projected,
-            )  # fmt: skip
-            if s.spikes.size:
-                _keep(w.in_proj, me, threads, local, s.spikes[layer, :d], s.sums[layer])
-            barrier(bar, threads)
-            mix(w, s, layer, me, threads, local)
-            barrier(bar, threads)
-            first, last = channels * me // threads, channels * (me + 1) // threads
-            _shift(s.projected[inner : inner + channels], s.conv[layer], first, last)
-            normalise_groups(w, s, local.gated)
-            output_projection(
-                w.out_proj, layer, local.gated, w.gated_norm[layer], f32(1.0), w.max_spike_count,
-                me, threads, local, local.sums, s.x,
-            )  # fmt: skip
-            if s.spikes.size:
-                own = s.sums[layer, s.projected.size :]
-                _keep(w.out_proj, me, threads, local, s.spikes[layer, d:], own)
+            if mlps and w.place[layer] < 0:
+                mlp(me, threads, layer, x, scale, w, s, local)
+            else:
+                mixer(me, threads, layer, x, scale, w, s, local)
             barrier(bar, threads)
         scale = f32(1.0) / np.sqrt(_mean_square(x) + w.eps)
         head_projection(
@@ -331,4 +333,10 @@ def token_function(kind: Kind) -> Any:
         )
         barrier(bar, threads)
 
-    return token
+    @compiled
+    def serve(me, threads, w, s, local):
+        state = s.helpers.ctypes.data + 8 * STATE * me
+        while wait_for_work(state):
+            token(me, threads, s.token[0], w, s, local)
+
+    return token, serve

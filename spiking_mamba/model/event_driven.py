@@ -6,15 +6,20 @@ activations rounded to int8 in blocks of 32.
 """
 
 import copy
+import functools
 import math
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
 from torch import nn
 
 import neurons
+from neurons.backend import check_numba
 from neurons.event_linear import EventDrivenLinear
+from spiking_mamba.model.cache import Cache, takes_any_cache_name
 from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
+from spiking_mamba.model.mlp import SpikingMambaMLP
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.projection import spike_fed
 from spiking_mamba.model.quantised import QuantisedLinear
@@ -23,6 +28,7 @@ __all__ = ["EventDrivenMambaConfig", "EventDrivenMambaForCausalLM", "event_drive
 
 WEIGHTS = ("int8", "int4")
 STATES = ("float32", "bfloat16")
+DECODING = ("auto", "compiled", "torch")
 
 
 @strict
@@ -48,8 +54,6 @@ class EventDrivenMambaConfig(SpikingMambaConfig):
             raise ValueError(f"weights must be one of {WEIGHTS}, got {self.weights!r}.")
         if self.states not in STATES:
             raise ValueError(f"states must be one of {STATES}, got {self.states!r}.")
-        if self.layers_block_type is not None:
-            raise ValueError("An event-driven model has Mamba2 blocks only, no layers_block_type so far.")
         if self.neuron is not None:
             _check_neuron(neurons.build(self.neuron), self.membrane)
 
@@ -67,7 +71,8 @@ def _check_neuron(node: nn.Module, membrane: str) -> None:
 class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
     """A language model for inference; made by :func:`event_driven` or loaded, never trained.
 
-    Embeddings, norms, convolution and scan are float32; projections and head are integers.
+    Embeddings, norms, convolution and scan are float32; projections and head are integers. On a processor,
+    ``generate()`` decodes one sequence, greedily or sampling, by compiled code, see :meth:`set_decoding`.
     """
 
     config_class = EventDrivenMambaConfig
@@ -80,9 +85,10 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
             for name in PROJECTIONS:
                 linear = getattr(block.mixer, name)
                 size = linear.in_features, linear.out_features
-                setattr(block.mixer, name, layer(*size, config.use_bias, config.weights))
+                setattr(block.mixer, name, layer(*size, linear.bias is not None, config.weights))
         self.lm_head = QuantisedLinear(config.hidden_size, config.vocab_size, False, config.weights)
         self.requires_grad_(False)
+        self.set_decoding("auto")
 
     def _init_weights(self, module: nn.Module) -> None:
         if not isinstance(module, EventDrivenLinear):
@@ -104,6 +110,67 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
         if mode:
             raise ValueError("An event-driven model is for inference: train the model it was made of.")
         return super().train(False)
+
+    def set_decoding(self, decoding: str, threads: int | None = None) -> None:
+        """Choose what ``generate()`` does with the tokens behind the prompt.
+
+        Args:
+            decoding: 'compiled': one call of compiled code a token, by numba; a call that cannot go that way
+                raises, and so does this one where numba is missing. 'torch': as any model. 'auto': compiled
+                where it can be: on a processor, one sequence, greedy or sampling.
+            threads: of compiled code; None: torch's number of threads, at most that of the cores.
+
+        Raises:
+            ValueError: ``decoding`` is none of these, or ``threads`` less than 1.
+            RuntimeError: numba is missing.
+        """
+        if decoding not in DECODING:
+            raise ValueError(f"decoding must be one of {DECODING}, got {decoding!r}.")
+        if threads is not None and threads < 1:
+            raise ValueError(f"threads must be at least 1, got {threads}.")
+        if decoding == "compiled":
+            check_numba()
+        self._decoding = decoding, threads
+        self._decoders: Any = None
+
+    @property
+    def decoders(self) -> Any:
+        """Where compiled code runs, a :class:`~spiking_mamba.model.cpu_generation.Decoders`; None before its
+        first token."""
+        return self._decoders
+
+    @takes_any_cache_name
+    def generate(self, *args: Any, cache: Cache | None = None, **kwargs: Any) -> Any:
+        """As in transformers; ``cache`` holds the tokens before ``input_ids``, under any of its names.
+
+        Raises:
+            ValueError: decoding is 'compiled', and these arguments cannot be.
+        """
+        decoding, threads = self._decoding
+        if decoding != "torch" and "custom_generate" not in kwargs and self._has_numba(decoding):
+            from spiking_mamba.model.cpu_generation import Decoders, cannot_generate, decode
+
+            reason = cannot_generate(self, args, kwargs)
+            if reason is None:
+                if self._decoders is None:
+                    self._decoders = Decoders(threads)
+                # transformers does not hand it on to a loop that is passed
+                loop = functools.partial(decode, self._decoders, streamer=kwargs.get("streamer"))
+                kwargs["custom_generate"] = loop
+            elif decoding == "compiled":
+                raise ValueError(f"decoding='compiled': {reason}")
+        named = {} if cache is None else {"cache": cache}
+        return super().generate(*args, **named, **kwargs)
+
+    @staticmethod
+    def _has_numba(decoding: str) -> bool:
+        try:
+            check_numba()
+        except RuntimeError:
+            if decoding == "compiled":
+                raise
+            return False
+        return True
 
     def set_weights_backend(self, backend: str) -> None:
         """Choose what runs projections: 'torch' or 'numba', see :class:`neurons.EventDrivenLinear`."""
@@ -141,8 +208,12 @@ def event_driven(
         for block, source in zip(made.backbone.layers, model.backbone.layers, strict=True):
             for name, projection in spike_fed(source.mixer):
                 threshold = torch.as_tensor(projection.threshold).item()
-                block.weight_before(name).div_(threshold)
                 _fill(getattr(block.mixer, name), projection.linear, threshold)
+                if name == "out_proj" and isinstance(block.mixer, SpikingMambaMLP):
+                    # what its neuron gets comes straight from the upper half of the input projection
+                    block.mixer.in_proj.scale.chunk(2)[1].div_(threshold)
+                else:
+                    block.weight_before(name).div_(threshold)
         _fill(made.lm_head, model.lm_head, 1.0)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval()

@@ -1,21 +1,23 @@
-"""Energy that an NVIDIA GPU says it has used, from NVML's counter, with its idle power taken off.
+"""Energy that an NVIDIA GPU says it has used, from NVML's counter, with its idle power taken off; and a
+processor's, from the counter that Linux shows.
 
-A measurement of this GPU and these kernels, on which spikes save nothing by themselves: it stands beside the
-analytic figures of :mod:`spiking_mamba.spikes.energy` and is never mixed with them.
+A measurement of this machine and these kernels: it stands beside the analytic figures of
+:mod:`spiking_mamba.spikes.energy` and is never mixed with them.
 """
 
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-__all__ = ["JouleMeter", "NoEnergyCounter", "measure_joules"]
+__all__ = ["JouleMeter", "NoEnergyCounter", "ProcessorJoules", "measure_joules"]
 
 
 class NoEnergyCounter(RuntimeError):
-    """No GPU here counts its energy for us; the message says what is missing."""
+    """Nothing here counts its energy for us; the message says what is missing."""
 
 
 def _nvml() -> ModuleType:
@@ -102,6 +104,47 @@ class JouleMeter:
             "joules_total_per_token": self._joules / tokens if tokens else None,
             "joules_net_per_token": net / tokens if tokens else None,
         }
+
+
+class ProcessorJoules:
+    """The energy of all processor packages over a ``with`` block, whatever runs on them, idle power included.
+
+    It is RAPL's counter, of processors by Intel and AMD, as Linux shows it; as a rule only root may read it.
+
+    Args:
+        folder: where Linux shows it.
+
+    Attributes:
+        joules: of all blocks so far.
+
+    Raises:
+        NoEnergyCounter: there is none, or it may not be read.
+    """
+
+    def __init__(self, folder: str | Path = "/sys/class/powercap") -> None:
+        # of a package, intel-rapl:0; its parts, intel-rapl:0:1, are in it
+        zones = [zone for zone in Path(folder).glob("intel-rapl:*") if zone.name.count(":") == 1]
+        self._counters = [
+            (zone / "energy_uj", int((zone / "max_energy_range_uj").read_text())) for zone in sorted(zones)
+        ]
+        if not self._counters:
+            raise NoEnergyCounter(f"{folder} shows no energy counter of a processor.")
+        self.joules = 0.0
+        self._read()
+
+    def _read(self) -> list[int]:
+        try:
+            return [int(path.read_text()) for path, _ in self._counters]
+        except OSError as error:
+            raise NoEnergyCounter(f"{error.filename}: {error.strerror}") from error
+
+    def __enter__(self) -> "ProcessorJoules":
+        self._start = self._read()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for before, after, (_, largest) in zip(self._start, self._read(), self._counters, strict=True):
+            self.joules += ((after - before) % (largest + 1)) / 1e6  # it begins again at 0
 
 
 def measure_joules(

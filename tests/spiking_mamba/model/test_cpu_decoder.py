@@ -1,5 +1,7 @@
 """The compiled decoder: its integers by ==, its logits against the torch model with the same weights."""
 
+import time
+
 import numpy as np
 import pytest
 import torch
@@ -13,7 +15,15 @@ pytest.importorskip("numba")
 from neurons.cpu import instructions
 from spiking_mamba.model.cpu_decoder import CpuDecoder
 
+MLPS = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["mlp", "mamba", "mlp", "mamba"],
+    "intermediate_size": 72,
+}
 SHAPE = {"n_groups": 2, "num_heads": 4, "head_dim": 16, "threshold": 0.25}
+
+
+MISSING = ("dotprod", "avxvnni", "avx512vnni")
 
 
 def decoded(decoder, ids):
@@ -38,10 +48,23 @@ def test_logits_of_a_spiking_model(weights, shares):
             assert torch.allclose(decoded(decoder, ids), wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
+@pytest.mark.parametrize("spec", [INTEGER, None])
+@pytest.mark.parametrize("shares", [(0.1, 0.9, 0.9, 0.1), (0.9, 0.1)])
+def test_logits_with_mlp_blocks(spec, shares):
+    made = made_of(spec, "int4", **MLPS)
+    ids = tokens(1, 12)
+    with torch.no_grad():
+        wanted = made(ids).logits[0]
+    for threads in (1, 2):
+        found = decoded(CpuDecoder(made, threads, shares), ids)
+        assert (found - wanted).norm() / wanted.norm() < (0.02 if spec is None else 1e-4)
+
+
+@pytest.mark.parametrize("fields", [{}, MLPS], ids=["mixers", "mlps"])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_integers_equal_the_oracle(weights, threads):
-    made = made_of(INTEGER, weights)
+def test_integers_equal_the_oracle(weights, threads, fields):
+    made = made_of(INTEGER, weights, **fields)
     decoder = CpuDecoder(made, threads, (0.1, 0.9), keep=True)
     width = made.config.hidden_size
     fired = 0
@@ -50,7 +73,11 @@ def test_integers_equal_the_oracle(weights, threads):
         spikes = torch.from_numpy(decoder.spikes)
         fired += int(spikes.count_nonzero())
         for layer, block in enumerate(made.backbone.layers):
-            both = (block.mixer.in_proj, spikes[layer, :width]), (block.mixer.out_proj, spikes[layer, width:])
+            inner = block.mixer.out_proj.in_features
+            both = (
+                (block.mixer.in_proj, spikes[layer, :width]),
+                (block.mixer.out_proj, spikes[layer, width : width + inner]),
+            )
             for (projection, own), sums in zip(both, decoder.sums, strict=True):
                 oracle = neurons.functional.event_driven_linear(own, projection.integer_weight())
                 assert np.array_equal(sums[layer, : len(oracle)], oracle.numpy())
@@ -104,3 +131,51 @@ def test_refusals():
     for token in (-1, 61):
         with pytest.raises(ValueError, match="outside the vocabulary"):
             decoder.step(token)
+    with pytest.raises(ValueError, match="does not have the instructions"):
+        CpuDecoder(made_of(INTEGER), instructions=next(n for n in MISSING if not instructions.runs_here(n)))
+    only_mlps = made_of(INTEGER, layers_block_type=["mlp", "mlp"], intermediate_size=32)
+    with pytest.raises(ValueError, match="without a Mamba2 block"):
+        CpuDecoder(only_mlps)
+
+
+def test_helpers_leave_and_come_back():
+    made, ids = made_of(INTEGER), tokens(1, 6)
+    one, two = CpuDecoder(made), CpuDecoder(made, 2)
+    for token in ids[0].tolist():
+        time.sleep(0.05)  # long enough for a helper to find nothing to do
+        assert np.allclose(two.step(token), one.step(token), atol=1e-5)
+
+
+def test_states_go_into_a_cache_and_out_of_it():
+    made, ids = made_of(INTEGER, **MLPS), tokens(1, 9)
+    decoder, other = CpuDecoder(made), CpuDecoder(made)
+    whole = decoded(decoder, ids)
+    with torch.no_grad():
+        cache = made(ids[:, :5], use_cache=True).cache
+    other.load(cache)
+    for token, wanted in zip(ids[0, 5:].tolist(), whole[5:], strict=True):
+        assert torch.allclose(torch.from_numpy(other.step(token)), wanted, atol=1e-4)
+    other.save(cache)
+    with torch.no_grad():
+        after, wanted = made(ids[:, :1], cache=cache).logits[0, 0], decoder.step(int(ids[0, 0]))
+    assert torch.allclose(after, torch.from_numpy(wanted.copy()), atol=1e-4)
+
+
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_bytes_fetched_by_hand(weights):
+    made = made_of(INTEGER, weights)
+    decoder = CpuDecoder(made, shares=(0.1, 0.9), keep=True)
+    d, inner = made.config.hidden_size, 64
+    padded, head, out = (128 + 2 * 2 * 8 + 4, 61, d)
+    bits = {"int8": 8, "int4": 4}[weights]
+    width = -(-padded // (64 * 8 // bits)) * 64  # bytes of a row
+    decoder.step(3)
+    fires = int(np.count_nonzero(decoder.spikes[:, :d]))
+    fetched = decoder.fetched()
+    scales = 0 if bits == 8 else 2 * (d // 32) * width * 2
+    assert fetched.in_proj == fires * width + scales
+    assert fetched.out_proj >= 2 * inner * out * bits // 8  # in tiles: all of it, and padding
+    assert fetched.head >= d * head * bits // 8
+    assert fetched.share == (fetched.in_proj + fetched.out_proj) / fetched.projections
+    assert fetched.rest > 2 * 4 * 16 * 8 * 4  # the states
+    assert decoder.firing()[0] == fires / (2 * d)

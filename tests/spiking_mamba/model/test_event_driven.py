@@ -15,6 +15,11 @@ from spiking_mamba.model.event_driven import (
 from spiking_mamba.model.quantised import QuantisedLinear, round_blocks
 from tests.helpers.tiny import INTEGER, LEAKY, tiny_model, tokens
 
+MLPS = {
+    "num_hidden_layers": 4,
+    "layers_block_type": ["mlp", "mamba", "mamba", "mlp"],
+    "intermediate_size": 56,
+}
 THRESHOLDS = {"in_proj": 0.25, "out_proj": 0.5}  # powers of two: folding them is exact
 
 
@@ -30,9 +35,11 @@ def rounded(model, weights):
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("learned", [False, True])
-def test_hidden_states_are_those_of_the_rounded_model(weights, learned):
-    model = tiny_model(neuron=INTEGER, threshold=THRESHOLDS, use_bias=True, learn_threshold=learned)
+@pytest.mark.parametrize(
+    "fields", [{"learn_threshold": False}, {"learn_threshold": True}, MLPS], ids=["fixed", "learned", "mlps"]
+)
+def test_hidden_states_are_those_of_the_rounded_model(weights, fields):
+    model = tiny_model(neuron=INTEGER, threshold=THRESHOLDS, use_bias=True, **fields)
     made = event_driven(model, weights)
     ids = tokens(2, 20)
     with torch.no_grad():
@@ -70,8 +77,9 @@ def test_token_by_token_and_at_once(spec):
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("spec", [INTEGER, None])
-def test_saves_and_loads(tmp_path, weights, spec):
-    made = event_driven(tiny_model(neuron=spec, use_bias=True), weights, "bfloat16")
+@pytest.mark.parametrize("fields", [{}, MLPS], ids=["mixers", "mlps"])
+def test_saves_and_loads(tmp_path, weights, spec, fields):
+    made = event_driven(tiny_model(neuron=spec, use_bias=True, **fields), weights, "bfloat16")
     made.save_pretrained(tmp_path)
     for loaded in (
         EventDrivenMambaForCausalLM.from_pretrained(tmp_path),

@@ -1,0 +1,163 @@
+"""Write on from a prompt, token by token, by event-driven integers on this processor.
+
+python recipes/generate/generate.py recipes/generate/generate.yaml prompt="The city lies on"
+"""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import TextStreamer
+
+from spiking_mamba import EventDrivenMambaForCausalLM, event_driven
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.machine import cores
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.model.checkpoint import load_model
+from spiking_mamba.model.event_driven import STATES, WEIGHTS
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
+from spiking_mamba.spikes.joules import NoEnergyCounter, ProcessorJoules
+
+
+@dataclass
+class GenerateSettings:
+    """Every field is a key of the YAML file.
+
+    Attributes:
+        prompt: what to write on from.
+        model: folder or hub name of a checkpoint, spiking or dense, or the folder of an event-driven model.
+        tokenizer: folder or hub name; null: the checkpoint's own.
+        tokens: how many to write at most.
+        temperature: of sampling; 0: always the likeliest token. top_k, top_p: sample from the likeliest so
+            many tokens, or from those that have this probability together; 0 and 1: from all.
+        repetition_penalty: what a token that has occurred is made less likely by; 1: nothing.
+        seed: of sampling.
+        weights: 'int8' or 'int4': event-driven; null: the model as it is, float32, by torch.
+        states: dtype of the scan's states, 'float32' or 'bfloat16'.
+        threads: null: as many as this process may use.
+    """
+
+    prompt: str
+    model: str
+    tokenizer: Any = None
+    tokens: int = 100
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    weights: Any = "int8"
+    states: str = "float32"
+    threads: Any = None
+
+    def __post_init__(self) -> None:
+        if self.weights is not None and self.weights not in WEIGHTS:
+            raise ValueError(f"weights must be one of {WEIGHTS} or null, got {self.weights!r}.")
+        if self.states not in STATES:
+            raise ValueError(f"states must be one of {STATES}, got {self.states!r}.")
+        if self.tokens < 1:
+            raise ValueError(f"tokens must be at least 1, got {self.tokens}.")
+        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
+            raise ValueError("temperature and top_k are at least 0, top_p and repetition_penalty above 0.")
+        if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= cores()):
+            raise ValueError(
+                f"threads must be from 1 to {cores()}, the cores that this process may use, "
+                f"got {self.threads!r}."
+            )
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of ``generate()``."""
+        own: dict[str, Any] = {"do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            own |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return own | {"repetition_penalty": self.repetition_penalty}
+
+
+class Clock(TextStreamer):
+    """Prints the text as it comes, and knows when the first token came and the last."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+
+def prepare(settings: GenerateSettings) -> SpikingMambaForCausalLM:
+    """The model, ready to decode."""
+    model = load_model(settings.model)
+    if isinstance(model, EventDrivenMambaForCausalLM):
+        made = model  # its weights are what they are
+    elif settings.weights is None:
+        return model
+    else:
+        made = event_driven(model, settings.weights, settings.states)
+    made.set_decoding("compiled", settings.threads or cores())
+    return made
+
+
+@contextlib.contextmanager
+def counting_joules() -> Iterator[ProcessorJoules | None]:
+    """The processor's energy over the block; None where nobody counts it."""
+    try:
+        meter = ProcessorJoules()
+    except NoEnergyCounter:
+        yield None
+        return
+    with meter:
+        yield meter
+
+
+def summary(model: SpikingMambaForCausalLM, clock: Clock, joules: ProcessorJoules | None) -> str:
+    """One line about the tokens behind the first, which the prompt's forward pass gives."""
+    tokens = len(clock.times) - 2  # the prompt comes first, in one piece
+    parts = [f"{tokens + 1} tokens"]
+    if tokens > 0:
+        parts.append(f"{tokens / (clock.times[-1] - clock.times[1]):.0f} tokens/s")
+    decoders = getattr(model, "decoders", None)
+    fetched = None if decoders is None else decoders.fetched()
+    if fetched is not None:
+        kind = model.config.weights
+        parts.append(
+            f"{100 * fetched.share:.0f}% of the projections' {kind} weights fetched, "
+            f"{fetched.total / 1e6:.1f} MB a token"
+        )
+    if joules is not None:
+        parts.append(f"{1e3 * joules.joules / (tokens + 1):.1f} mJ a token, the whole processor's")
+    return ", ".join(parts)
+
+
+@fail_clearly()
+def main() -> None:
+    settings = parse_settings(GenerateSettings, description=__doc__)
+    quiet()
+    threads = settings.threads or cores()
+    torch.set_num_threads(threads)
+    tokenizer = load_tokenizer(settings.model, settings.tokenizer)
+    model = prepare(settings)
+    check_vocabulary(tokenizer, model)
+    prompt = tokenizer(settings.prompt, return_tensors="pt")
+    if not prompt["input_ids"].numel():
+        raise ValueError("The prompt is empty.")
+    own = settings.sampling()
+    if settings.weights is not None:
+        print("Compiling for this processor ...", end="\r", file=sys.stderr, flush=True)
+        model.generate(**prompt, max_new_tokens=2, min_new_tokens=2, **own)
+        print(" " * 32, end="\r", file=sys.stderr, flush=True)
+    torch.manual_seed(settings.seed)
+    clock = Clock(tokenizer)
+    with counting_joules() as joules:
+        model.generate(**prompt, max_new_tokens=settings.tokens, streamer=clock, **own)
+    print(f"\n[{summary(model, clock, joules)}, {threads} {'thread' if threads == 1 else 'threads'}]")
+
+
+if __name__ == "__main__":
+    main()
