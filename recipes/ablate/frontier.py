@@ -52,8 +52,8 @@ def answer(rows: Sequence[Row]) -> str:
         text += (
             f", {_mean(row, 'with_neurons'):.2f}x with their neurons, {_mean(row, 'whole_model'):.2f}x in "
             f"the whole model and {_mean(row, 'decoding'):.2f}x where single tokens are decoded at batch 1, "
-            f"memory traffic included; {_mean(row, 'multiplied'):.1%} of its compute energy at fp32 is still "
-            "spent on multiplications"
+            f"memory traffic included; {_mean(row, 'multiplied'):.1f}% of its compute energy at fp32 is "
+            "still spent on multiplications"
         )
     used, text = [row] if best is None else [row, best], f"{text}."
     if (whole := best_at(rows, "with_neurons")) is not None and whole is not row:

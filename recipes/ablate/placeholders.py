@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 FIELDS: dict[str, tuple[str, ...]] = {
     "perplexity": ("after", "perplexity"),
     "before": ("before", "perplexity"),
+    "teacher": ("teacher", "perplexity"),
     "mean_abs": ("after", "mean_abs"),
     "nonzero": ("after", "nonzero_share"),
     "gain": ("after", "gain", "fp32"),
@@ -38,7 +39,7 @@ ENERGIES: dict[str, Callable[[dict[str, Any]], float]] = {
     "with_neurons": lambda e: e["projections_with_neurons"]["fp32"]["gain"],
     "whole_model": lambda e: e["model"]["fp32"]["gain"],
     "decoding": lambda e: e["with_memory"]["decode"]["fp32"]["gain"],
-    "multiplied": lambda e: e["multiplied"]["fp32"],
+    "multiplied": lambda e: 100 * e["multiplied"]["fp32"],  # per cent
     "quantised": lambda e: e["projections"]["int8"]["gain_over_quantised_sparse"],
     "quantised_with_neurons": lambda e: e["projections_with_neurons"]["int8"]["gain_over_quantised_sparse"],
     "whole_quantised": lambda e: e["model"]["int8"]["gain_over_quantised_sparse"],
