@@ -34,8 +34,9 @@ from spiking_mamba.spikes.energy import energy_of_rates
 
 PLACEHOLDER = re.compile(r"{([^{}]+?):([+,]*\.\df)}")
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d(?:[\d,]*\d)?(?:\.\d+)?")
-# what is no prose: code, names of files and the addresses of links
-CODE = re.compile(r"```(?!text).*?```|`[^`]*`|(?<=\])\([^)]*\)|<!--.*?-->|(?m:^    \S.*$)", re.DOTALL)
+FENCED = re.compile(r"^```(\w*)\n.*?^```$|^    \S.*$", re.DOTALL | re.MULTILINE)  # or indented
+# within lines: code, and the addresses of links
+INLINE = re.compile(r"`[^`]*`|(?<=\])\([^)]*\)")
 
 
 @dataclass
@@ -170,7 +171,7 @@ def examine(text: str, about: Mapping[str, Any], value: Callable[[str, str], str
     """The page with the records' numbers, and what is wrong with it as it is."""
     found = sorted(held(text, about.get("figures", []), value))
     wrong = [f"{text[a:b]} should be {new}: {_around(text, a, b)}" for a, b, new in found if text[a:b] != new]
-    covered = [(a, b) for a, b, _ in found] + [m.span() for m in CODE.finditer(text)]
+    covered = [(a, b) for a, b, _ in found] + code(text)
     for other in about.get("others", []):
         places = [m.span() for m in re.finditer(other["text"], text)]
         if not places or not other.get("source"):
@@ -182,6 +183,17 @@ def examine(text: str, about: Mapping[str, Any], value: Callable[[str, str], str
     for a, b, new in reversed(found):
         text = text[:a] + new + text[b:]
     return text, wrong
+
+
+def code(text: str) -> list[tuple[int, int]]:
+    """Where a page has code, which is tested otherwise, and no figures; blocks of ``text`` are none."""
+    blocks = list(FENCED.finditer(text))
+    found = [m.span() for m in blocks if m.group(1) != "text"]
+    start = 0
+    for end, after in [*(m.span() for m in blocks), (len(text), len(text))]:
+        found += [(start + m.start(), start + m.end()) for m in INLINE.finditer(text[start:end])]
+        start = after
+    return found
 
 
 def _around(text: str, start: int, end: int) -> str:

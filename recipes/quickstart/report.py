@@ -95,8 +95,9 @@ def _costs(results: dict[str, Any]) -> Table:
         ["projections, int8 (hypothetical: accuracy was measured in fp32)", _times(energy["int8"])],
         [f"against a quantised network of {results['levels']} levels, int8", _times(energy["quantised"])],
         ["against the same, skipping zeros", _times(energy["quantised_sparse"])],
-        ["against the same integers by shift-and-add", _times(energy["shift_and_add"])],
     ]
+    if "shift_and_add" in energy:
+        rows.append(["against the same integers by shift-and-add", _times(energy["shift_and_add"])])
     return Table(["spikes and energy of the student", ""], rows)
 
 
