@@ -1,51 +1,88 @@
 """Accuracy against energy over all rows: whether the target is met, and the picture."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
-from recorded import Row, best_control, marked
+from recorded import PERPLEXITY, Row, best_dense, marked
 
+from spiking_mamba.common.provenance import MARK
 from spiking_mamba.evaluation.statistics import interval
-from spiking_mamba.reports.figures import COLOURS, MARKERS, picture
+from spiking_mamba.reports.figures import COLOURS, picture
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 TARGET_GAIN, TARGET_GAP = 4.76, 0.03
-WIDEST = 20.0  # gain that is drawn
+WIDEST, HIGHEST = 20.0, 0.25  # gain and gap that are drawn
 
-__all__ = ["answer", "draw", "non_dominated"]
+__all__ = ["answer", "best_at", "draw", "non_dominated"]
+
+
+def best_at(rows: Sequence[Row], scope: str, gain: float = TARGET_GAIN) -> Row | None:
+    """Of the trained students with at least that gain the one with the lowest perplexity.
+
+    Args:
+        scope: "gain", of the projections alone, or a name of ``placeholders.ENERGIES``.
+    """
+    found = []
+    for row in rows:
+        gains = row.per_seed(scope) if row.tokens and not row.dense else []
+        if gains and interval(gains)["mean"] >= gain:
+            found.append(row)
+    return min(found, key=lambda row: interval(row.over_teacher())["mean"], default=None)
 
 
 def answer(rows: Sequence[Row]) -> str:
     """Whether the target is met: the best row at or above the target's gain."""
-    candidates = []
-    for row in rows:
-        control = best_control(rows, row.tokens)
-        gains = row.values("after", "gain", "fp32")
-        if not row.dense and control is not None and gains and interval(gains)["mean"] >= TARGET_GAIN:
-            candidates.append((interval(row.over(control))["mean"], row, control))
-    if not candidates:
-        gain = f"a gain of at least {TARGET_GAIN}x"
-        return f"No student with {gain} has a control of as many tokens beside it yet."
-    gap, row, control = min(candidates, key=lambda found: found[0])
-    reached = "met" if gap <= TARGET_GAP else "not met"
+    best, row = best_dense(rows), best_at(rows, "gain")
+    if row is None:
+        return f"No student with a gain of at least {TARGET_GAIN}x has been trained yet."
+    gap = row.over(best)
+    reference = "the teacher as it is" if best is None else f"'{best.name}'"
+    ends = "" if gap["low"] is None else f" [{100 * gap['low']:+.2f}, {100 * gap['high']:+.2f}]"
     text = (
-        f"The target, at most {TARGET_GAP:.0%} above the dense control's perplexity at a projection-energy "
-        f"gain of at least {TARGET_GAIN}x (fp32 table), is {reached}: '{row.name}' stands {100 * gap:+.2f} "
-        f"% from '{control.name}' at {interval(row.values('after', 'gain', 'fp32'))['mean']:.2f}x, "
-        f"{_seeds(row)} against {_seeds(control)} of the control. Over the teacher as it is, from which both "
-        f"start, the control stands {100 * _of_teacher(control):+.2f} %, the student "
-        f"{100 * _of_teacher(row):+.2f} %: over that dense model the target would be "
-        f"{'met' if _of_teacher(row) <= TARGET_GAP else 'missed'}."
+        f"The target, at most {TARGET_GAP:.0%} above the best dense model's perplexity at a gain of at least "
+        f"{TARGET_GAIN}x in the projections alone, is {'met' if gap['mean'] <= TARGET_GAP else 'missed'}: "
+        f"'{row.name}' stands {100 * gap['mean']:+.2f} %{ends} from {reference} ({_seeds(row)}), the best "
+        f"dense model of all lengths of further training and learning rates{_controls(rows)}. It has a gain "
+        f"of {_mean(row, 'gain'):.2f}x in the projections alone"
     )
-    return marked(text, [row, control])
+    if row.energies("with_neurons"):
+        text += (
+            f", {_mean(row, 'with_neurons'):.2f}x with their neurons, {_mean(row, 'whole_model'):.2f}x in "
+            f"the whole model and {_mean(row, 'decoding'):.2f}x where single tokens are decoded at batch 1, "
+            f"memory traffic included; {_mean(row, 'multiplied'):.1f}% of its compute energy at fp32 is "
+            "still spent on multiplications"
+        )
+    used, text = [row] if best is None else [row, best], f"{text}."
+    if (whole := best_at(rows, "with_neurons")) is not None and whole is not row:
+        found = whole.over(best)
+        text += (
+            f" Counted with their neurons, the best student at {TARGET_GAIN}x or more is '{whole.name}': "
+            f"{100 * found['mean']:+.2f} % at {_mean(whole, 'with_neurons'):.2f}x ({_seeds(whole)})."
+        )
+        used.append(whole)
+    return marked(text, used)
+
+
+def _controls(rows: Sequence[Row]) -> str:
+    controls = [row for row in rows if row.dense and row.done]
+    gaps = [interval(row.over_teacher())["mean"] for row in controls]
+    if not gaps:
+        return ""
+    return (
+        f": {len(gaps)} dense controls, trained further, lie {100 * min(gaps):+.2f} to "
+        f"{100 * max(gaps):+.2f} % from the teacher"
+    )
 
 
 def _seeds(row: Row) -> str:
     return f"{len(row.done)} seed{'s' if len(row.done) > 1 else ''}"
 
 
-def _of_teacher(row: Row) -> float:
-    return interval(row.over(None))["mean"]
+def _mean(row: Row, field: str) -> float:
+    return interval(row.per_seed(field))["mean"]
 
 
 def non_dominated(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -57,55 +94,114 @@ def non_dominated(points: Sequence[tuple[float, float]]) -> list[tuple[float, fl
     return best[::-1]
 
 
-def draw(path: Path, rows: Sequence[Row]) -> bool:
-    """Perplexity over the control's against the energy gain, a colour a lever; whether there was a point."""
-    points = []
+class Mark(NamedTuple):
+    """What is drawn of a model: gain and gap in per cent, and what is written beside it."""
+
+    gain: float
+    gap: float
+    label: str = ""
+
+
+def students(rows: Sequence[Row]) -> list[Mark]:
+    """The best trained students of every energy, projections with neurons at fp32, three of them labelled:
+    the one nearest to the dense model, the target's and, of several seeds, the one with the largest gain."""
+    best, target = best_dense(rows), best_at(rows, "gain")
+    found: dict[tuple[float, float], Row] = {}
     for row in rows:
-        control = best_control(rows, row.tokens) if row.tokens else None
-        gaps, gains = row.over(control), row.values("after", "gain", "fp32")
-        if not row.dense and gaps and len(gains) == len(gaps) and row.tokens:
-            points.append((row, [100 * gap for gap in gaps], gains, control is not None))
-    if not points:
+        gains = row.energies("with_neurons") if row.tokens else []
+        if gains:
+            point = (interval(gains)["mean"], 100 * row.over(best)["mean"])
+            if point[0] <= WIDEST and point[1] <= 100 * HIGHEST:
+                found[point] = row
+    points = non_dominated(list(found))
+    several = [point for point in points if len(found[point].done) > 1]
+    told = {*points[:1], *several[-1:]}
+    marks = []
+    for point in points:
+        row = found[point]
+        label = f"{point[0]:.1f}x, {point[1]:+.1f} %{'' if row.clean else ' ' + MARK}"
+        marks.append(Mark(*point, label if point in told or row is target else ""))
+    return marks
+
+
+def in_int8(rows: Sequence[Row]) -> list[Mark]:
+    """The target's student with int8 projections, and as the equal-level quantised network that multiplies
+    and skips zeros: one function, whose perplexity was measured, and two prices."""
+    row, best = best_at(rows, "gain"), best_dense(rows)
+    changed = [] if row is None else row.values("checks", "int8", "perplexity")
+    if row is None or not changed or not row.energies("with_neurons"):
+        return []
+    dense = row.values("teacher", "perplexity") if best is None else best.values(*PERPLEXITY)
+    gap = 100 * (interval(changed)["mean"] / interval(dense)["mean"] - 1)
+    mark = "" if row.clean else " " + MARK
+    gains = {name: _mean(row, name) for name in ("int8_spiking", "int8_quantised")}
+    return [
+        Mark(
+            gains["int8_quantised"],
+            gap,
+            f"multiplying,\nskipping zeros\n{gains['int8_quantised']:.0f}x{mark}",
+        ),
+        Mark(gains["int8_spiking"], gap, f"spiking\n{gains['int8_spiking']:.0f}x{mark}"),
+    ]
+
+
+def draw(path: Path, rows: Sequence[Row]) -> bool:
+    """What perplexity one pays for what energy, a few marks with their labels; whether there was one."""
+    spiking, rivals = students(rows), in_int8(rows)
+    if not spiking:
         return False
-    levers = list(dict.fromkeys(row.lever for row, *_ in points))
-    with picture(path, 8.5, 5.2) as (figure, axes):
-        for place, lever in enumerate(levers):
-            look = {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
-            chosen = [point for point in points if point[0].lever == lever]
-            label: str | None = lever
-            for row, gaps, gains, controlled in chosen:
-                size = 5 + 1.5 * math.log2(max(1.0, row.tokens / 8e6))
-                bars = interval(gaps)
-                half = None if bars["sd"] is None else bars["high"] - bars["mean"]
-                fill = {} if controlled else {"markerfacecolor": "none"}
-                axes.errorbar(
-                    interval(gains)["mean"], bars["mean"], half, linestyle="none", capsize=3,
-                    markersize=size, label=label, **look, **fill,
-                )  # fmt: skip
-                label = None
-        means = [(interval(gains)["mean"], interval(gaps)["mean"]) for _, gaps, gains, _ in points]
-        # steps: between two students nothing was run
-        axes.step(
-            *zip(*non_dominated(means), strict=True), where="pre", color="silver", linewidth=1.5, zorder=0,
-            label="best with that gain or more",
-        )  # fmt: skip
-        axes.axvline(TARGET_GAIN, color="grey", linewidth=0.8, linestyle="--")
-        axes.axhline(100 * TARGET_GAP, color="grey", linewidth=0.8, linestyle="--")
-        axes.axhline(0.0, color="black", linewidth=0.8)
-        # a row that went wrong would squeeze all others into a line
-        heights = sorted(gap for _, gap in means)
-        top = 1.15 * max(100 * TARGET_GAP, min(heights[-1], 3 * heights[len(heights) // 2]))
-        right = 1.1 * max((g for _, _, gains, _ in points for g in gains if g <= WIDEST), default=WIDEST)
-        axes.set(xlim=(0.0, right), ylim=(min(-0.5, 1.1 * heights[0]), top))
-        axes.text(TARGET_GAIN, top, f" {TARGET_GAIN}x", color="grey", va="top")
-        axes.text(right, 100 * TARGET_GAP, f"{TARGET_GAP:.0%}", color="grey", ha="right", va="bottom")
-        outside = sum(gap > top or gain > right for gain, gap in means)
-        note = "Larger marks: more tokens. Conversions are not shown"
-        axes.set_title(note + (f"; {outside} rows lie outside." if outside else "."), fontsize=9)
-        axes.grid(color="#e5e5e5")
-        axes.set(
-            xlabel="energy gain of the projections over the dense model, times (fp32 table)",
-            ylabel="perplexity over the dense control's, %\n(hollow: over the teacher's, for want of one)",
+    with picture(path, 5.2, 4.6, dpi=200) as (_, axes):
+        blue, orange = COLOURS[:2]
+        axes.plot([1], [0], "*", color="black", markersize=17)
+        _say(axes, Mark(1, 0, "best dense"), (10, 6), color="black", weight="bold")
+        gains, gaps = [m.gain for m in spiking], [m.gap for m in spiking]
+        axes.plot(gains, gaps, "-", color=blue, linewidth=1.5, alpha=0.5)
+        for place, mark in enumerate(spiking):
+            axes.plot([mark.gain], [mark.gap], "o", color=blue, markersize=9 if mark.label else 3.5)
+            if place:
+                _say(axes, mark, (-8, 8), color=blue, ha="right")
+            else:
+                _say(axes, mark, (8, -6), color=blue, va="top")
+        _say(
+            axes,
+            Mark(gains[-1], gaps[-1], "spiking students, fp32"),
+            (-8, 24),
+            color=blue,
+            weight="bold",
+            ha="right",
         )
-        figure.legend(loc="outside lower left", ncols=4, frameon=False, fontsize=9)
+        for mark, look, place in zip(rivals, ("s", "o"), ((0, -12), (4, 10)), strict=False):
+            axes.plot([mark.gain], [mark.gap], look, color=orange, markersize=9)
+            _say(axes, mark, place, color=orange, ha="center", va="top" if place[1] < 0 else "bottom")
+        if rivals:
+            above = Mark(rivals[0].gain, rivals[0].gap, "int8 weights:")
+            _say(axes, above, (14, 40), color=orange, weight="bold", ha="center", va="bottom")
+        top = max(*gaps, *(mark.gap for mark in rivals), 100 * TARGET_GAP)
+        axes.set_xscale("log")
+        axes.set(xlim=(0.85, 70), ylim=(-0.08 * top, 1.25 * top))
+        axes.set_xticks([1, 2, 5, 10, 20, 50], ["1x", "2x", "5x", "10x", "20x", "50x"])
+        axes.minorticks_off()
+        axes.grid(color="#e5e5e5")
+        axes.set_title("What one pays: perplexity above the best dense, %", fontsize=11.5)
+        axes.set_xlabel(
+            "what one gets: times less energy than dense fp32,\nprojections with their neurons", fontsize=11
+        )
+        axes.tick_params(labelsize=11)
     return True
+
+
+def _say(
+    axes: "Axes", mark: Mark, place: tuple[float, float], ha: str = "left", va: str = "bottom", **look
+) -> None:
+    """Write a mark's label beside it; ``place`` is in points."""
+    if mark.label:
+        axes.annotate(
+            mark.label,
+            (mark.gain, mark.gap),
+            place,
+            textcoords="offset points",
+            ha=ha,
+            va=va,
+            fontsize=11.5,
+            **look,
+        )

@@ -15,7 +15,7 @@ What stands between braces is looked up, never executed.
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,16 +29,37 @@ if TYPE_CHECKING:
 FIELDS: dict[str, tuple[str, ...]] = {
     "perplexity": ("after", "perplexity"),
     "before": ("before", "perplexity"),
+    "teacher": ("teacher", "perplexity"),
     "mean_abs": ("after", "mean_abs"),
     "nonzero": ("after", "nonzero_share"),
     "gain": ("after", "gain", "fp32"),
-    "quantised": ("after", "gain", "quantised_sparse"),
-    "whole_model": ("after", "gain_whole_model_fp32"),
+}
+# Energy gains by what was counted: what of spiking_mamba.spikes.energy.energy_of_rates's report is meant.
+ENERGIES: dict[str, Callable[[dict[str, Any]], float]] = {
+    "with_neurons": lambda e: e["projections_with_neurons"]["fp32"]["gain"],
+    "whole_model": lambda e: e["model"]["fp32"]["gain"],
+    "decoding": lambda e: e["with_memory"]["decode"]["fp32"]["gain"],
+    "multiplied": lambda e: 100 * e["multiplied"]["fp32"],  # per cent
+    "quantised": lambda e: e["projections"]["int8"]["gain_over_quantised_sparse"],
+    "quantised_with_neurons": lambda e: e["projections_with_neurons"]["int8"]["gain_over_quantised_sparse"],
+    "whole_quantised": lambda e: e["model"]["int8"]["gain_over_quantised_sparse"],
+    "whole_int8": lambda e: e["model"]["int8"]["gain"],
+    # what the quantised rival, int8, takes less than the student in fp32, in which accuracy was measured
+    "rival_fp32": lambda e: 1 / e["projections"]["fp32"]["gain_over_quantised_sparse"],
+    # over the dense projections in fp32: spikes with int8 weights, and the rival that multiplies
+    "int8_spiking": lambda e: _over_dense_fp32(e, "spiking"),
+    "int8_quantised": lambda e: _over_dense_fp32(e, "quantised_sparse"),
 }
 DERIVED = ("over_teacher", "bf16", "int8", "spike_driven", "tokens", "cut_off", "seeds")
 OF_SEVERAL = ("min", "max", "abs", "times")
 OF_SEEDS = ("mean", "min", "max", "abs", "low", "high")
 WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def _over_dense_fp32(energy: dict[str, Any], machine: str) -> float:
+    scope = energy["projections_with_neurons"]
+    return scope["fp32"]["dense_pj_per_token"] / scope["int8"][f"{machine}_pj_per_token"]
+
 
 _PLACEHOLDER = re.compile(r"{(?:(\w+) )?(\w+)(?:\.(\w+))?\[([^][]*)\](?::(\+?,?\.\df))?}")
 
@@ -84,7 +105,7 @@ def _placeholder(text: str) -> Placeholder:
         raise ValueError(f"{text} is no placeholder: it must look like {{perplexity[row]:.2f}}.")
     how, field, statistic, rows, form = found.groups()
     statistic = statistic or "mean"
-    reject_unknown_keys({field: 0}, [*FIELDS, *DERIVED], text)
+    reject_unknown_keys({field: 0}, [*FIELDS, *ENERGIES, *DERIVED], text)
     reject_unknown_keys({statistic: 0}, OF_SEEDS, text)
     reject_unknown_keys({how: 0} if how else {}, OF_SEVERAL, text)
     items = []
@@ -141,11 +162,23 @@ def _number(placeholder: Placeholder, find: "Callable[[str], Row]") -> str:
 
 def _value(placeholder: Placeholder, item: Item, find: "Callable[[str], Row]") -> float:
     row, others = find(item.row), [find(name) for name in item.against]
+    if placeholder.statistic in ("low", "high") and len(others) == 1:
+        return _of_change(placeholder, row, others[0])
     values = _values(placeholder, row, placeholder.field)
     if others:
         base = _base(placeholder, row, others)
         values = [v / base if placeholder.how == "times" else 100 * (v / base - 1) for v in values]
     return _statistic(placeholder, values)
+
+
+def _of_change(placeholder: Placeholder, row: "Row", other: "Row") -> float:
+    """An end of the interval of a change, per cent, which both rows' seeds move."""
+    if placeholder.field != "perplexity" or placeholder.how == "times":
+        raise ValueError(f"{placeholder.text}: changes of perplexity alone have intervals.")
+    found = row.over(other)[placeholder.statistic]
+    if found is None:
+        raise ValueError(f"{placeholder.text}: against one seed, or of one, there is no interval.")
+    return 100 * found
 
 
 def _values(placeholder: Placeholder, row: "Row", field: str) -> list[float]:

@@ -1,16 +1,23 @@
 """The rows of a table with the runs that are recorded of them."""
 
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from placeholders import FIELDS
+import numpy as np
+from placeholders import ENERGIES, FIELDS
+from scipy.special import stdtrit
 from table import CHECKS, OUTSIDE, Table, tokens_seen
 
+import neurons
+from spiking_mamba import SpikingMambaConfig
 from spiking_mamba.common.provenance import MARK, is_clean
 from spiking_mamba.common.records import read_records
 from spiking_mamba.evaluation.statistics import interval
+from spiking_mamba.spikes.energy import energy_of_rates
 
 PERPLEXITY = ("after", "perplexity")
 
@@ -58,6 +65,10 @@ class Row:
     def done(self) -> list[dict[str, Any]]:
         return [run for run in self.runs if run["status"] == "done"]
 
+    @property
+    def seeds_done(self) -> list[int]:
+        return [run.get("seed", place) for place, run in enumerate(self.done)]
+
     def values(self, *path: str) -> list[float]:
         """A number of every finished run, those that have it; ``"after", "gain", "fp32"``, say."""
         found = []
@@ -69,12 +80,26 @@ class Row:
                 found.append(value)
         return found
 
-    def over(self, control: "Row | None") -> list[float]:
-        """Perplexity over the mean of a control or any other row, less 1; over the teacher's for ``None``."""
-        if control is None:
-            return [r["after"]["perplexity"] / r["teacher"]["perplexity"] - 1 for r in self.done]
-        mean = interval(control.values(*PERPLEXITY))["mean"]
-        return [value / mean - 1 for value in self.values(*PERPLEXITY)]
+    def over_teacher(self) -> list[float]:
+        """Perplexity over the teacher's in the same run, less 1."""
+        return [r["after"]["perplexity"] / r["teacher"]["perplexity"] - 1 for r in self.done]
+
+    def over(self, dense: "Row | None") -> dict[str, Any]:
+        """:func:`change` from a dense row; from the teacher as it is, which no seed moves, for ``None``."""
+        return interval(self.over_teacher()) if dense is None else change(self, dense)
+
+    def energies(self, name: str) -> list[float]:
+        """One of ``placeholders.ENERGIES`` of every finished run, by what was counted in it; none of a dense
+        row or without the teacher's configuration."""
+        found = []
+        for run in self.done:
+            if run["after"].get("mean_abs") is not None and Path(self.table.teacher, "config.json").is_file():
+                energy = _energy(
+                    self.table.teacher, json.dumps(run["settings"]["neuron"]), run["settings"]["membrane"],
+                    run["after"]["mean_abs"], run["after"]["nonzero_share"],
+                )  # fmt: skip
+                found.append(ENERGIES[name](energy))
+        return found
 
     def per_seed(self, field: str) -> list[float]:
         """What ``placeholders.py`` may name, of every finished run: per cent, where it is a change."""
@@ -83,9 +108,11 @@ class Row:
         if field in CHECKS:
             changed, as_it_is = (self.values("checks", field, key) for key in ("perplexity", "without"))
             return [100 * (one / other - 1) for one, other in zip(changed, as_it_is, strict=True)]
+        if field in ENERGIES:
+            return self.energies(field)
         match field:
             case "over_teacher":
-                return [100 * value for value in self.over(None)]
+                return [100 * value for value in self.over_teacher()]
             case "tokens":
                 return [self.tokens / 1e6]
             case "seeds":
@@ -119,7 +146,45 @@ def read(table: Table) -> list[Row]:
     return rows
 
 
-def best_control(rows: Sequence[Row], tokens: int) -> Row | None:
-    """The dense control of as many tokens whose perplexity is lowest."""
-    controls = [row for row in rows if row.dense and row.tokens == tokens and row.done]
-    return min(controls, key=lambda row: interval(row.values(*PERPLEXITY))["mean"], default=None)
+def best_dense(rows: Sequence[Row]) -> Row | None:
+    """The dense row of any length and learning rate whose mean perplexity is lowest; ``None`` where that is
+    the teacher as it is."""
+    controls = [row for row in rows if row.dense and row.done]
+    best = min(controls, key=lambda row: interval(row.over_teacher())["mean"], default=None)
+    return None if best is None or interval(best.over_teacher())["mean"] >= 0 else best
+
+
+def change(row: Row, against: Row) -> dict[str, Any]:
+    """By how much a row's mean perplexity is above another's, less 1, with a 95 % interval.
+
+    Rows with the same seeds, which see the same text in the same order, are compared in pairs, others by
+    Welch's interval. A single seed tells nothing of the others: against one, or of one, there is no interval.
+
+    Returns:
+        ``mean``, ``sd`` (of the pairs; of the row's own seeds for Welch), ``low`` and ``high``.
+    """
+    ours, theirs = row.values(*PERPLEXITY), against.values(*PERPLEXITY)
+    mean = float(np.mean(ours) / np.mean(theirs) - 1)
+    if min(len(ours), len(theirs)) < 2:
+        return {"mean": mean, "sd": None, "low": None, "high": None}
+    if row.seeds_done == against.seeds_done:
+        pairs = interval([a / b - 1 for a, b in zip(ours, theirs, strict=True)])
+        return {key: pairs[key] for key in ("mean", "sd", "low", "high")}
+    parts = [float(np.var(values, ddof=1) / len(values) / np.mean(values) ** 2) for values in (ours, theirs)]
+    if not sum(parts):
+        return {"mean": mean, "sd": 0.0, "low": mean, "high": mean}
+    freedom = sum(parts) ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(parts, (ours, theirs), strict=True))
+    half = (1 + mean) * float(stdtrit(freedom, 0.975)) * sum(parts) ** 0.5
+    sd = float(np.std(ours, ddof=1) / np.mean(theirs))
+    return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half}
+
+
+@functools.cache
+def _energy(teacher: str, neuron: str, membrane: str, mean_abs: float, nonzero: float) -> dict[str, Any]:
+    """Energy of a student of a teacher, decoding at batch 1 included."""
+    spec = json.loads(neuron)
+    node = neurons.build(spec)
+    surrogate = getattr(node, "surrogate_function", None)
+    count = getattr(node, "max_spike_count", getattr(surrogate, "max_spike_count", 1))
+    config = SpikingMambaConfig.from_pretrained(teacher, neuron=spec, membrane=membrane)
+    return energy_of_rates(config, mean_abs, nonzero, max_spike_count=int(count))

@@ -24,7 +24,7 @@ from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.evaluation.statistics import interval
 from spiking_mamba.reports.document import Block, Heading, Paragraph, Picture, to_markdown
 from spiking_mamba.reports.document import Table as Cells
-from spiking_mamba.spikes.energy import COSTS_45NM
+from spiking_mamba.spikes.costs import ACCUMULATOR
 
 RATE = 500_000  # tokens a second of student steps with their teacher on an H200, processes together
 AROUND = 10.0  # seconds a row takes besides training
@@ -59,14 +59,14 @@ def write(settings: ResultsSettings) -> None:
             "docs/results, a line a run: there is no number without a run behind it."
             + ("" if runs else " Nothing has been run yet: this is the plan.")
         ),
-        *plan({path: rows[table.name] for path, table in tables.items()}),
         Paragraph(answer(everything)),
     ]
     image = Path(settings.page).with_name("frontier.png")
     image.parent.mkdir(parents=True, exist_ok=True)
     if draw(image, everything):
-        blocks.append(Picture(image, "Perplexity over the dense control's against energy gain"))
+        blocks.append(Picture(image, "Perplexity above the best dense model against energy"))
     blocks += [Heading("How to read the tables"), *reading(everything)]
+    blocks += plan({path: rows[table.name] for path, table in tables.items()})
     for path, table in tables.items():
         blocks += section(table, rows, path)
     write_whole(Path(settings.page), to_markdown(blocks))
@@ -108,17 +108,20 @@ def parameters(checkpoint: str) -> int | None:
 
 def reading(rows: Sequence[Row]) -> list[Block]:
     """How the tables are meant, and what differences mean nothing."""
-    costs = {name: cost.mac / cost.ac for name, cost in COSTS_45NM.items()}
     text = (
-        "Perplexity is that of the held-out documents, in float32. The control is the dense teacher trained "
-        "further on as many tokens, the best of those with as many; 'over' is by how much a perplexity is "
-        "higher. Mean abs s is weighted by output width. Gains are dense MACs over accumulations, counted "
-        f"in the very same forward passes (docs/energy.md): at fp32 {costs['fp32']:.2f} over mean abs s; at "
-        f"fp16 {costs['fp16']:.2f} and at int8 {costs['int8']:.2f} over it, hypothetical, since the accuracy "
-        "is that of float32. 'Over quantised, sparse' is against a network of the same 2D + 1 levels with "
-        "int8 weights that skips zeros, int8 table. Of several seeds: mean ± standard deviation [95 % "
-        "interval by Student's t] of the row's own seeds; what it is held against is taken at its mean."
-        f"{noise(rows)} 'Before' is converted and not trained."
+        "Perplexity is that of the held-out documents, in float32. The best dense model is the one with the "
+        "lowest perplexity of the teacher as it is and of the teacher trained further, dense, at any length "
+        "and learning rate; 'over' is by how much a perplexity is higher. Mean abs s is weighted by output "
+        "width. The next columns are how many times less energy than the dense model at fp32 the spikes "
+        "counted in the very same forward passes stand for (docs/energy.md): in the projections alone, with "
+        "the neurons' own additions, in the whole model, and where tokens are decoded one by one at batch 1 "
+        "with memory traffic. The last is the projections at int8, hypothetical, against a network of the "
+        "same 2D + 1 levels with int8 weights that skips zeros, both with sums of "
+        f"{ACCUMULATOR} bits. Of several seeds: mean [95 % interval by Student's t over the row's seeds]. "
+        "Changes between rows with the same seeds are compared in pairs, others by Welch's interval; of one "
+        f"seed, or against one, there is none. An interval over seeds is none over texts.{noise(rows)} "
+        "'Before' is converted and not trained. Rows were chosen on the very documents that report them: "
+        "there is no split yet that nothing was chosen by."
     )
     runs = [run for row in rows for run in row.runs]
     changed = sum(not Row(row.table, row.row, [run]).clean for row in rows for run in row.runs)
@@ -126,7 +129,7 @@ def reading(rows: Sequence[Row]) -> list[Block]:
         return [Paragraph(text)]
     marks = (
         f"{MARK} stands beside what rests on a run whose code differed from its commit, or had none: "
-        f"{changed} of {len(runs)} runs. The picture does not tell them apart."
+        f"{changed} of {len(runs)} runs. New results are recorded from committed code alone."
     )
     return [Paragraph(text), Paragraph(marks)]
 

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from placeholders import fill, rows_named
-from recorded import PERPLEXITY, Row, best_control, marked
+from recorded import PERPLEXITY, Row, best_dense, change, marked
 from table import DRIVEN_ROWS, Table
 
 from spiking_mamba.common.keys import reject_unknown_keys
@@ -21,13 +21,14 @@ HEADER = [
     "M tokens",
     "perplexity before",
     "after",
-    "over the teacher, %",
-    "over the control, %",
+    "over the best dense, %",
     "mean abs s",
-    "gain fp32",
-    "over quantised, sparse",
-    "whole model fp32",
     "non-zero",
+    "projections",
+    "with neurons",
+    "whole model",
+    "decoding",
+    "int8, over quantised, sparse",
 ]
 
 Tables = Mapping[str, Sequence[Row]]
@@ -89,14 +90,12 @@ def verdict(claim: dict[str, Any], find: Callable[[str], Row]) -> str:
     return "Not yet run." if found is None else found
 
 
-def spread(values: Sequence[float], form: str, scale: float = 1.0) -> str:
-    """Mean, standard deviation and 95 % interval, as far as there are runs for them."""
-    if not values:
-        return ""
-    found = interval([scale * value for value in values])
-    if found["sd"] is None:
-        return f"{found['mean']:{form}}"
-    return f"{found['mean']:{form}} ± {found['sd']:.2g} [{found['low']:{form}}, {found['high']:{form}}]"
+def spread(found: Mapping[str, Any], form: str, scale: float = 1.0) -> str:
+    """Mean and 95 % interval, where there is one, see :func:`interval`."""
+    mean = f"{scale * found['mean']:{form}}"
+    if found["low"] is None:
+        return mean
+    return f"{mean} [{scale * found['low']:{form}}, {scale * found['high']:{form}}]"
 
 
 def one(values: Sequence[float], form: str) -> str:
@@ -104,23 +103,22 @@ def one(values: Sequence[float], form: str) -> str:
 
 
 def cells(row: Row, everything: Sequence[Row]) -> list[str]:
-    control = best_control(everything, row.tokens) if row.tokens else None
     troubles = sorted({run["status"] for run in row.runs if run["status"] != "done"})
     state = f"{len(row.done)} of {len(row.seeds)}"
-    of_control = spread(row.over(control), "+.2f", 100.0) if control is not None else ""
+    after = row.values(*PERPLEXITY)
+    over = spread(row.over(best_dense(everything)), "+.2f", 100.0) if after else ""
+    gains = ("with_neurons", "whole_model", "decoding", "quantised")
     return [
         row.label,
         ", ".join([state, *troubles]),
         f"{row.tokens / 1e6:.1f}",
         one(row.values("before", "perplexity"), ".2f"),
-        spread(row.values(*PERPLEXITY), ".3f"),
-        spread(row.over(None), "+.2f", 100.0),
-        of_control,
-        spread(row.values("after", "mean_abs"), ".3f"),
-        spread(row.values("after", "gain", "fp32"), ".2f"),
-        one(row.values("after", "gain", "quantised_sparse"), ".2f"),
-        one(row.values("after", "gain_whole_model_fp32"), ".2f"),
+        spread(interval(after), ".3f") if after else "",
+        over,
+        one(row.values("after", "mean_abs"), ".3f"),
         one(row.values("after", "nonzero_share"), ".3f"),
+        one(row.values("after", "gain", "fp32"), ".2f"),
+        *(one(row.energies(name), ".2f") for name in gains),
     ]
 
 
@@ -131,8 +129,8 @@ def changes(table: Table, find: Callable[[str], Row]) -> list[list[str]]:
         row, against = find(lever["row"]), find(lever["against"])
         if row.done and against.done:
             gains = (one(r.values("after", "gain", "fp32"), ".2f") for r in (against, row))
-            change = spread(row.over(against), "+.2f", 100.0)
-            body.append([marked(lever["change"], [row]), against.label, change, " to ".join(gains)])
+            found = spread(change(row, against), "+.2f", 100.0)
+            body.append([marked(lever["change"], [row]), against.label, found, " to ".join(gains)])
     return body
 
 

@@ -27,7 +27,7 @@ from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.progress import quiet
-from spiking_mamba.common.provenance import commit_of, is_clean, provenance
+from spiking_mamba.common.provenance import commit_of, is_clean, provenance, refuse_changed_code
 from spiking_mamba.common.records import put_record, read_records
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_model
@@ -153,8 +153,9 @@ def study(table: Table) -> int:
     torch._dynamo.config.automatic_dynamic_shapes = False
     torch._dynamo.config.recompile_limit = 256
     read_records(table.records)  # a damaged file is told before the first row
+    refuse_changed_code(table.records)
     if not is_clean(commit_of(Path(__file__).parents[2])):
-        print("The code differs from its commit, or has none: the page will mark these results.", flush=True)
+        print("The code differs from its commit, or has none: a page would mark these results.", flush=True)
     with interruptible(lambda: "no row was begun; the same command starts again."):
         shared = Study(table)
     dense, rows = shared.measures.dense["perplexity"], len(shared.measures.held_out)

@@ -15,7 +15,7 @@ from datasets import Dataset
 from report import write_report
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from spiking_mamba import SpikingMambaForCausalLM, data, evaluation
+from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, data, evaluation
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.machine import device_name
@@ -25,7 +25,8 @@ from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.spikes.counting import count_spikes
-from spiking_mamba.spikes.energy import projection_energy
+from spiking_mamba.spikes.counts import SpikeCounts
+from spiking_mamba.spikes.energy import model_energy, projection_energy
 from spiking_mamba.training.arguments import Training
 from spiking_mamba.training.distillation import DistillationSettings, distill
 from spiking_mamba.training.distillation_loss import DistillationLoss
@@ -145,7 +146,7 @@ def measure(
     return results | {
         "gap_closed": (before - after) / (before - teacher),
         "spikes": counts.to_dict(),
-        "energy": projection_energy(counts),
+        "energy": energy_gains(counts, student.config),
         "levels": 2 * (student.config.max_spike_count or 1) + 1,
         "held_out_rows": len(held_out),
         "held_out_tokens": results["after"]["tokens"],
@@ -153,6 +154,15 @@ def measure(
         "prompt": PROMPT,
         "sample": " ".join(tokenizer.decode(sample[0], skip_special_tokens=True).split()),
     }
+
+
+def energy_gains(counts: SpikeCounts, config: SpikingMambaConfig) -> dict[str, float]:
+    """What the report says of energy: gains of the projections, of the whole model and of decoding."""
+    whole = model_energy(counts, config)
+    gains = projection_energy(counts)
+    gains["whole_model"] = whole["model"]["fp32"]["gain"]
+    gains["decoding"] = whole["with_memory"]["decode"]["fp32"]["gain"]
+    return gains
 
 
 @fail_clearly()

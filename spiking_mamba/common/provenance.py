@@ -14,10 +14,19 @@ from typing import Any
 
 import torch
 
+from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.files import file_sha256
 from spiking_mamba.common.machine import device_name
 
-__all__ = ["MARK", "code_state", "commit_of", "is_clean", "package_versions", "provenance"]
+__all__ = [
+    "MARK",
+    "code_state",
+    "commit_of",
+    "is_clean",
+    "package_versions",
+    "provenance",
+    "refuse_changed_code",
+]
 
 MARK = "†"  # beside a number whose code is in no commit
 _SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h", ".yaml", ".json")
@@ -93,6 +102,29 @@ def commit_of(root: Path) -> str | None:
 def is_clean(commit: str | None) -> bool:
     """Whether a commit of :func:`commit_of` is all that a reader needs to have the code."""
     return commit is not None and not commit.endswith("-dirty")
+
+
+def refuse_changed_code(results: Path, root: Path | None = None) -> None:
+    """Raise unless results may be recorded where they are to go.
+
+    What stands in a checkout's own ``docs`` is what its pages say, so it comes from code that a reader can
+    have. Elsewhere anything may be recorded; its commit is in the record.
+
+    Args:
+        results: the file or folder of the records.
+        root: of the checkout; None: the one that this code is in.
+
+    Raises:
+        RunError: they would go into ``docs`` of a checkout whose code differs from its commit.
+    """
+    root = Path(__file__).parents[2] if root is None else root
+    if results.absolute().resolve().is_relative_to((root / "docs").resolve()) and not is_clean(
+        commit_of(root)
+    ):
+        raise RunError(
+            f"{results} keeps results of committed code alone, and this code differs from its commit, or has "
+            "none: commit first, or have the results elsewhere."
+        )
 
 
 def _git(root: Path, *arguments: str) -> str:

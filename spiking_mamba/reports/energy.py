@@ -19,14 +19,20 @@ _RIVALS = {
     "gain": "over dense",
     "gain_over_quantised": "over quantised",
     "gain_over_quantised_sparse": "over quantised, skipping zeros",
+    "gain_over_shift_and_add": "over shift-and-add",
 }
 _SPENDERS = {
     "dense_pj_per_token": "dense",
     "spiking_pj_per_token": "spiking",
     "quantised_pj_per_token": "quantised",
     "quantised_sparse_pj_per_token": "quantised, skipping zeros",
+    "shift_and_add_pj_per_token": "shift-and-add",
 }
-_SCOPES = {"projections": "the projections", "model": "the whole model"}
+_SCOPES = {
+    "projections_with_neurons": "the projections with their neurons",
+    "projections": "the projections alone",
+    "model": "the whole model",
+}
 _MEMORY_SCOPES = {
     "projections": "the projections, prefill",
     "model": "the whole model, prefill",
@@ -104,7 +110,8 @@ def of_energy(models: Sequence[Model]) -> list[Block]:
         Paragraph(
             "Estimates, not measurements: per token, operations counted in the passes that gave the scores, "
             "times a cost table. The rival 'quantised' has the same 2D + 1 "
-            "activation levels and integer MACs; it is the fair one. A table is hypothetical where the "
+            "activation levels and integer MACs; it is the fair one. 'Shift-and-add' takes the student's own "
+            "integers, an addition a signed digit. A table is hypothetical where the "
             "accuracy was not measured in its precision. A ratio below 1 says that spikes cost more."
         ),
         *_cost_tables(counted),
@@ -134,7 +141,9 @@ def _cost_tables(models: Sequence[Model]) -> list[Block]:
         values = (cost["mac"], cost["ac"], integer, cost["byte"], cost["width"])
         rows.append([name, *(f"{value:g}" for value in values)])
     header = ["cost table, pJ", "MAC", "accumulation", "MAC of the quantised", "byte of memory"]
-    text = "fp32, fp16 and int8 are Horowitz's at 45 nm (ISSCC 2014)."
+    text = (
+        "fp32, fp16 and int8 are Horowitz's at 45 nm (ISSCC 2014), integers summed in 32 bits on every side."
+    )
     if own := own_tables(models):
         text += f" Given by the user: {', '.join(own)}."
     return [Table([*header, "bytes a number"], rows), Paragraph(text)]

@@ -184,6 +184,19 @@ class ProjectionSpikes:
         return histogram
 
     @property
+    def signed_digits(self) -> int | None:
+        """Non-zero digits of all counts in canonical signed-digit form, of all codes in -1, 0 and 1 times
+        powers of two the one with fewest; ``None`` without a histogram."""
+        histogram = self.histogram
+        if histogram is None:
+            return None
+        size = torch.arange(-self.max_spike_count, self.max_spike_count + 1).abs().tolist()
+        # n and 3n differ in as many bits as the form of n has digits
+        return sum(
+            number * (n ^ 3 * n).bit_count() for n, number in zip(size, histogram.tolist(), strict=True)
+        )
+
+    @property
     def mean_abs(self) -> float:
         """Mean ``|s|`` over tokens and channels."""
         return self.total / max(1, self.tokens * self.in_features)
@@ -283,6 +296,18 @@ class SpikeCounts:
     @property
     def nonzero_macs(self) -> float:
         return self._sum("nonzero_macs")
+
+    @property
+    def neuron_steps(self) -> float:
+        """Additions of the neurons, D an input: a comparison and a subtraction a micro-step."""
+        return float(sum(p.tokens * p.in_features * p.max_spike_count for p in self.projections.values()))
+
+    @property
+    def digit_accumulations(self) -> float | None:
+        """Accumulations of shift-and-add: signed digits times outputs; ``None`` without histograms."""
+        rows = self.projections.values()
+        found = [None if (n := p.signed_digits) is None else float(n) * p.out_features for p in rows]
+        return None if not found or None in found else math.fsum(n for n in found if n is not None)
 
     @property
     def mean_abs(self) -> float:

@@ -4,95 +4,40 @@ What a measured spike count, a configuration and a table of costs give: an analy
 hardware. ``docs/energy.md`` derives every formula and says what it leaves out; energy measured on a GPU is
 :mod:`spiking_mamba.spikes.joules`, and the two are never mixed.
 
-Four machines are compared on the same tokens. They differ in the projections alone:
+Five machines are compared on the same tokens. They differ in the projections and in what encodes their
+inputs:
 
 - ``dense``: multiply-accumulates (MAC) of the dense model;
 - ``spiking``: ``sum |s| * out_features`` accumulations (AC), as counted;
 - ``quantised``: a rival with the same 2D + 1 activation levels, int8 weights and integer MACs;
-- ``quantised_sparse``: the same rival if it skips activations that are zero.
+- ``quantised_sparse``: the same rival if it skips activations that are zero;
+- ``shift_and_add``: the student's own integers, one addition a non-zero digit of their canonical signed-digit
+  form (``7 = 8 - 1``: two) where a unary code takes ``|s|``. It needs the counts' histogram.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import yaml
-
-from spiking_mamba.common.keys import reject_unknown_keys
-from spiking_mamba.common.yaml_text import load_yaml
 from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
+from spiking_mamba.spikes.costs import COSTS_45NM, Costs, costs_45nm, load_costs
 from spiking_mamba.spikes.counts import SpikeCounts
 
-__all__ = ["COSTS_45NM", "Costs", "load_costs", "model_energy", "operations", "projection_energy"]
+__all__ = [
+    "COSTS_45NM",
+    "Costs",
+    "costs_45nm",
+    "energy_of_rates",
+    "load_costs",
+    "model_energy",
+    "operations",
+    "projection_energy",
+]
 
-MACHINES = ("dense", "spiking", "quantised", "quantised_sparse")
+MACHINES = ("dense", "spiking", "quantised", "quantised_sparse", "shift_and_add")
+RIVALS = {"dense": "gain", **{name: f"gain_over_{name}" for name in MACHINES[2:]}}
 _PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Energy per operation in pJ.
-
-    Attributes:
-        mac, ac: of a multiply-accumulate and of an accumulation.
-        byte: of one byte read from or written to memory. 24.96 is spikingjelly 2.0.0's
-            (``op_counter.SimpleEnergyCostConfig``), 8 times the 3.12 pJ per bit of STEP.
-        width: bytes of a number.
-        quantised_mac: of the quantised rival's integer multiply-accumulate; ``None``: ``mac``.
-    """
-
-    mac: float
-    ac: float
-    byte: float = 24.96
-    width: float = 4.0
-    quantised_mac: float | None = None
-
-
-# Horowitz, "Computing's energy problem", ISSCC 2014, figure 1.1.9: an addition, and a multiplication with it
-COSTS_45NM = {
-    "fp32": Costs(mac=4.6, ac=0.9, width=4.0, quantised_mac=0.23),
-    "fp16": Costs(mac=1.5, ac=0.4, width=2.0, quantised_mac=0.23),
-    "int8": Costs(mac=0.23, ac=0.03, width=1.0),
-}
-
-
-def load_costs(path: str | Path) -> dict[str, Costs]:
-    """Read tables of costs from a YAML file, ``name: {mac: pJ, ac: pJ}`` and :class:`Costs`' other fields.
-
-    Raises:
-        ValueError: names the file, the table and the key that is missing, unknown, or no positive number.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise ValueError(f"There is no file of costs {path}.")
-    try:
-        tables = load_yaml(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no YAML file: {error}") from None
-    if not isinstance(tables, dict) or not tables:
-        raise ValueError(f"{path} must map names of tables to their costs, got {tables!r}.")
-    found = {}
-    for name, table in tables.items():
-        where = f"{path}: {name}"
-        if not isinstance(name, str):
-            raise ValueError(f"{where}: the name of a table must be a string.")
-        if name in COSTS_45NM:  # reports and pictures call these Horowitz's
-            raise ValueError(f"{where} is the name of a built-in table: choose another.")
-        if not isinstance(table, dict):
-            raise ValueError(f"{where} must be a mapping with mac and ac, got {table!r}.")
-        reject_unknown_keys(table, (field.name for field in fields(Costs)), where)
-        for key in ("mac", "ac"):
-            if key not in table:
-                raise ValueError(f"{where} lacks {key}.")
-        for key, value in table.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            free = key == "byte"  # memory may be left out of an account; an operation is never free
-            if not number or not math.isfinite(value) or value < 0 or (value == 0 and not free):
-                raise ValueError(f"{where}: {key} must be a positive number, got {value!r}.")
-        found[name] = Costs(**{key: float(value) for key, value in table.items()})
-    return found
 
 
 def operations(config: SpikingMambaConfig) -> dict[str, int]:
@@ -162,17 +107,15 @@ def _traffic(config: SpikingMambaConfig, batch: int, length: int) -> dict[str, f
 
 
 def _compare(energy: dict[str, float]) -> dict[str, float | None]:
-    """The machines' energies and the spiking one's gains; a gain is ``None`` where it takes no energy."""
+    """The machines' energies and the spiking one's gains; a gain is ``None`` where it takes no energy, and an
+    energy where it is not known."""
     spiking = energy["spiking"]
-
-    def gain(over: str) -> float | None:
-        return energy[over] / spiking if spiking > 0 else None
-
-    return {f"{machine}_pj_per_token": energy[machine] for machine in MACHINES} | {
-        "gain": gain("dense"),
-        "gain_over_quantised": gain("quantised"),
-        "gain_over_quantised_sparse": gain("quantised_sparse"),
+    known = {name: None if math.isnan(value) else value for name, value in energy.items()}
+    gains = {
+        key: None if spiking <= 0 or math.isnan(energy[over]) else energy[over] / spiking
+        for over, key in RIVALS.items()
     }
+    return {f"{machine}_pj_per_token": known[machine] for machine in MACHINES} | gains
 
 
 @dataclass(frozen=True)
@@ -184,6 +127,7 @@ class _Projection:
     accumulations: float
     nonzero_macs: float
     levels: int
+    digits: float = math.nan  # non-zero signed digits times outputs; not known without a histogram
 
     @property
     def macs(self) -> int:
@@ -196,6 +140,7 @@ class _Projection:
             "spiking": self.accumulations * cost.ac,
             "quantised": self.macs * integer,
             "quantised_sparse": self.nonzero_macs * integer,
+            "shift_and_add": self.digits * cost.ac,
         }
 
     def memory(self, cost: Costs, tokens: int) -> dict[str, float]:
@@ -206,7 +151,7 @@ class _Projection:
         dense = (weights + 2 * self.in_features) * cost.width + output
         spiking = weights * cost.width + code + output
         rival = weights + code + output  # int8 weights
-        moved = zip(MACHINES, (dense, spiking, rival, rival), strict=True)
+        moved = zip(MACHINES, (dense, spiking, rival, rival, spiking), strict=True)
         return {machine: bytes_ * cost.byte for machine, bytes_ in moved}
 
 
@@ -214,14 +159,19 @@ def _add(*energies: Mapping[str, float]) -> dict[str, float]:
     return {machine: sum(energy[machine] for energy in energies) for machine in MACHINES}
 
 
-def _projections(counts: SpikeCounts, config: SpikingMambaConfig) -> dict[str, _Projection]:
-    """Per-token operations of every projection; checks that ``counts`` are those of such a model."""
+def _sizes(config: SpikingMambaConfig) -> list[tuple[int, int]]:
+    """``(in_features, out_features)`` of every projection."""
     width, gated = config.hidden_size, _gated(config)
     sizes = {
         "mamba": [(width, _in_proj_width(config)), (_inner(config), width)],
         "mlp": [(width, 2 * gated), (gated, width)],
     }
-    wanted = [size for i in range(config.num_hidden_layers) for size in sizes[config.block_type(i)]]
+    return [size for i in range(config.num_hidden_layers) for size in sizes[config.block_type(i)]]
+
+
+def _projections(counts: SpikeCounts, config: SpikingMambaConfig) -> dict[str, _Projection]:
+    """Per-token operations of every projection; checks that ``counts`` are those of such a model."""
+    wanted = _sizes(config)
     rows = counts.projections
     if sorted((p.in_features, p.out_features) for p in rows.values()) != sorted(wanted):
         raise ValueError(
@@ -240,6 +190,7 @@ def _projections(counts: SpikeCounts, config: SpikingMambaConfig) -> dict[str, _
             p.accumulations / p.tokens,
             p.nonzero_macs / p.tokens,
             2 * p.max_spike_count + 1,
+            math.nan if p.signed_digits is None else p.signed_digits * p.out_features / p.tokens,
         )
     return found
 
@@ -253,55 +204,117 @@ def model_energy(
     batch: int = 1,
     length: int = 2048,
 ) -> dict[str, Any]:
-    """Energy per token of a spiking model, of its dense twin and of quantised rivals, ready for JSON.
+    """Energy per token of a spiking model, of its dense twin and of its rivals, ready for JSON.
 
     Args:
         counts: from the forward passes whose accuracy stands beside this figure.
         config: of the model that was counted.
         measured_in: precision of those passes, "fp32", "fp16", "bf16", or the torch dtype's name. Tables
             for another precision are labelled hypothetical.
-        costs: tables by name; ``COSTS_45NM | load_costs(path)`` adds a user's own.
+        costs: tables by name; ``COSTS_45NM | load_costs(path)`` adds a user's own, ``costs_45nm(8)`` adds
+            integers in 8 bits.
         batch, length: of a prefill pass, for memory traffic. A decoding pass has ``batch`` tokens.
 
     Returns:
-        ``hypothetical``: names of tables; ``projections`` and ``model``: for every table the pJ per token of
-        the four machines and the spiking one's gains over the others, compute alone; ``with_memory``:
-        the same with memory traffic, for prefill (``projections``, ``model``) and decoding
-        (``decode_projections``, ``decode``); ``layers``: one row a projection, with ``energy`` by table
-        (compute); ``operations_per_token``: see :func:`operations`; ``costs``, ``pass``: what went in.
-        A ratio below 1 means that spikes cost more; it is ``None`` where spikes cost nothing at all.
+        ``hypothetical``: names of tables; ``projections``, ``projections_with_neurons`` and ``model``: for
+        every table the pJ per token of the five machines and the spiking one's gains over the others, compute
+        alone; ``with_memory``: the same with memory traffic, for prefill (``projections``, ``model``) and
+        decoding (``decode_projections``, ``decode``); ``multiplied``: the share of the spiking model's
+        compute energy that still goes into multiply-accumulates, by table;
+        ``layers``: one row a projection, with ``energy`` by table (compute); ``operations_per_token``: see
+        :func:`operations`; ``costs``, ``pass``: what went in. A ratio below 1 means that spikes cost more; it
+        is ``None`` where spikes cost nothing at all, and where the rival's energy is not known.
 
     Raises:
         ValueError: the counts are empty, not finite, or not those of ``config``'s model.
     """
+    projections = _projections(counts, config)
+    found = _energy(list(projections.values()), config, measured_in, costs, batch, length)
+    found["layers"] = [
+        {
+            "name": name,
+            "mean_abs": counts.projections[name].mean_abs,
+            "nonzero_share": counts.projections[name].nonzero_share,
+            "accumulations_per_token": p.accumulations,
+            "dense_macs_per_token": p.macs,
+            "energy": {table: _compare(p.compute(cost)) for table, cost in costs.items()},
+        }
+        for name, p in projections.items()
+    ]
+    return found
+
+
+def energy_of_rates(
+    config: SpikingMambaConfig,
+    mean_abs: float,
+    nonzero_share: float,
+    *,
+    digits: float | None = None,
+    max_spike_count: int | None = None,
+    measured_in: str = "fp32",
+    costs: Mapping[str, Costs] = COSTS_45NM,
+    batch: int = 1,
+    length: int = 2048,
+) -> dict[str, Any]:
+    """What :func:`model_energy` gives, without ``layers``, of means that were recorded.
+
+    Energies are sums over projections, to which a mean weighted by output width is all that matters.
+
+    Args:
+        config: of the spiking model, its neuron included.
+        mean_abs: mean ``|s|``, weighted by output width.
+        nonzero_share: share of non-zero counts, weighted alike.
+        digits: mean number of non-zero signed digits of a count, weighted alike; ``None``: not known.
+        max_spike_count: D, where the configuration's neuron does not say it itself.
+        measured_in, costs, batch, length: see :func:`model_energy`.
+
+    Raises:
+        ValueError: the model has no neuron.
+    """
+    if config.neuron is None:
+        raise ValueError("A model without neurons has no spikes to be priced.")
+    largest = config.max_spike_count if max_spike_count is None else max_spike_count
+    levels, each = 2 * (largest or 1) + 1, math.nan if digits is None else digits
+    projections = [
+        _Projection(c, o, mean_abs * c * o, nonzero_share * c * o, levels, each * c * o)
+        for c, o in _sizes(config)
+    ]
+    return _energy(projections, config, measured_in, costs, batch, length)
+
+
+def _energy(
+    projections: list[_Projection],
+    config: SpikingMambaConfig,
+    measured_in: str,
+    costs: Mapping[str, Costs],
+    batch: int,
+    length: int,
+) -> dict[str, Any]:
+    """What :func:`model_energy` gives, without ``layers``."""
     if batch < 1 or length < 1:
         raise ValueError(f"batch and length must be positive, got {batch} and {length}.")
-    projections = _projections(counts, config)
     counted = operations(config)
     rest_macs = sum(n for name, n in counted.items() if name not in (*PROJECTIONS, "additions"))
-    levels = next(iter(projections.values())).levels
-    neurons = sum(p.in_features for p in projections.values())
+    inputs = sum(p.in_features for p in projections)
+    steps = sum(p.in_features * (p.levels // 2) for p in projections)
     measured_in = _PRECISION.get(measured_in, measured_in)
 
-    sections: dict[str, dict[str, Any]] = {
-        name: {} for name in ("projections", "model", "memory", "memory_model", "decode", "decode_model")
-    }
+    scopes = ("projections", "with_neurons", "model", "memory", "memory_model", "decode", "decode_model")
+    sections: dict[str, dict[str, Any]] = {name: {} for name in scopes}
+    multiplied = {}
     for name, cost in costs.items():
-        compute = _add(*(p.compute(cost) for p in projections.values()))
+        compute = _add(*(p.compute(cost) for p in projections))
+        with_neurons = _add(compute, _encoders(inputs, steps, config, cost))
         rest = rest_macs * cost.mac + counted["additions"] * cost.ac
-        # a neuron compares and subtracts once a micro-step, and leaks; the rivals scale and round
-        leak = neurons * cost.mac if config.states_per_neuron else 0.0
-        encoders = {
-            "dense": 0.0,
-            "spiking": neurons * (levels // 2) * cost.ac + leak,
-            "quantised": neurons * cost.mac,
-            "quantised_sparse": neurons * cost.mac,
-        }
-        model = _add(compute, encoders, dict.fromkeys(MACHINES, rest))
+        model = _add(with_neurons, dict.fromkeys(MACHINES, rest))
         sections["projections"][name] = _compare(compute)
+        sections["with_neurons"][name] = _compare(with_neurons)
         sections["model"][name] = _compare(model)
+        multiplied[name] = (
+            1 - (compute["spiking"] + (steps + counted["additions"]) * cost.ac) / model["spiking"]
+        )
         for prefix, tokens in (("memory", length), ("decode", 1)):
-            moved = _add(*(p.memory(cost, batch * tokens) for p in projections.values()))
+            moved = _add(*(p.memory(cost, batch * tokens) for p in projections))
             other = {key: n * cost.width * cost.byte for key, n in _traffic(config, batch, tokens).items()}
             everything = _add(model, moved, dict.fromkeys(MACHINES, other["rest"]))
             everything["spiking"] += other["potentials"]
@@ -312,6 +325,7 @@ def model_energy(
         "measured_in": measured_in,
         "hypothetical": [name for name in costs if name != measured_in],
         "projections": sections["projections"],
+        "projections_with_neurons": sections["with_neurons"],
         "model": sections["model"],
         "with_memory": {
             "projections": sections["memory"],
@@ -319,20 +333,24 @@ def model_energy(
             "decode_projections": sections["decode"],
             "decode": sections["decode_model"],
         },
-        "layers": [
-            {
-                "name": name,
-                "mean_abs": counts.projections[name].mean_abs,
-                "nonzero_share": counts.projections[name].nonzero_share,
-                "accumulations_per_token": p.accumulations,
-                "dense_macs_per_token": p.macs,
-                "energy": {table: _compare(p.compute(cost)) for table, cost in costs.items()},
-            }
-            for name, p in projections.items()
-        ],
-        "operations_per_token": counted | {"neurons": neurons * (levels // 2)},
+        "multiplied": multiplied,
+        "operations_per_token": counted | {"neurons": steps},
         "costs": {name: asdict(cost) for name, cost in costs.items()},
         "pass": {"batch": batch, "length": length},
+    }
+
+
+def _encoders(inputs: int, steps: int, config: SpikingMambaConfig, cost: Costs) -> dict[str, float]:
+    """What makes the projections' inputs, pJ a token: a neuron compares and subtracts once a micro-step, and
+    leaks; the rivals scale and round, and shift-and-add recodes with an addition."""
+    leak = inputs * cost.mac if config.states_per_neuron else 0.0
+    rival = inputs * cost.mac
+    return {
+        "dense": 0.0,
+        "spiking": steps * cost.ac + leak,
+        "quantised": rival,
+        "quantised_sparse": rival,
+        "shift_and_add": rival + inputs * cost.ac,
     }
 
 
@@ -340,11 +358,13 @@ def projection_energy(counts: SpikeCounts) -> dict[str, float]:
     """How many times less energy the spiking projections take at 45 nm, by operation counts alone.
 
     Returns:
-        ``fp32``, ``fp16``, ``int8``: dense MACs against accumulations, each at that table. ``quantised``:
+        ``fp32``, ``fp16``, ``int8``: dense MACs against accumulations, each at that table.
+        ``with_neurons``: at fp32, against accumulations and the D additions of every neuron. ``quantised``:
         against a network with the same 2D + 1 activation levels, int8 weights and integer MACs, the int8
-        table for both. ``quantised_sparse``: the same rival if it skips zero activations. A ratio below 1
-        means that spikes cost more; without a spike it is infinite. ``fp16`` and ``int8`` are hypothetical
-        where the accuracy was measured in another precision.
+        table for both. ``quantised_sparse``: the same rival if it skips zero activations.
+        ``shift_and_add``: against the student's own integers by signed digits; only where the counts have
+        histograms. A ratio below 1 means that spikes cost more; without a spike it is infinite. ``fp16`` and
+        ``int8`` are hypothetical where the accuracy was measured in another precision.
     """
     done = counts.accumulations
 
@@ -352,6 +372,12 @@ def projection_energy(counts: SpikeCounts) -> dict[str, float]:
         return macs * cost.mac / (done * cost.ac) if done else math.inf
 
     ratios = {name: gain(counts.dense_macs, cost) for name, cost in COSTS_45NM.items()}
+    fp32, with_neurons = COSTS_45NM["fp32"], done + counts.neuron_steps
+    ratios["with_neurons"] = (
+        counts.dense_macs * fp32.mac / (with_neurons * fp32.ac) if with_neurons else math.inf
+    )
     ratios["quantised"] = ratios["int8"]
     ratios["quantised_sparse"] = gain(counts.nonzero_macs, COSTS_45NM["int8"])
+    if counts.digit_accumulations is not None:
+        ratios["shift_and_add"] = counts.digit_accumulations / done if done else math.inf
     return ratios

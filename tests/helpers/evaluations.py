@@ -73,10 +73,10 @@ def _costs(dense, accumulations, other=0.0):
         energies = {
             "dense": (dense + other) * cost.mac,
             "spiking": accumulations * cost.ac + other * cost.mac,
-            "quantised": (dense + other) * 0.23,
-            "quantised_sparse": 0.4 * dense * 0.23 + other * 0.23,
+            "quantised": (dense + other) * 0.3,
+            "quantised_sparse": 0.4 * dense * 0.3 + other * 0.3,
         }
-        ours = energies["spiking"] if table != "fp32" else accumulations * 0.03 + other * 0.23
+        ours = energies["spiking"] if table != "fp32" else accumulations * 0.1 + other * 0.3
         row = {f"{name}_pj_per_token": value for name, value in energies.items()}
         row["gain"] = energies["dense"] / energies["spiking"]
         row["gain_over_quantised"] = energies["quantised"] / ours

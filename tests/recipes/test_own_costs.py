@@ -65,8 +65,10 @@ def test_a_users_costs_reach_every_table_and_picture(evaluated, drawn):
     # every table of energy has a row of its own for it, beside those of the built-in ones
     rows = [row for table in page.tables for row in table if row[0] == f"student, {OWN} (hypothetical)"]
     builtin = [row for table in page.tables for row in table if row[0] == "student, fp32"]
-    assert len(rows) == len(builtin) == 6
-    assert rows[0][5] == f"{gain:.2f}x"
+    assert len(rows) == len(builtin) == 7
+    with_neurons = energy["projections_with_neurons"][OWN]["gain"]
+    assert [row[6] for row in rows[:2]] == [f"{with_neurons:.2f}x", f"{gain:.2f}x"]
+    assert with_neurons < gain
     assert page.row(OWN)[1:] == ["0.05", "0.008", "0.05", "5", "1"]
     assert f"Given by the user: {OWN}." in page.text
 

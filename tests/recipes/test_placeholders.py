@@ -53,6 +53,9 @@ def find(name):
         ("{perplexity.high[4.76x: D=64, 75M tokens]:.3f}", "20.484"),
         ("{perplexity[4.76x: D=64, 75M tokens | control]:+.1f} %", "+12.5 %"),
         ("{perplexity.abs[4.76x: D=64, 75M tokens | 4.76x: D=64, 75M tokens]:.3f}", "5.556"),  # 1 of 18
+        # seeds are not the same: Welch's interval, of whose two parts one is 0: 12.5 % -+ 2.484 of 16
+        ("{perplexity.low[4.76x: D=64, 75M tokens | control]:.3f}", "-3.026"),
+        ("{perplexity.high[4.76x: D=64, 75M tokens | control]:.3f}", "28.026"),
         ("{times mean_abs[control | tanh(x/D), the source's]:.1f} times", "5.0 times"),
         ("{abs mean_abs[tanh(x/D), the source's | control]:.0f}", "80"),
         # at a gain of 4, between 16 at 1 and 20 at 5: 19
@@ -117,6 +120,8 @@ def test_what_is_no_placeholder(text, said):
         ("{gain[unsuccessful]:.1f}", "'unsuccessful' has no gain"),
         ("{gain[control | unsuccessful]:.1f}", "'unsuccessful' has no gain"),
         ("{whole_model[control]:.1f}", "'control' has no whole_model"),
+        ("{perplexity.low[4.76x: D=64, 75M tokens | tanh(x/D), the source's]:.1f}", "there is no interval"),
+        ("{gain.low[4.76x: D=64, 75M tokens | control]:.1f}", "changes of perplexity alone"),
         ("{int8[control]:.1f}", "'control' has no int8"),
         ("{gain.low[tanh(x/D), the source's]:.1f}", "one seed has no interval"),
         ("{perplexity[tanh(x/D), the source's | control + 4.76x: D=64, 75M tokens]:.1f}", "not between"),

@@ -1,10 +1,12 @@
 """The commit that a result names: that of the code, whatever was recorded meanwhile."""
 
 import subprocess
+from pathlib import Path
 
 import pytest
 
-from spiking_mamba.common.provenance import commit_of, is_clean
+from spiking_mamba.common.errors import RunError
+from spiking_mamba.common.provenance import commit_of, is_clean, refuse_changed_code
 
 
 @pytest.fixture
@@ -51,3 +53,18 @@ def test_without_a_checkout_no_commit_is_known(checkout):
     (checkout / "installed").mkdir()
     assert commit_of(checkout / "installed") is None  # not that of the folder above
     assert not is_clean(None)
+
+
+def test_pages_are_made_of_committed_code_alone(checkout, tmp_path_factory, monkeypatch):
+    results = checkout / "docs/results/table.jsonl"
+    refuse_changed_code(results, checkout)
+    commit_of.cache_clear()
+    (checkout / "code.py").write_text("a = 2\n")
+    monkeypatch.chdir(checkout)
+    elsewhere = tmp_path_factory.mktemp("runs")
+    (elsewhere / "link").symlink_to(checkout / "docs")
+    for path in (results, Path("docs/results"), elsewhere / "link/results/new.jsonl"):
+        with pytest.raises(RunError, match="commit first, or have the results elsewhere"):
+            refuse_changed_code(path, checkout)
+    refuse_changed_code(elsewhere / "table.jsonl", checkout)
+    refuse_changed_code(checkout / "runs/docs", checkout)

@@ -85,7 +85,7 @@ def test_a_whole_report(tmp_path):
     energies = [row for table in page.tables for row in table if row[0] == "student-seed0, fp32"]
     assert len(energies) == 5  # projections, model; both and decoding with memory traffic
     first = models[1]["energy"]["projections"]["fp32"]
-    assert energies[0][5] == f"{first['gain']:.2f}x"
+    assert energies[0][6] == f"{first['gain']:.2f}x"
     assert energies[0][1] == f"{first['dense_pj_per_token'] / 1e6:.4g} µJ"
     assert "student-seed0, int8 (hypothetical)" in page.text
     assert "fp32 (hypothetical)" not in page.text

@@ -1,0 +1,228 @@
+"""Hold the numbers of pages that are written by hand to the records that they come from.
+
+python recipes/ablate/figures.py recipes/ablate/figures.yaml              # says what differs
+python recipes/ablate/figures.py recipes/ablate/figures.yaml renew=true   # writes the records' numbers
+
+``figures.yaml`` has, for every page, its sentences with placeholders in place of their numbers, and a short
+list of what is no result, with where it comes from. A number that neither accounts for is an error: none can
+be typed. Besides those of ``placeholders.py``, with ``table::row``, placeholders are
+
+    {held_out_512.over:+.2f}                       of docs/results/documents.jsonl, see ``of_documents``
+    {speed Neurons#1 / node, bf16 / ILIFNode:.2f}  a cell of docs/results/speeds.jsonl: table, row, column
+    {ratio T / row / A over row / B:.1f}           of two cells of one table
+    {count runs:.0f}                               of ``counts``
+"""
+
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import placeholders
+import recorded
+from documents import perplexity_ratio
+from table import Table
+
+from spiking_mamba import SpikingMambaConfig
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.files import write_whole
+from spiking_mamba.common.records import read_records
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.spikes.energy import energy_of_rates
+
+PLACEHOLDER = re.compile(r"{([^{}]+?):([+,]*\.\df)}")
+NUMBER = re.compile(r"(?<![\w.])[+-]?\d(?:[\d,]*\d)?(?:\.\d+)?")
+FENCED = re.compile(r"^```(\w*)\n.*?^```$|^    \S.*$", re.DOTALL | re.MULTILINE)  # or indented
+# within lines: code, and the addresses of links
+INLINE = re.compile(r"`[^`]*`|(?<=\])\([^)]*\)")
+
+
+@dataclass
+class FigureSettings:
+    """Keys of the YAML file.
+
+    Attributes:
+        tables: the YAML files of the study's tables.
+        results: folder of the records.
+        pages: ``{page: {figures: [text with placeholders], others: [{text: regular expression, source}]}}``.
+        renew: write the records' numbers into the pages.
+    """
+
+    tables: list
+    pages: dict
+    results: str = "docs/results"
+    renew: bool = False
+
+
+class Records:
+    """What a placeholder may name."""
+
+    def __init__(self, settings: FigureSettings) -> None:
+        tables = [parse_settings(Table, [path]) for path in settings.tables]
+        self.rows = {(t.name, row.name): row for t in tables for row in recorded.read(t)}
+        folder = Path(settings.results)
+        self.documents = {
+            f"{Path(r['text']).stem.split('-')[0]}_{r['length']}": of_documents(r)
+            for r in read_records(folder / "documents.jsonl")
+        }
+        self.speeds = {record["table"]: record for record in read_records(folder / "speeds.jsonl")}
+        self.counts = counts([run for row in self.rows.values() for run in row.runs], folder)
+
+    def find(self, name: str) -> recorded.Row:
+        table, _, row = name.partition("::")
+        if (table, row) not in self.rows:
+            raise ValueError(f"There is no row {name!r}.")
+        return self.rows[table, row]
+
+    def cell(self, table: str, row: str, column: str) -> float:
+        """A number of a table of speeds."""
+        if table not in self.speeds:
+            raise ValueError(f"There is no table of speeds {table!r}: {', '.join(self.speeds)}.")
+        header, rows = self.speeds[table]["header"], {cells[0]: cells for cells in self.speeds[table]["rows"]}
+        if row not in rows or column not in header:
+            raise ValueError(f"{table} has no {row!r} or no {column!r}: {[*rows]}, {header}.")
+        return float(rows[row][header.index(column)].rstrip("%"))
+
+    def value(self, name: str, form: str) -> str:
+        """The text of a placeholder.
+
+        Raises:
+            ValueError: it names nothing that is recorded.
+        """
+        if "[" in name:
+            return placeholders.fill(f"{{{name}:{form}}}", self.find)
+        kind, _, rest = name.partition(" ")
+        match kind:
+            case "speed":
+                table, row, column = rest.split(" / ", 2)
+                found = self.cell(table, row, column)
+            case "ratio":
+                above, below = (part.split(" / ", 2) for part in rest.split(" over "))
+                found = self.cell(*above) / self.cell(above[0], below[0], " / ".join(below[1:]))  # type: ignore[arg-type]
+            case "count":
+                found = self.counts[rest]
+            case _:
+                text, _, field = name.partition(".")
+                if field not in self.documents.get(text, {}):
+                    raise ValueError(f"{{{name}}}: documents.jsonl has {', '.join(self.documents)}.")
+                found = self.documents[text][field]
+        return f"{found:{form}}"
+
+
+def of_documents(record: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers of a student beside its teacher on a text, per cent where they are shares or changes."""
+    ratio, spikes = perplexity_ratio(record["documents"]), record["spikes"]
+    config = SpikingMambaConfig.from_pretrained(record["student"])
+    energy = energy_of_rates(
+        config, spikes["mean_abs"], spikes["nonzero_share"], digits=spikes["signed_digits"]
+    )
+    found = {name: ratio[name] for name in ("teacher", "student", "documents")}
+    found |= {name: 100 * ratio[name] for name in ("over", "low", "high")}
+    found |= {"kl": record["kl"], "top1": 100 * record["top1"], "tokens": record["tokens"]} | spikes
+    found |= {name: function(energy) for name, function in placeholders.ENERGIES.items()}
+    found["projections"] = energy["projections"]["fp32"]["gain"]
+    found["int8"] = energy["projections"]["int8"]["gain"]
+    found["prefill"] = energy["with_memory"]["projections"]["fp32"]["gain"]
+    found["shift_and_add"] = energy["projections"]["int8"]["gain_over_shift_and_add"]
+    found["whole_shift_and_add"] = energy["model"]["int8"]["gain_over_shift_and_add"]
+    # of what spikes and neurons add
+    neurons = 1 - found["with_neurons"] / found["projections"]
+    return found | {"neurons_of_accumulations": 100 * neurons / (1 - neurons)}
+
+
+def counts(runs: list[dict[str, Any]], folder: Path) -> dict[str, float]:
+    """How many runs there are, and what the preference table left out."""
+    preferences = [r for r in read_records(folder / "preference.jsonl") if r["kind"] == "run"]
+    held_out = [r["held_out"] for r in preferences]
+    return {
+        "runs": len(runs),
+        "changed": sum(not recorded.is_clean(run["commit"]) for run in runs),
+        "held-out tokens": max(run.get("held_out_tokens", 0) for run in runs),
+        "preference runs": len(preferences),
+        "preference pairs": max((h["kept"] for h in held_out), default=0),
+        "preference pairs cut": max((h["truncated"] for h in held_out), default=0),
+    }
+
+
+def pattern(figure: str) -> re.Pattern[str]:
+    """What a figure looks like in a page: its words, however they are broken into lines, and numbers."""
+    pieces = PLACEHOLDER.split(figure)[::3]
+    words = [r"\s+".join(map(re.escape, re.split(r"\s+", piece))) for piece in pieces]
+    return re.compile(r"([+-]?\d[\d,]*(?:\.\d+)?)".join(words))
+
+
+def held(text: str, figures: list[str], value: Callable[[str, str], str]) -> Iterator[tuple[int, int, str]]:
+    """Where a page has the numbers of its figures, and what the records say.
+
+    Raises:
+        ValueError: a figure is not in the page, or there twice.
+    """
+    for figure in figures:
+        found = list(pattern(figure).finditer(text))
+        if len(found) != 1:
+            raise ValueError(f"is {len(found)} times in the page, not once: {figure!r}")
+        for group, placeholder in enumerate(PLACEHOLDER.finditer(figure), 1):
+            yield *found[0].span(group), value(*placeholder.groups())
+
+
+def examine(text: str, about: Mapping[str, Any], value: Callable[[str, str], str]) -> tuple[str, list[str]]:
+    """The page with the records' numbers, and what is wrong with it as it is."""
+    found = sorted(held(text, about.get("figures", []), value))
+    wrong = [f"{text[a:b]} should be {new}: {_around(text, a, b)}" for a, b, new in found if text[a:b] != new]
+    covered = [(a, b) for a, b, _ in found] + code(text)
+    for other in about.get("others", []):
+        places = [m.span() for m in re.finditer(other["text"], text)]
+        if not places or not other.get("source"):
+            wrong.append(f"is not in the page, or without a source: {other}")
+        covered += places
+    for number in NUMBER.finditer(text):
+        if not any(a <= number.start() and number.end() <= b for a, b in covered):
+            wrong.append(f"{number.group()} comes from nowhere: {_around(text, *number.span())}")
+    for a, b, new in reversed(found):
+        text = text[:a] + new + text[b:]
+    return text, wrong
+
+
+def code(text: str) -> list[tuple[int, int]]:
+    """Where a page has code, which is tested otherwise, and no figures; blocks of ``text`` are none."""
+    blocks = list(FENCED.finditer(text))
+    found = [m.span() for m in blocks if m.group(1) != "text"]
+    start = 0
+    for end, after in [*(m.span() for m in blocks), (len(text), len(text))]:
+        found += [(start + m.start(), start + m.end()) for m in INLINE.finditer(text[start:end])]
+        start = after
+    return found
+
+
+def _around(text: str, start: int, end: int) -> str:
+    return repr(text[max(0, start - 50) : end + 30])
+
+
+def main_of(settings: FigureSettings) -> list[str]:
+    """What is wrong, each with its page."""
+    records, wrong = Records(settings), []
+    for page, about in settings.pages.items():
+        try:
+            text, found = examine(Path(page).read_text(), about, records.value)
+        except ValueError as error:
+            wrong.append(f"{page}: {error}")
+            continue
+        if settings.renew:
+            write_whole(Path(page), text)
+            found = [each for each in found if " should be " not in each]
+        wrong += [f"{page}: {each}" for each in found]
+    return wrong
+
+
+@fail_clearly()
+def main() -> None:
+    wrong = main_of(parse_settings(FigureSettings, description=__doc__))
+    if wrong:
+        sys.exit("\n".join(wrong))
+    print("Every number is that of its record.")
+
+
+if __name__ == "__main__":
+    main()
