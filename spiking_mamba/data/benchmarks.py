@@ -5,7 +5,7 @@ tasks = zero_shot_tasks(["piqa", "arc_easy"])  # as `spiking_mamba.evaluation.ze
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -108,10 +108,6 @@ class Benchmark:
     reader: Callable[[bytes], pa.Table] = _arrow
     note: str | None = None
     source: str | None = None
-
-    def source_of(self, item: Mapping[str, Any]) -> str:
-        """Which source an item is from; '' where the set has a single one."""
-        return str(item[self.source]).partition("~")[0] if self.source in item else ""
 
 
 _VALIDATION = "hf_datasets/{}/validation/data-00000-of-00001.arrow"

@@ -123,10 +123,10 @@ def draw_items(task: "Task", limit: int | None, seed: int = 0) -> dict[str, Any]
     items, name = task.eval_docs, task.config.task
     if limit is None or limit >= len(items):
         return None
-    benchmark = BENCHMARK_SETS[name]
-    groups: dict[str, list[int]] = {}
-    for number, item in enumerate(items):
-        groups.setdefault(benchmark.source_of(item), []).append(number)
+    column, groups = BENCHMARK_SETS[name].source, dict[str, list[int]]()
+    sources = [""] * len(items) if column is None else items[column]
+    for number, source in enumerate(sources):
+        groups.setdefault(source.partition("~")[0], []).append(number)
     exact = {source: limit * len(numbers) / len(items) for source, numbers in groups.items()}
     counts = {source: math.floor(share) for source, share in exact.items()}
     largest = sorted(groups, key=lambda source: (counts[source] - exact[source], source))
@@ -136,8 +136,8 @@ def draw_items(task: "Task", limit: int | None, seed: int = 0) -> dict[str, Any]
     for source, numbers in groups.items():
         random.Random(f"{seed} {name} {source}").shuffle(numbers)
         drawn += numbers[: counts[source]]
-    sources = counts if len(counts) > 1 else {}
-    return {"seed": seed, "of": len(items), "sources": sources, "items": sorted(drawn)}
+    of_each = counts if len(counts) > 1 else {}
+    return {"seed": seed, "of": len(items), "sources": of_each, "items": sorted(drawn)}
 
 
 @contextlib.contextmanager

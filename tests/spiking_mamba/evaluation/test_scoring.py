@@ -238,12 +238,12 @@ class TestPerplexity:
 
 
 def names_of(task, items):
-    return [task.eval_docs[number]["source_id"].partition("~")[0] for number in items]
+    return [source.partition("~")[0] for source in task.eval_docs.select(items)["source_id"]]
 
 
 def test_items_are_drawn_by_a_seed_from_every_source():
     [task] = zero_shot_tasks("hellaswag").values()
-    whole = [document["source_id"].partition("~")[0] for document in task.eval_docs]
+    whole = names_of(task, range(len(task.eval_docs)))
     assert whole == ["activitynet"] * 3243 + ["wikihow"] * 6799  # why the first ones are no sample
     drawn = draw_items(task, 250, seed=3)
     assert drawn == draw_items(task, 250, seed=3)
