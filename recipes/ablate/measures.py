@@ -25,6 +25,7 @@ from spiking_mamba.spikes.counts import SpikeCounts
 from spiking_mamba.spikes.energy import model_energy, projection_energy
 from spiking_mamba.training.calibration import asks_for_calibration, resolve_threshold
 from spiking_mamba.training.distillation import DistillationSettings
+from spiking_mamba.training.rows import training_text
 
 VERSION = 1  # of what a row measures: another number, and every row is run again
 
@@ -68,15 +69,16 @@ class Measures:
         self.dense = self.measure(self.teacher)
 
     def training_rows(self, settings: DistillationSettings) -> datasets.Dataset:
-        return self.rows(self.table.data, self.depends["data"], settings.length)
+        return self.rows(self.table.data, self.depends["data"], settings.length, settings.decontaminate)
 
-    def rows(self, source: Any, sha256: Any, length: int) -> datasets.Dataset:
+    def rows(self, source: Any, sha256: Any, length: int, decontaminate: bool = False) -> datasets.Dataset:
         """Packed rows of token ids, tokenised once and kept on disk."""
-        name = fingerprint([sha256, self.depends["teacher"].get("tokenizer.json"), length])[:16]
+        about = [sha256, self.depends["teacher"].get("tokenizer.json"), length]
+        name = fingerprint(about + ["decontaminated"] * decontaminate)[:16]
         path = Path(self.table.output, "tokens", f"{name}.parquet")
         if not path.is_file():
             path.parent.mkdir(parents=True, exist_ok=True)
-            tokens = data.tokenize(data.load_text(source), self.tokenizer, length)
+            tokens = data.tokenize(training_text(source, None, decontaminate), self.tokenizer, length)
             draft = path.with_name(f"{name}.{os.getpid()}.part")
             pyarrow.parquet.write_table(tokens.data.table, draft)
             draft.replace(path)

@@ -23,7 +23,7 @@ from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.progress import quiet
-from spiking_mamba.common.schema import Count, Fraction, Name, Names, as_list, schema
+from spiking_mamba.common.schema import Count, Fraction, Name, Names, Seed, as_list, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.evaluation.outliers import SCOPES, number_of_outliers, replace_outliers
 from spiking_mamba.model.checkpoint import load_model
@@ -58,6 +58,7 @@ class OutlierSettings:
         batch_size: rows at a time.
         tasks: zero-shot sets, see ``spiking_mamba.data.benchmarks.CHANCE``; may be empty.
         limit: items of each set; null for all.
+        limit_seed: which ones those are.
         resume, overwrite: go on with, or throw away, the run in ``output``.
     """
 
@@ -82,6 +83,7 @@ class OutlierSettings:
     batch_size: Count = 8
     tasks: Names = field(default_factory=list)
     limit: Count | None = None
+    limit_seed: Seed = 0
     resume: bool = False
     overwrite: bool = False
 
@@ -125,7 +127,11 @@ def measure(
         }
     }
     found["zero_shot"] = (
-        evaluation.zero_shot(model, tokenizer, tasks, settings.limit, settings.batch_size) if tasks else {}
+        evaluation.zero_shot(
+            model, tokenizer, tasks, settings.limit, settings.batch_size, seed=settings.limit_seed
+        )
+        if tasks
+        else {}
     )
     return found
 

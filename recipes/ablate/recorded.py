@@ -3,14 +3,14 @@
 import functools
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from placeholders import ENERGIES, FIELDS
 from scipy.special import stdtrit
-from table import CHECKS, OUTSIDE, Table, tokens_seen
+from table import CHECKS, Table, settings_recorded, tokens_seen
 
 import neurons
 from spiking_mamba import SpikingMambaConfig
@@ -139,8 +139,7 @@ def read(table: Table) -> list[Row]:
                 continue
             if missing := [key for key in ("settings", "status", "commit") if key not in run]:
                 raise ValueError(f"{table.records}: {row['name']}, seed {seed} has no {missing[0]}.")
-            wanted = {k: v for k, v in asdict(table.settings(row, seed)).items() if k not in OUTSIDE}
-            if run["settings"] == json.loads(json.dumps(wanted)):
+            if run["settings"] == json.loads(json.dumps(settings_recorded(table.settings(row, seed)))):
                 runs.append(run)
         rows.append(Row(table, row, runs))
     return rows

@@ -10,7 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from measures import Measures, fingerprint
-from table import OUTSIDE, Table, steps, tokens_seen
+from table import Table, settings_recorded, steps, tokens_seen
 from transformers import TrainerCallback
 
 from spiking_mamba.common.claims import claimed
@@ -49,7 +49,7 @@ class Study:
 
     def key(self, row: dict[str, Any], seed: int) -> str:
         """A hash of everything that a row's numbers depend on."""
-        settings = {k: v for k, v in asdict(self.table.settings(row, seed)).items() if k not in OUTSIDE}
+        settings = settings_recorded(self.table.settings(row, seed))
         return fingerprint([self.measures.depends, settings, sorted(self.table.checks_of(row)), seed])
 
     def kept(self, row: dict[str, Any], seed: int) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Study:
         except Exception as error:  # of this row: the rest goes on
             result |= {"status": "failed", "error": f"{type(error).__name__}: {str(error)[:500]}"}
         about = provenance(settings)
-        about["settings"] = {k: v for k, v in about["settings"].items() if k not in OUTSIDE}
+        about["settings"] = {k: about["settings"][k] for k in settings_recorded(settings)}
         result |= {"teacher": self.measures.dense, "depends": self.measures.depends}
         result |= {"tokens": tokens_seen(settings), "seconds": time.perf_counter() - start}
         result["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30 if cuda else None

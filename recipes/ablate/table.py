@@ -6,7 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import field, fields
+from dataclasses import asdict, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -31,6 +31,8 @@ DRIVEN_ROWS = 8  # that spike_driven is measured on
 _OWN = ("name", "seeds", "checks", "lever")  # of a row; its other keys are settings
 # Of the settings, what the runner fills in or a number does not depend on.
 OUTSIDE = ("teacher", "output", "data", "seed", "resume", "overwrite", "dry_run", "compile")
+# Settings younger than the first records, and what those had: left out of a record where they are that.
+YOUNGER = {"separate_documents": False, "decontaminate": False}
 
 
 def _check_file_name(name: str) -> str:
@@ -262,6 +264,12 @@ class Table:
     def folder(self, row: dict[str, Any], seed: int, suffix: str) -> Path:
         """What belongs to a row and seed in ``output``."""
         return Path(self.output, self.name, f"{slug(row['name'])}-{seed}{suffix}")
+
+
+def settings_recorded(settings: DistillationSettings) -> dict[str, Any]:
+    """What a record says of a row's settings: all that its numbers depend on."""
+    found = {k: v for k, v in asdict(settings).items() if k not in OUTSIDE}
+    return {k: v for k, v in found.items() if k not in YOUNGER or v != YOUNGER[k]}
 
 
 def slug(name: str) -> str:

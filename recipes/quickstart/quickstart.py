@@ -44,12 +44,13 @@ class QuickstartSettings:
     Attributes:
         output: folder of the run: ``student/model``, ``report.md``, ``report.html``, ``report.png`` and
             ``results.json``.
-        teacher, data, length, neuron, sgc, membrane, threshold, learn_threshold, loss, training: see
-            ``spiking_mamba.training.distillation.DistillationSettings``.
+        teacher, data, length, decontaminate, separate_documents, neuron, sgc, membrane, threshold,
+            learn_threshold, loss, training: see ``spiking_mamba.training.distillation.DistillationSettings``.
         held_out: text that the teacher has not seen, for the perplexity.
         held_out_rows: how many rows of it.
         tasks: zero-shot sets, see ``spiking_mamba.data.benchmarks``.
         limit: items of each set; null for all.
+        limit_seed: which ones those are.
         seed: of data order and every random generator.
         resume, overwrite: go on with, or throw away, the run in ``output``.
     """
@@ -58,6 +59,8 @@ class QuickstartSettings:
     teacher: Name = "recipes/quickstart/teacher"
     data: Sources = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
     length: Length = 256
+    decontaminate: bool = True
+    separate_documents: bool = True
     neuron: Neuron = field(default_factory=lambda: {"class": "neurons.SILIFNode"})
     sgc: Compensation | None = None
     membrane: Membrane = "token"
@@ -69,6 +72,7 @@ class QuickstartSettings:
     held_out_rows: Count = 400
     tasks: Names = field(default_factory=lambda: ["arc_easy", "piqa", "sciq"])
     limit: Count | None = 100
+    limit_seed: Seed = 0
     seed: Seed = 0
     resume: bool = False
     overwrite: bool = False
@@ -133,10 +137,13 @@ def measure(
         for name, model in models.items():
             stage.label = name if name == "teacher" else f"student {name}"
             # the spikes are those of the perplexity's own forward passes
+            compared = None if name == "teacher" else models["teacher"]
             with count_spikes(model) as counts, stage.part("perplexity") as share:
-                results[name] = evaluation.perplexity(model.eval(), held_out, progress=share)
+                results[name] = evaluation.perplexity(
+                    model.eval(), held_out, progress=share, reference=compared
+                )
             results[name]["zero_shot"] = evaluation.zero_shot(
-                model, tokenizer, tasks, limit=settings.limit, stage=stage
+                model, tokenizer, tasks, limit=settings.limit, stage=stage, seed=settings.limit_seed
             )
     teacher, before, after = (results[name]["perplexity"] for name in models)
     student = models["after"]

@@ -254,6 +254,36 @@ def sample(model: Any, tokenizer: Any, seed: int) -> str:
     return "> " + re.sub(r"([*_<>`\[\]#])", r"\\\1", text)
 
 
+def held_out_text(manifest: dict[str, Any]) -> str:
+    if manifest.get("drawn_by") == "document":
+        return "Corpus documents are held out whole."
+    return (
+        "What is held out of the corpus are\nsections: of a document of several, a speech or a long chapter, "
+        "others may be in training, which flatters the first row."
+    )
+
+
+def items_text(tasks: dict[str, Any]) -> str:
+    """Which items were asked."""
+    fewer = {name: task for name, task in tasks.items() if task["n"] < task["data"]["rows"]}
+    if not fewer:
+        return "of all items of each set."
+    seeds = {task["drawn"]["seed"] if task.get("drawn") else None for task in fewer.values()}
+    if None not in seeds:
+        seed = ", ".join(map(str, sorted(seeds)))
+        return (
+            "of items drawn from each\nset where there are more "
+            f"(`limit_seed={seed}`), of each source its share."
+        )
+    text = "of the first items of each set where there are more."
+    if "hellaswag" in fewer:
+        text += (
+            "\nHellaSwag's first ones are all ActivityNet's and no sample of the set: "
+            "its two numbers say nothing of it."
+        )
+    return text
+
+
 # The card -----------------------------------------------------------------------------------------------
 
 
@@ -290,6 +320,8 @@ def evaluation_fields(records: Records, on_lambada: dict[str, Any]) -> dict[str,
         "commands": "\n".join(f"    {each['provenance']['command']}" for each in records.evaluations),
         "order": records.ngram["order"],
         "overlap": records.manifest["settings"]["overlap"],
+        "held_out": held_out_text(records.manifest),
+        "items": items_text(records.evaluated("tasks")),
     }
 
 

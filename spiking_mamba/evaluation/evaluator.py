@@ -12,9 +12,10 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -32,6 +33,7 @@ from spiking_mamba.evaluation.scoring import perplexity, score, zero_shot
 from spiking_mamba.evaluation.settings import RESULTS, Checkpoint, EvaluationSettings, claim
 from spiking_mamba.evaluation.statistics import gaps, groups
 from spiking_mamba.evaluation.tasks import describe, zero_shot_tasks
+from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.model.tokenizer import has_tokenizer, load_tokenizer
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.spikes.counts import ProjectionSpikes, SpikeCounts
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
     import datasets
     from lm_eval.api.task import Task
     from transformers import PreTrainedTokenizerBase
+
+    from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 
 __all__ = [
     "CHANCE",
@@ -82,9 +86,16 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
         cache = ResultsCache(output / "cache")
         with interruptible(lambda: _kept_in(cache)):
             models = []
-            with Stage(len(checkpoints) * (len(tasks) + len(texts)), "evaluating") as stage:
-                for checkpoint, folder, tokenizer in zip(checkpoints, folders, tokenizers, strict=True):
+            compared = [reference_of(checkpoint, checkpoints) for checkpoint in checkpoints]
+            parts = len(checkpoints) * (len(tasks) + len(texts))
+            parts += len(texts) * sum(reference is not None for reference in compared)
+            with Stage(parts, "evaluating") as stage:
+                for number, checkpoint in enumerate(checkpoints):
+                    folder, tokenizer = folders[number], tokenizers[number]
                     measured = _Measured(settings, checkpoint, folder, tokenizer, cache, costs, stage)
+                    if (reference := compared[number]) is not None:
+                        place = checkpoints.index(reference)
+                        measured.compare_with(reference.name, folders[place], tokenizers[place])
                     models.append(measured.everything(tasks, texts))
             results = {
                 "schema": SCHEMA,
@@ -125,6 +136,7 @@ class _Measured:
         self.lm = SpikingMambaLM(folder, tokenizer, dtype=settings.dtype, batch_size=settings.batch_size)
         self.weights = weights_sha256(folder)
         self.costs = costs
+        self.reference: _Reference | None = None
         # what every number of this model depends on
         self.identity = {
             "weights": self.weights,
@@ -133,10 +145,20 @@ class _Measured:
             "dtype": settings.dtype,
             "batch_size": settings.batch_size,
             "limit": settings.limit,
+            "limit_seed": settings.limit_seed,
             "device": self.lm.device.type,
             "versions": package_versions(),
             "code": code_state(),
         }
+
+    def compare_with(self, name: str, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
+        """Measure how far this model's predictions are from another's, if both read the same tokens."""
+        if _tokenizer_sha256(tokenizer) != self.identity["tokenizer"]:
+            return
+        model = load_model(folder)
+        if model.config.vocab_size == self.lm.model.config.vocab_size:
+            sums = weights_sha256(folder), file_sha256(folder / "config.json")
+            self.reference = _Reference(name, model.to(self.lm.device), *sums)
 
     def everything(
         self, tasks: "Mapping[str, Task]", texts: "Mapping[str, datasets.Dataset]"
@@ -187,21 +209,26 @@ class _Measured:
 
         def measure(share: Share) -> dict[str, Any]:
             with count_spikes(self.lm.model) as counts, self._metered() as joules:
-                found = score(self.lm, task, self.settings.limit, share)
+                found = score(self.lm, task, self.settings.limit, share, self.settings.limit_seed)
             return {"result": found, "spikes": _pack(counts), "joules": joules}
 
         return self._kept(name, {"task": name, "data": data["sha256"]}, measure) | {"data": data}
 
     def _text(self, name: str, text: "datasets.Dataset") -> dict[str, Any]:
-        length, limit, tokenizer = self.settings.length, self.settings.limit, self.lm.tokenizer
+        length, limit, seed = self.settings.length, self.settings.limit, self.settings.limit_seed
+        tokenizer = self.lm.tokenizer
         data = {"source": name, "documents": len(text), "sha256": digest(text["text"])}
 
-        def measure(share: Share) -> dict[str, Any]:
+        def drawn() -> "datasets.Dataset":
             rows = tokenize(text, tokenizer, length)
-            rows = rows.select(range(min(limit or len(rows), len(rows))))
-            bf16 = torch.autocast(
-                self.lm.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16"
-            )
+            if limit is not None and limit < len(rows):
+                rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), limit)))
+            return rows
+
+        bf16 = torch.autocast(self.lm.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
+
+        def measure(share: Share) -> dict[str, Any]:
+            rows = drawn()
             spelled = count_bytes(rows, tokenizer)
             with count_spikes(self.lm.model) as counts, bf16, self._metered() as joules:
                 found = perplexity(
@@ -209,8 +236,21 @@ class _Measured:
                 )
             return {"result": found, "spikes": _pack(counts), "joules": joules}
 
+        def compare(share: Share) -> dict[str, Any]:
+            # passes of their own: those above are the ones whose spikes and joules are measured
+            size, other = self.settings.batch_size, self.reference.model
+            with bf16:
+                found = perplexity(self.lm.model, drawn(), size, progress=share, reference=other)
+            return {key: found[key] for key in ("kl", "top1_agreement")}
+
         key = {"corpus": name, "data": data["sha256"], "length": length}
-        return self._kept(name, key, measure) | {"data": data}
+        found = self._kept(name, key, measure) | {"data": data}
+        compared = None
+        if self.reference is not None:
+            about = {"reference": self.reference.weights, "reference_config": self.reference.config}
+            compared = {"reference": self.reference.name}
+            compared |= self._kept(f"{name}, compared with {self.reference.name}", key | about, compare)
+        return found | {"result": found["result"] | {"compared": compared}}
 
     @contextlib.contextmanager
     def _metered(self) -> Iterator[dict[str, Any]]:
@@ -240,6 +280,22 @@ class _Measured:
             if before:
                 say(f"{label}: measured before, see {self.cache.path(name, key)}")
         return found
+
+
+class _Reference(NamedTuple):
+    """A model that others are compared with, loaded; the sums are those of its files."""
+
+    name: str
+    model: "SpikingMambaForCausalLM"
+    weights: str
+    config: str
+
+
+def reference_of(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
+    """Which one a checkpoint's predictions are compared with: of several references that of its own seed,
+    else the first; None for a reference, or where there is none."""
+    found = [] if checkpoint.reference else [other for other in checkpoints if other.reference]
+    return next((other for other in found if other.seed == checkpoint.seed), found[0] if found else None)
 
 
 def weights_sha256(folder: Path) -> str:

@@ -87,6 +87,7 @@ class SpikingMambaLM(HFLM):
         # lengths of inputs whose last token is id 0 itself, by what stands before their last zeros
         self._ending_in_zero: dict[tuple[int, ...], int] = {}
         self.share: Share | None = None  # told how far a task is
+        self.asked: list[int] | None = None  # the numbers of the items that a task asks; None: all
         self._asked = self._answered = 0  # requests
         with undisturbed():  # it warns of every model in memory
             super().__init__(
@@ -137,7 +138,6 @@ class SpikingMambaLM(HFLM):
         answers = super().loglikelihood(requests, disable_tqdm=hidden)
         for request, (score, _) in zip(requests, answers, strict=True):
             if math.isnan(score):
-                raise FloatingPointError(
-                    f"The model's logits are NaN in {request.task_name}, item {request.doc_id}."
-                )
+                item = self.asked[request.doc_id] if self.asked else request.doc_id
+                raise FloatingPointError(f"The model's logits are NaN in {request.task_name}, item {item}.")
         return answers

@@ -5,6 +5,7 @@ zero_shot(model, tokenizer, tasks)["piqa"]["acc"]
 perplexity(model, rows)["perplexity"]
 """
 
+import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.progress import Share, Stage, part_of, reporting
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
-from spiking_mamba.evaluation.tasks import undisturbed
+from spiking_mamba.evaluation.tasks import draw_items, undisturbed
 from spiking_mamba.model.modes import evaluating
 
 if TYPE_CHECKING:
@@ -28,28 +29,33 @@ if TYPE_CHECKING:
 __all__ = ["perplexity", "score", "zero_shot"]
 
 
-def score(lm: "LM", task: "Task", limit: int | None = None, progress: bool | Share = True) -> dict[str, Any]:
+def score(
+    lm: "LM", task: "Task", limit: int | None = None, progress: bool | Share = True, seed: int = 0
+) -> dict[str, Any]:
     """Zero-shot scores of one task, by lm-eval, with those of every item.
 
     Args:
         lm: lm-eval's model, see ``spiking_mamba.evaluation.harness.SpikingMambaLM``.
         task: one of ``zero_shot_tasks``.
-        limit: how many items, from the first; None for all.
+        limit: how many items, see ``draw_items``; None for all.
         progress: whether to show a bar, or whom to tell the share that is done.
+        seed: of the draw of the items.
 
     Returns:
-        ``n``, ``main`` and ``chance`` (see ``Benchmark``); ``metrics``, ``{name: {"value", "stderr"}}``: the
-        stock task's own, with standard errors over items, None of a single one; ``items``, ``{name: [n
-        values in the set's order]}``: 0 or 1 for ``acc`` and ``acc_norm``, and in nats ``loglikelihood`` for
-        ``perplexity``.
+        ``n``, ``main`` and ``chance`` (see ``Benchmark``); ``drawn``, see ``draw_items``; ``metrics``,
+        ``{name: {"value", "stderr"}}``: the stock task's own, with standard errors over items, None of a
+        single one; ``items``, ``{name: [n values in the set's order]}``: 0 or 1 for ``acc`` and
+        ``acc_norm``, and in nats ``loglikelihood`` for ``perplexity``.
     """
     from lm_eval.evaluator import evaluate
 
     name = task.config.task
     lm_tasks = {"tasks": {name: task}, "groups": {}, "group_map": {}}
+    drawn = draw_items(task, limit, seed)
+    lm.asked = drawn and drawn["items"]
     with undisturbed(), reporting(progress, name) as lm.share:
-        found = evaluate(lm, lm_tasks, limit=limit, bootstrap_iters=0)
-    lm.share = None
+        found = evaluate(lm, lm_tasks, samples=drawn and {name: drawn["items"]}, bootstrap_iters=0)
+    lm.share = lm.asked = None
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     metrics, items = {}, {}
     for metric in samples[0]["metrics"]:
@@ -67,6 +73,7 @@ def score(lm: "LM", task: "Task", limit: int | None = None, progress: bool | Sha
         "n": len(samples),
         "main": benchmark.main,
         "chance": benchmark.chance,
+        "drawn": drawn,
         "metrics": metrics,
         "items": items,
     }
@@ -84,14 +91,16 @@ def zero_shot(
     limit: int | None = None,
     batch_size: int = 16,
     stage: Stage | None = None,
+    seed: int = 0,
 ) -> dict[str, dict[str, float | None]]:
     """Zero-shot scores of a causal language model, by lm-eval, on the device the model is on.
 
-    `tasks` come from `zero_shot_tasks`; `limit` takes that many items of each. A `stage`, whose
-    bar is moved, has a part for each task; without it each has a bar. Returns for each task `acc`,
-    `acc_stderr`, `acc_norm`, `acc_norm_stderr` (shares of 1; None where the stock task has no such metric),
-    `chance` and `n`, the number of items. The model's train/eval modes are left as they were. Raises
-    FloatingPointError naming the first item with NaN logits, ImportError without lm-eval.
+    `tasks` come from `zero_shot_tasks`; `limit` takes that many items of each, drawn by `seed` as
+    `draw_items` says. A `stage`, whose bar is moved, has a part for each task; without it each has a bar.
+    Returns for each task `acc`, `acc_stderr`, `acc_norm`, `acc_norm_stderr` (shares of 1; None where the
+    stock task has no such metric), `chance` and `n`, the number of items. The model's train/eval modes are
+    left as they were. Raises FloatingPointError naming the first item with NaN logits, ImportError without
+    lm-eval.
     """
     from spiking_mamba.evaluation.harness import SpikingMambaLM
 
@@ -100,7 +109,7 @@ def zero_shot(
         lm = SpikingMambaLM(model, tokenizer, batch_size=batch_size)
         for name, task in tasks.items():
             with part_of(stage, name) as progress:
-                found = score(lm, task, limit, progress)
+                found = score(lm, task, limit, progress, seed)
             scores[name] = {"chance": found["chance"], "n": found["n"]}
             for metric in ("acc", "acc_norm"):
                 known = found["metrics"].get(metric, {"value": None, "stderr": None})
@@ -115,6 +124,7 @@ def perplexity(
     device: torch.device | str | None = None,
     progress: bool | Share = True,
     bytes: int | None = None,
+    reference: torch.nn.Module | None = None,
 ) -> dict[str, float]:
     """How well a causal language model predicts rows of token ids, each row on its own.
 
@@ -123,7 +133,9 @@ def perplexity(
     to, None leaves it where it is; `progress` shows a bar, or is told the share that is done. Returns
     `perplexity`, `nll_per_token` (nats, summed in float64) and `tokens` (the number predicted); with `bytes`,
     the UTF-8 bytes that the rows' tokens stand for (`data.count_bytes(rows, tokenizer)`), also
-    `bits_per_byte`, in which the first tokens cost the mean.
+    `bits_per_byte`, in which the first tokens cost the mean. With a `reference`, a model of the same
+    vocabulary, also `kl`, KL(reference || model) in nats a token, and `top1_agreement`, how often both have
+    the same likeliest next token: a student may predict a text as well as its teacher and say other things.
     Raises DataError for unusable rows, FloatingPointError naming the first row with NaN logits.
     """
     if "input_ids" not in dataset.column_names or not len(dataset):
@@ -132,7 +144,15 @@ def perplexity(
         model.to(device)
     device = next(model.parameters()).device
     total, predicted, spelled = 0.0, 0, 0
-    with torch.no_grad(), evaluating(model), reporting(progress, "perplexity") as share:
+    divergence, agreed = 0.0, 0
+    if reference is not None:
+        reference.to(device)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(evaluating(model))
+        if reference is not None:
+            stack.enter_context(evaluating(reference))
+        share = stack.enter_context(reporting(progress, "perplexity"))
         for start in range(0, len(dataset), batch_size):
             rows = dataset[start : start + batch_size]
             if len(lengths := set(map(len, rows["input_ids"]))) != 1 or min(lengths) < 2:
@@ -143,6 +163,9 @@ def perplexity(
             ids = torch.as_tensor(rows["input_ids"], dtype=torch.long, device=device)  # [batch, length]
             labels = torch.as_tensor(rows["labels"], device=device).long() if "labels" in rows else ids
             logits = model(input_ids=ids, use_cache=False).logits  # [batch, length, vocabulary]
+            theirs = None if reference is None else reference(input_ids=ids, use_cache=False).logits
+            if theirs is not None and theirs.shape != logits.shape:
+                raise ValueError("The model's vocabulary and its reference's are of different sizes.")
             for offset in range(len(ids)):  # one row at a time: float32 logits are large
                 target = labels[offset, 1:]
                 nll = F.cross_entropy(logits[offset, :-1].float(), target, reduction="none")
@@ -152,6 +175,9 @@ def perplexity(
                 total += loss
                 predicted += int((target != -100).sum())
                 spelled += int((labels[offset] != -100).sum())
+                if theirs is not None:
+                    kl, same = _compared(logits[offset, :-1], theirs[offset, :-1], target != -100)
+                    divergence, agreed = divergence + kl, agreed + same
             share((start + len(ids)) / len(dataset))
     if not predicted:
         raise DataError("No token is to be predicted: every label is -100.")
@@ -160,4 +186,18 @@ def perplexity(
         result = {"perplexity": float(np.exp(mean)), "nll_per_token": mean, "tokens": predicted}
     if bytes is not None:
         result["bits_per_byte"] = mean / math.log(2) * spelled / bytes
+    if reference is not None:
+        result |= {"kl": divergence / predicted, "top1_agreement": agreed / predicted}
     return result
+
+
+def _compared(logits: torch.Tensor, theirs: torch.Tensor, counts: torch.Tensor) -> tuple[float, int]:
+    """KL(theirs || logits) in nats, summed, and how many likeliest tokens are the same.
+
+    Args:
+        logits, theirs: ``[n, vocabulary]``. counts: bool ``[n]``, the positions that count.
+    """
+    logits, theirs = logits[counts].float(), theirs[counts].float()
+    log_q, log_p = logits.log_softmax(-1), theirs.log_softmax(-1)
+    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum().item()
+    return kl, int((logits.argmax(-1) == theirs.argmax(-1)).sum())

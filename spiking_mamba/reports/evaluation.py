@@ -238,8 +238,21 @@ def _perplexity(models: Sequence[Model]) -> list[Block]:
         ):
             cells = [number((f or {}).get(key), digits) for f in found]
             rows.append([f"{corpus}, {label}", tokens, *cells])
+        compared = [(f or {}).get("compared") for f in found]
+        if any(compared):
+            for key, label, digits, factor in (
+                ("kl", "KL to the reference, nats per token", 4, 1.0),
+                ("top1_agreement", "same likeliest token, %", 1, 100.0),
+            ):
+                cells = [number((c or {}).get(key), digits, factor) for c in compared]
+                rows.append([f"{corpus}, {label}", tokens, *cells])
     header = ["text", "tokens", *(model["name"] for model in models)]
-    note = "Bits per byte compare models whose tokenizers differ; the other two do not."
+    note = "Bits per byte compare models whose tokenizers differ; the others do not."
+    if any((f or {}).get("compared") for model in models for f in (model["perplexity"] or {}).values()):
+        note += (
+            " A model may predict a text as well as its reference and still say other things: KL(reference "
+            "|| model) and how often both have the same likeliest next token tell."
+        )
     return [Heading("Perplexity"), Table(header, rows), Paragraph(note)]
 
 

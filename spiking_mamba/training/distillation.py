@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -28,7 +29,7 @@ from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.training.arguments import Training, autocast, compile_blocks, training_arguments
 from spiking_mamba.training.calibration import asks_for_calibration, resolve_threshold
 from spiking_mamba.training.distillation_loss import DistillationLoss
-from spiking_mamba.training.rows import check_rows, collate
+from spiking_mamba.training.rows import check_rows, collate, training_text
 from spiking_mamba.training.run import finish_run, kept_in, run, run_folder, whole_model
 from spiking_mamba.training.student import (
     Compensation,
@@ -52,8 +53,8 @@ class DistillationTrainer(SpikingTrainer, Trainer):
             device, and never trained.
         loss: see :class:`DistillationLoss`.
         freeze_embeddings: do not train the embeddings (nor a head tied to them), as the source does.
-        others: as in ``Trainer``. Inputs need ``input_ids``, and may have ``attention_mask`` and
-            ``labels``.
+        others: as in ``Trainer``. Inputs need ``input_ids``, and may have ``attention_mask``, ``labels`` and
+            ``seq_idx``, which says where documents begin for both models.
 
     Logged beside the loss: its parts, the mean ``|s|`` weighted by output width, SGC's lambda.
     """
@@ -78,10 +79,10 @@ class DistillationTrainer(SpikingTrainer, Trainer):
         self.teacher = teacher.eval().requires_grad_(False).to(self.args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        inputs = {
-            k: inputs[k] for k in ("input_ids", "attention_mask", "labels") if inputs.get(k) is not None
-        }
+        known = ("input_ids", "attention_mask", "labels", "seq_idx")
+        inputs = {k: inputs[k] for k in known if inputs.get(k) is not None}
         arguments = {k: v for k, v in inputs.items() if k != "labels"}
+        inputs.pop("seq_idx", None)  # of no concern to the loss
         # One position's logits only: the loss makes the others itself, a piece at a time.
         arguments |= {"output_hidden_states": True, "logits_to_keep": 1, "use_cache": False}
         asked = {"output_accumulations": model.training and self.loss.needs_accumulations}
@@ -111,6 +112,10 @@ class DistillationSettings:
         data: text, see ``spiking_mamba.data.load_text``: a corpus that a package carries, a file, a hub
             name, or a list of them.
         length: tokens per row; rows are packed, see ``spiking_mamba.data.tokenize``.
+        decontaminate: leave out documents that share 13 words in a row with what is evaluated, see
+            ``spiking_mamba.data.contamination``; their number is printed.
+        separate_documents: start both models afresh where a document begins within a row; false: they see
+            what stands before it.
         neuron: ``{"class": ..., "args": {...}}``, see ``neurons.build``; null for a dense student, which
             ``loss: {kl: 0, cross_entropy: 1}`` trains like the teacher.
         sgc: Smoothed Gradient Compensation, see ``SpikingMambaConfig``; null for none.
@@ -134,6 +139,8 @@ class DistillationSettings:
     data: Sources = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
     tokenizer: Name | None = None
     length: Length = 256
+    decontaminate: bool = True
+    separate_documents: bool = True
     neuron: Neuron | None = field(
         default_factory=lambda: {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
     )
@@ -184,7 +191,8 @@ def distill(
 
     Args:
         teacher, tokenizer: what ``settings.teacher`` names, where they are in memory already.
-        rows: ``input_ids`` of equal length instead of ``settings.data``; no tokenizer is needed then.
+        rows: ``input_ids`` of equal length instead of ``settings.data``; no tokenizer is needed then, and
+            where none is given, the teacher's configuration says which token ends a text.
         callbacks: of transformers, to watch the training or end it early.
 
     Returns:
@@ -201,7 +209,8 @@ def distill(
     settings.check_student(teacher.config)  # tokenizing takes long
     arguments = settings.make_arguments()
     if rows is None:
-        rows = data.tokenize(data.load_text(settings.data, split="train"), tokenizer, settings.length)
+        text = training_text(settings.data, "train", settings.decontaminate)
+        rows = data.tokenize(text, tokenizer, settings.length)
     check_rows(rows, arguments, teacher.config.vocab_size)
     student = SpikingMambaForCausalLM.from_dense(
         teacher,
@@ -212,6 +221,7 @@ def distill(
         learn_threshold=settings.learn_threshold,
     )
     compile_blocks(settings.compile, student, teacher)
+    end = (teacher.config if tokenizer is None else tokenizer).eos_token_id
     with (
         interruptible(lambda: kept_in(Path(settings.output))),
         run_folder(settings, settings.resume, settings.overwrite) as folder,
@@ -223,7 +233,7 @@ def distill(
             freeze_embeddings=settings.freeze_embeddings,
             args=arguments,
             train_dataset=rows,
-            data_collator=collate,
+            data_collator=partial(collate, end_of_text=end if settings.separate_documents else None),
             callbacks=list(callbacks),
         )
         history = run(trainer, settings.resume)

@@ -249,6 +249,9 @@ class PreferenceSettings:
         held_out_split: of ``held_out``.
         held_out_items: questions of each task in it, with all their pairs, the same for every seed; null for
             all.
+        held_out_half: 'tune' or 'report', the half of the held-out questions to measure on: what is chosen by
+            the one is reported on the other; null for all.
+        half_seed: of the division.
         length: tokens of prompt and completion together.
         end_of_text: let completions that are no conversations end with the end-of-text token.
         bad_rows: 'skip' or 'refuse', see ``spiking_mamba.data.preferences.BAD_ROWS``.
@@ -276,6 +279,8 @@ class PreferenceSettings:
     held_out: Name | None = "answer_preference"
     held_out_split: Name = "validation"
     held_out_items: Count | None = 500
+    held_out_half: Literal["tune", "report"] | None = None
+    half_seed: Seed = 0
     length: Length = 128
     end_of_text: bool = True
     bad_rows: Literal["skip", "refuse"] = "skip"
@@ -311,7 +316,8 @@ class PreferenceSettings:
         if self.held_out is None:
             return None, None
         split, limit = self.held_out_split, self.held_out_items
-        found, report = self._read(self.held_out, split, tokenizer, limit=limit, per_task=True)
+        half = {"half": self.held_out_half, "half_seed": self.half_seed}
+        found, report = self._read(self.held_out, split, tokenizer, limit=limit, per_task=True, **half)
         if found[0].label is not None:
             raise RunError(f"held_out: {self.held_out} must hold pairs: rows with chosen and rejected.")
         return found, report
@@ -383,6 +389,9 @@ def optimise(settings: PreferenceSettings) -> dict[str, Any] | None:
         main = PartialState().is_main_process
         if main:
             print(f"{settings.data}: {report}.")
+            if held_out_report is not None:
+                half = f", its half to {settings.held_out_half}" if settings.held_out_half else ""
+                print(f"Held out, {settings.held_out}{half}: {held_out_report}.")
         if settings.reference == "precomputed":
             rows = _on_disk(rows, folder / "rows")
         trainer = METHODS[settings.method].trainer(
@@ -403,7 +412,8 @@ def optimise(settings: PreferenceSettings) -> dict[str, Any] | None:
             "method": settings.method,
             "model": str(trained),
             "rows": report.to_dict(),
-            "held_out": held_out_report and held_out_report.to_dict(),
+            "held_out": held_out_report
+            and held_out_report.to_dict() | {"half": settings.held_out_half, "half_seed": settings.half_seed},
             **_measured(settings.model, trained, held_out, text, arguments),
             "log": history,
             "seconds": {"training": seconds, "all": time.time() - start},

@@ -1,6 +1,7 @@
 """Pretraining of a small dense Mamba2, to be distilled later."""
 
 from dataclasses import field
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,7 +31,7 @@ from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.training.arguments import Training, autocast, compile_blocks, training_arguments
 from spiking_mamba.training.head_loss import head_loss
-from spiking_mamba.training.rows import check_rows, collate
+from spiking_mamba.training.rows import check_rows, collate, training_text
 from spiking_mamba.training.run import finish_run, kept_in, run, run_folder, whole_model
 from spiking_mamba.training.student import Compensation, Length, Membrane, Neuron, Threshold
 
@@ -40,14 +41,21 @@ __all__ = ["PretrainingSettings", "PretrainingTrainer", "pretrain"]
 class PretrainingTrainer(Trainer):
     """transformers' ``Trainer``, whose next-token loss never holds the logits of a whole batch.
 
-    Inputs need ``input_ids`` and ``labels`` ``[B, L]``; -100 is ignored.
+    Inputs need ``input_ids`` and ``labels`` ``[B, L]``, where -100 is ignored; ``seq_idx`` may say where
+    documents begin.
     """
 
     loss_is_scaled_for_ga = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         # One position's logits only: the loss makes the others itself, a piece at a time.
-        output = model(inputs["input_ids"], output_hidden_states=True, logits_to_keep=1, use_cache=False)
+        output = model(
+            inputs["input_ids"],
+            seq_idx=inputs.get("seq_idx"),
+            output_hidden_states=True,
+            logits_to_keep=1,
+            use_cache=False,
+        )
         targets = inputs["labels"][:, 1:]
         counted = targets != -100
         hidden = output.hidden_states[-1][:, :-1][counted]
@@ -104,6 +112,10 @@ class PretrainingSettings:
         held_out: text whose loss goes into the log every ``training.eval_steps``; null for none.
         length: tokens per row.
         vocab_size: entries of the byte-level BPE that is trained on the text.
+        decontaminate: leave out documents that share 13 words in a row with what is evaluated, see
+            ``spiking_mamba.data.contamination``; their number is printed.
+        separate_documents: start afresh where a document begins within a row; false: the model sees what
+            stands before it.
         tokenizer: folder or hub name of a tokenizer to use instead; null to train one.
         model: fields of ``SpikingMambaConfig``.
         training: fields of transformers' ``TrainingArguments``; ``bf16: auto`` where it pays.
@@ -118,6 +130,8 @@ class PretrainingSettings:
     data: Sources = field(default_factory=lambda: ["wikipedia-leads", "state-of-the-union"])
     length: Length = 256
     vocab_size: Annotated[int, Field(gt=256, le=2**20)] = 4096
+    decontaminate: bool = True
+    separate_documents: bool = True
     tokenizer: Name | None = None
     held_out: Sources | None = None
     model: mapping_of(_Model) = field(default_factory=dict)
@@ -170,7 +184,8 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
     """
     set_seed(settings.seed)
     settings.make_config(settings.vocab_size, 0)  # what is wrong with it is said before text is read
-    text = data.load_text(settings.data, split="train" if settings.held_out is None else None)
+    split = "train" if settings.held_out is None else None
+    text = training_text(settings.data, split, settings.decontaminate)
     if settings.tokenizer is None:
         tokenizer = data.train_tokenizer(text["text"], settings.vocab_size)
     else:
@@ -187,12 +202,17 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
         held_out = data.tokenize(held_out_text, tokenizer, settings.length)
     model = SpikingMambaForCausalLM(config)
     compile_blocks(settings.compile, model)
+    end = tokenizer.eos_token_id if settings.separate_documents else None
     with (
         interruptible(lambda: kept_in(Path(settings.output))),
         run_folder(settings, settings.resume, settings.overwrite) as folder,
     ):
         trainer = PretrainingTrainer(
-            model=model, args=arguments, train_dataset=rows, eval_dataset=held_out, data_collator=collate
+            model=model,
+            args=arguments,
+            train_dataset=rows,
+            eval_dataset=held_out,
+            data_collator=partial(collate, end_of_text=end),
         )
         history = run(trainer, settings.resume)
         sources = [settings.data] if isinstance(settings.data, str) else list(settings.data)

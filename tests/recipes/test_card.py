@@ -115,8 +115,9 @@ def evaluation_records(weights):
         "held_out.jsonl": {"perplexity": 18.126, "bits_per_byte": 1.2},
         "other": {"perplexity": 99.994, "bits_per_byte": 2.3456},
     }
-    piqa = {"piqa": {"n": 123, "metrics": both, "chance": 0.5}}
-    copa = {"copa": {"n": 123, "metrics": {"acc": accuracy}, "chance": None}}
+    whole = {"n": 123, "data": {"rows": 123}, "drawn": None}
+    piqa = {"piqa": whole | {"metrics": both, "chance": 0.5}}
+    copa = {"copa": whole | {"metrics": {"acc": accuracy}, "chance": None}}
     return {
         "tasks.json": evaluation_record(weights, "evaluate.py tasks", piqa, texts),
         "more.json": evaluation_record(weights, "evaluate.py more", copa, {}),
@@ -180,6 +181,24 @@ def write(records):
     return card.write(card.CardSettings(**records.settings)).read_text()
 
 
+def test_which_items_were_asked():
+    def task(n, drawn=None):
+        return {"n": n, "data": {"rows": 1000}, "drawn": drawn}
+
+    drawn = {"seed": 3, "of": 1000, "sources": {}, "items": []}
+    assert card.items_text({"piqa": task(1000)}) == "of all items of each set."
+    assert "`limit_seed=3`" in card.items_text({"piqa": task(5, drawn), "copa": task(1000)})
+    old = card.items_text({"piqa": {"n": 5, "data": {"rows": 1000}}, "copa": task(5, drawn)})
+    assert old == "of the first items of each set where there are more."
+    assert "are all ActivityNet's" in card.items_text({"hellaswag": task(250)})
+    assert "ActivityNet" not in card.items_text({"hellaswag": task(250, drawn)})
+
+
+def test_what_was_held_out():
+    assert card.held_out_text({"drawn_by": "document"}) == "Corpus documents are held out whole."
+    assert "others may be in training" in card.held_out_text({})
+
+
 def test_every_number_is_that_of_a_record(records, drawn):
     text = write(records)
     found = fields_of(text)
@@ -192,6 +211,7 @@ def test_every_number_is_that_of_a_record(records, drawn):
         "processes": "3", "hardware": "NVIDIA H9", "seed": "7", "torch": "2.99.1", "date": "2026-01-02",
         "seen": "5", "epochs": "2.5", "corpus": "2.0", "steps": "50", "step_tokens": "100,000",
         "count": "2", "last": "1", "top_p": "0.95", "temperature": "0.8",
+        "items": "of all items of each set.",
     }  # fmt: skip
     assert {name: found[name] for name in expected} == expected
     kept = json.loads(Path(records.settings["lambada"]).read_text())

@@ -10,11 +10,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from corpus_builder import CorpusSettings, build_corpus
-from near_duplicates import WordIds, near_duplicates, ngram_hashes
+from near_duplicates import near_duplicates
 from plain_text import READERS, is_prose, keep_prose
 
 from spiking_mamba.common.errors import DataError, RunError
 from spiking_mamba.data import packages
+from spiking_mamba.data.contamination import WordHashes, ngram_hashes
 
 NOUNS = [f"{a}{b}" for a in ("river", "garden", "engine", "letter", "window") for b in "abcdefghijklmnop"]
 
@@ -95,7 +96,7 @@ def world(tmp_path, monkeypatch):
         },
         {"package": "dict", "registry": "debian", "version": "2-1", **text, "dictionary": True},
     ]
-    settings = CorpusSettings(str(tmp_path / "corpus"), sources, vocab_size=300, held_out=0.1)
+    settings = CorpusSettings(str(tmp_path / "corpus"), sources, vocab_size=300, held_out=0.1, test=0.1)
     return settings, tmp_path
 
 
@@ -110,17 +111,18 @@ def rows(folder, name):
 def test_the_whole_pipeline(world):
     settings, folder = world
     manifest = build_corpus(settings, evaluated)
-    train, held_out = rows(folder / "corpus", "train"), rows(folder / "corpus", "held_out")
-    texts = [row["text"] for row in train + held_out]
+    train, held_out, test = (rows(folder / "corpus", name) for name in ("train", "held_out", "test"))
+    texts = [row["text"] for row in train + held_out + test]
+    assert len(set(texts)) == len(texts)
     kept = {
-        source: {r["text"] for r in train + held_out if r["source"] == source}
+        source: {r["text"] for r in train + held_out + test if r["source"] == source}
         for source in manifest["sources"]
     }
     assert kept["tiny-text"] == {prose(i) for i in range(60)}  # not the copies, the leak, the short one
     assert kept["@scope/book"] == {prose(200 + i) for i in range(20)}
     assert kept["doc"] == {prose(300 + i) for i in range(20)}  # no menu, no code
-    assert not {r["text"] for r in train} & {r["text"] for r in held_out}
     assert 0 < len(held_out) < len(train)
+    assert 0 < len(test) < len(train)
 
     tiny = manifest["sources"]["tiny-text"]
     assert tiny["removed"] == {"too short": 2, "overlap": 1, "near-duplicate": 1}
@@ -140,13 +142,42 @@ def test_the_whole_pipeline(world):
     assert "note" not in manifest["sources"]["dict"]
 
 
+def test_a_document_is_held_out_whole(world):
+    """Cut into sections of two paragraphs, every document lies in one split with all of them."""
+    settings, folder = world
+    manifest = build_corpus(replace(settings, section=600, shortest=20), evaluated)
+    assert manifest["drawn_by"] == "document"
+    numbers = (*range(60), *range(200, 220))
+    documents = {paragraph: number for number in numbers for paragraph in prose(number).split("\n\n")}
+    split_of: dict = {}
+    for split in ("train", "held_out", "test"):
+        for row in rows(folder / "corpus", split):
+            if row["source"] in ("tiny-text", "@scope/book"):
+                number = documents.get(row["text"].split("\n\n")[0])
+                split_of.setdefault(number, []).append(split)
+    split_of.pop(None)  # what is left of the document that overlaps
+    assert min(map(len, split_of.values())) > 1
+    assert all(len(set(splits)) == 1 for splits in split_of.values())
+    assert {splits[0] for splits in split_of.values()} == {"train", "held_out", "test"}
+
+
+def test_without_a_test_split(world):
+    settings, folder = world
+    manifest = build_corpus(replace(settings, test=0.0), evaluated)
+    assert manifest["files"].keys() == {"train.jsonl", "held_out.jsonl"}
+    with pytest.raises(DataError, match="test would be empty"):
+        build_corpus(replace(settings, output=str(folder / "x"), test=1e-9), evaluated)
+    with pytest.raises(ValueError, match="leave something to train on"):
+        replace(settings, test=0.95)
+
+
 def test_a_second_run_downloads_nothing_and_gives_the_same_bytes(world):
     settings, folder = world
     build_corpus(settings, evaluated)
     asked = (folder / "asked").read_text()
     build_corpus(replace(settings, output=str(folder / "again")), evaluated)
     assert (folder / "asked").read_text() == asked
-    for name in ("train.jsonl", "held_out.jsonl", "manifest.json"):
+    for name in ("train.jsonl", "held_out.jsonl", "test.jsonl", "manifest.json"):
         assert (folder / "again" / name).read_bytes() == (folder / "corpus" / name).read_bytes()
     other = build_corpus(replace(settings, output=str(folder / "other"), seed=1), evaluated)
     held_out = [
@@ -188,6 +219,7 @@ def test_an_existing_folder_is_left_alone(world):
     assert sorted(p.name for p in (folder / "corpus").iterdir()) == [
         "held_out.jsonl",
         "manifest.json",
+        "test.jsonl",
         "train.jsonl",
     ]
     assert not list(folder.glob(".corpus-*"))
@@ -248,13 +280,12 @@ def test_near_duplicates_agree_with_exact_similarity():
 
     sets = [grams(t) for t in texts]
     similarity = [len(sets[i] & sets[i + 1]) / len(sets[i] | sets[i + 1]) for i in range(0, 80, 2)]
-    ids = WordIds()
-    found = near_duplicates([ids(text) for text in texts], threshold=0.7)
+    found = near_duplicates([WordHashes()(text) for text in texts], threshold=0.7)
     alike = {2 * k + 1 for k, s in enumerate(similarity) if s >= 0.7}
     assert 5 < len(alike) < 35
     assert found <= alike
     assert len(found) >= 0.9 * len(alike)
-    assert len(ngram_hashes(ids("one two three"), 5)) == 0
+    assert len(ngram_hashes(WordHashes()("one two three"), 5)) == 0
 
 
 def test_what_is_prose():

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, evaluatio
 from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import train_tokenizer
 from spiking_mamba.evaluation import evaluator
+from spiking_mamba.evaluation.settings import Checkpoint
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = [sys.executable, ROOT / "recipes/evaluate/evaluate.py", ROOT / "recipes/evaluate/evaluate.yaml"]
@@ -122,7 +124,13 @@ def test_results(evaluated, checkpoints):
                     assert found["metrics"][metric]["value"] == pytest.approx(sum(scores) / 3), task
     assert teacher["spikes"] is None
     assert teacher["energy"] is None
+    for text, found in teacher["perplexity"].items():
+        assert found["compared"] is None, text
     for student in students:
+        for found in student["perplexity"].values():
+            assert found["compared"]["reference"] == "teacher"
+            assert 0 < found["compared"]["kl"] < 10
+            assert 0 < found["compared"]["top1_agreement"] < 1
         parts = [*student["tasks"].values(), *student["perplexity"].values()]
         for key in ("accumulations", "dense_macs"):
             whole = sum(row[key] for row in student["spikes"]["projections"].values())
@@ -137,6 +145,8 @@ def test_results(evaluated, checkpoints):
     for row in (["hellaswag, acc_norm %", "yes"], ["hellaswag, acc %", ""], ["piqa, acc %", "yes"]):
         assert row in lines
     assert "average of the source's six tasks" in done.stdout
+    assert "wikipedia-passages, KL to the reference, nats per token" in done.stdout
+    assert "openwebtext-passages, same likeliest token, %" in done.stdout
     for name in ("report.md", "report.html", "gaps.png", "accuracy_energy.png"):
         assert (output / name).stat().st_size > 0
     assert set(results["groups"]["student{seed}"]) >= {"average", "piqa", "gain_fp32", "mean_abs"}
@@ -166,10 +176,35 @@ def test_a_second_run_measures_nothing_and_finds_the_same(evaluated, call):
     before, files = results_of(output), {p: p.stat().st_mtime_ns for p in (output / "cache").iterdir()}
     done = call(*arguments)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count(": measured before") == len(files) == 3 * 12
+    # three models on ten tasks and two texts, and on these two students compared with their teacher
+    assert done.stdout.count(": measured before") == len(files) == 3 * 12 + 2 * 2
     assert {p: p.stat().st_mtime_ns for p in (output / "cache").iterdir()} == files
     after = results_of(output)
     assert after["models"] == before["models"]
+
+
+def test_each_seed_is_compared_with_the_reference_of_its_seed():
+    def checkpoint(name, seed=None, reference=False):
+        return Checkpoint(name, name, seed, name, reference)
+
+    ours = [checkpoint("a0", 0), checkpoint("a1", 1), checkpoint("b")]
+    assert [evaluator.reference_of(each, ours) for each in ours] == [None] * 3
+    theirs = [checkpoint("t0", 0, True), checkpoint("t1", 1, True)]
+    found = [evaluator.reference_of(each, ours + theirs) for each in ours + theirs]
+    assert [each and each.name for each in found] == ["t0", "t1", "t0", None, None]
+
+
+def test_what_reads_other_tokens_is_not_compared(checkpoints, tmp_path, call):
+    other = tmp_path / "other/model"
+    shutil.copytree(checkpoints / "teacher/model", other)
+    train_tokenizer(["some other text"], 300).save_pretrained(other)
+    models = json.dumps([f"{checkpoints}/student0/model", str(other)])
+    done = call(f"models={models}", f"reference={other}", f"output={tmp_path / 'run'}", *SMALL, "tasks=[]")
+    assert done.returncode == 0, done.stderr
+    results = results_of(tmp_path / "run")
+    jsonschema.validate(results, SCHEMA)
+    assert [m["perplexity"]["openwebtext-passages"]["compared"] for m in results["models"]] == [None, None]
+    assert "likeliest" not in done.stdout
 
 
 def test_without_the_cache_it_finds_the_same(evaluated, checkpoints, tmp_path, call):
@@ -254,7 +289,7 @@ def test_a_folder_grows_but_does_not_shrink_or_change(checkpoints, tmp_path, cal
     assert done.stdout.count(": measured before") == 1
     assert [model["name"] for model in results_of(output)["models"]] == ["teacher"]
     assert len(list((output / "cache").iterdir())) == 4
-    for change in ("limit=1", "batch_size=3", "dtype=bfloat16"):
+    for change in ("limit=1", "batch_size=3", "dtype=bfloat16", "limit_seed=1"):
         done = call(f"models={two}", "tasks=[copa]", *small, "overwrite=true", change)
         assert done.returncode == 0, done.stderr
         assert ": measured before" not in done.stdout
@@ -271,7 +306,9 @@ def test_nan_is_named_and_spoils_nothing(checkpoints, tmp_path, call):
     broken.save_pretrained(tmp_path / "broken")
     (tmp_path / "broken/tokenizer.json").write_bytes((good / "tokenizer.json").read_bytes())
     (tmp_path / "broken/tokenizer_config.json").write_bytes((good / "tokenizer_config.json").read_bytes())
-    for tasks, place in (("[copa]", "NaN in copa, item 0"), ("[]", "NaN in row 0")):
+    drawn = results_of(output)["models"][0]["tasks"]["copa"]["drawn"]
+    assert (drawn["seed"], drawn["of"], drawn["sources"]) == (0, 100, {})
+    for tasks, place in (("[copa]", f"NaN in copa, item {drawn['items'][0]}."), ("[]", "NaN in row 0")):
         models = [f"models=[{good}, {tmp_path / 'broken'}]", f"tasks={tasks}"]
         done = call(*models, *arguments, *(["overwrite=true"] if tasks == "[]" else []))
         assert done.returncode != 0
@@ -308,6 +345,7 @@ def test_an_error_of_the_command_is_one_line(checkpoints, tmp_path):
         (["tokenizer=/nowhere/at", "models={0}/mute/model"], "name another by tokenizer="),
         (["reference=student9"], "none of the models"),
         (["limit=0"], "limit"),
+        (["limit_sed=1"], "did you mean 'limit_seed'"),
         (["dtype=float16"], "dtype"),
         (["data=web"], "'packages' or 'hub'"),
         (["batchsize=4"], "did you mean 'batch_size'"),

@@ -5,7 +5,6 @@ import re
 import statistics
 import subprocess
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import frontier
@@ -17,7 +16,7 @@ import yaml
 from measures import fingerprint
 from placeholders import parse
 from study import IDENTITY
-from table import OUTSIDE, Table
+from table import Table, settings_recorded
 
 from spiking_mamba.common.records import put_record, read_records
 from spiking_mamba.common.settings import parse_settings
@@ -77,7 +76,7 @@ def settings(tmp_path):
 def put(settings, name, seed, perplexity, gain=None, status="done", **others):
     table = parse_settings(Table, settings.tables)
     row = next(row for row in table.rows if row["name"] == name)
-    own = {k: v for k, v in asdict(table.settings(row, seed)).items() if k not in OUTSIDE}
+    own = settings_recorded(table.settings(row, seed))
     gains = {"fp32": gain, "fp16": gain, "int8": gain} if gain else {"fp32": 1.0}
     run = {
         "row": name,
@@ -310,6 +309,8 @@ def test_every_record_is_on_the_page_and_will_not_be_run_again(table):
     for (name, seed), record in records.items():
         checks = sorted(table.checks_of(planned[name, seed]))
         assert record["key"] == fingerprint([record["depends"], record["settings"], checks, seed]), name
+        now = settings_recorded(table.settings(planned[name, seed], seed))
+        assert record["settings"] == json.loads(json.dumps(now)), name
 
 
 def numbers(text):

@@ -66,6 +66,7 @@ def arguments(method, folder, *more):
         f"held_out={folder / 'held_out.jsonl'}",
         f"text={folder / 'text.txt'}",
         "limit=null",
+        "held_out_half=null",
         "length=40",
         "text_length=16",
         f"training.max_steps={STEPS}",
@@ -94,6 +95,7 @@ def one_process(request, folder):
     done = run(*arguments(request.param, folder, *OPTIONS[request.param], f"output={output}"))
     assert done.returncode == 0, done.stderr
     assert "61 rows read, 60 kept, bad: 1 empty completion" in done.stdout
+    assert f"Held out, {folder / 'held_out.jsonl'}: 31 rows read, 30 kept, " in done.stdout
     assert "| preference accuracy, all, 30 items " in done.stdout
     return request.param, output
 
@@ -117,6 +119,7 @@ def test_the_results(one_process, folder):
     assert results["method"] == method
     assert results["rows"] == results["rows"] | {"read": 61, "kept": 60, "truncated": 0}
     assert results["held_out"]["bad"]["empty completion"] == 1
+    assert (results["held_out"]["half"], results["held_out"]["half_seed"]) == (None, 0)
     assert results["before"]["perplexity"] > 1
     assert results["after"]["mean_abs"] > 0
     assert results["change"]["accuracy"]["sum"]["average"]["items"] == 30

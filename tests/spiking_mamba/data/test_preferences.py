@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.data import answer_preference as answers
 from spiking_mamba.data import packages
-from spiking_mamba.data.preferences import BAD_ROWS, read_preferences
+from spiking_mamba.data.preferences import BAD_ROWS, HALVES, half_of, read_preferences
 from spiking_mamba.data.tokens import train_tokenizer
 
 GOOD = {"prompt": "the cat sat", "chosen": " on the mat", "rejected": " in the hat"}
@@ -437,3 +437,39 @@ def test_a_gzip_bomb_is_not_unpacked(line):
             pass
     assert tracemalloc.get_traced_memory()[1] < 2**28
     tracemalloc.stop()
+
+
+# --- halves of the questions ---
+
+
+def test_halves_share_no_question(tmp_path, tokenizer):
+    """Every question falls into one half with all its pairs, whatever else is in the file; a seed decides."""
+    rows = [
+        {"prompt": f"Question {item}?", "chosen": " yes", "rejected": f" no {n}", "item": item}
+        for item in range(60)
+        for n in range(3)
+    ]
+    path = tmp_path / "pairs.jsonl"
+
+    def items(half, seed=0, rows=rows):
+        path.write_text("\n".join(map(json.dumps, rows)))
+        found, report = read_preferences(str(path), "", tokenizer, 32, half=half, half_seed=seed)
+        assert report.read == report.kept == len(found)
+        return sorted(preference.item for preference in found)
+
+    tune, report = items("tune"), items("report")
+    assert sorted(tune + report) == items(None)
+    assert not set(tune) & set(report)
+    assert 15 < len(set(report)) < 45
+    assert all(report.count(item) == 3 for item in report)
+    assert items("report", rows=rows[::-1]) == report
+    assert set(items("report", rows=rows[30:])) == {item for item in report if item >= 10}
+    assert items("report", seed=1) != report
+
+
+def test_halves_of_conversations():
+    ask, answer = {"role": "user", "content": "Why?"}, {"role": "assistant", "content": "So."}
+    rows = [{"chosen": [ask, answer | {"content": text}], "rejected": [ask, answer]} for text in "abc"]
+    assert len({half_of(row) for row in rows}) == 1
+    others = [{"chosen": [ask | {"content": f"Why {n}?"}, answer]} for n in range(40)]
+    assert {half_of(row) for row in others} == set(HALVES)

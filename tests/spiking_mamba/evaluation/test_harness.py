@@ -18,7 +18,7 @@ from spiking_mamba.data.tokens import train_tokenizer
 from spiking_mamba.evaluation import tasks as tasks_module
 from spiking_mamba.evaluation.harness import SpikingMambaLM
 from spiking_mamba.evaluation.scoring import score
-from spiking_mamba.evaluation.tasks import zero_shot_tasks
+from spiking_mamba.evaluation.tasks import draw_items, zero_shot_tasks
 from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.spikes.counting import count_spikes
 from tests.helpers.tiny import INTEGER
@@ -160,8 +160,8 @@ def test_the_counted_tokens_are_those_that_were_scored(spiking, tokenizer):
     [task] = zero_shot_tasks("lambada_openai").values()
     lm = SpikingMambaLM(spiking, batch_size=3)
     with count_spikes(lm.model) as counts:
-        score(lm, task, limit=5)
-    lengths = [len(tokenizer(doc["text"])["input_ids"]) - 1 for doc in task.eval_docs.select(range(5))]
+        items = score(lm, task, limit=5)["drawn"]["items"]
+    lengths = [len(tokenizer(doc["text"])["input_ids"]) - 1 for doc in task.eval_docs.select(items)]
     assert {p.tokens for p in counts.projections.values()} == {sum(lengths)}
 
 
@@ -192,14 +192,15 @@ def test_generation(dense):
 
 def test_nan_names_the_first_item(dense, tokenizer):
     [task] = zero_shot_tasks("copa").values()
-    task.build_all_requests(limit=20)
+    items = draw_items(task, 20)["items"]
+    task.build_all_requests(samples=items)
     word = tokenizer(" con")["input_ids"][0]
     hit = [
-        instance.doc_id
+        items[instance.doc_id]
         for instance in task.instances
         if word in tokenizer("".join(instance.args))["input_ids"][:-1]
     ]
-    assert min(hit) > 0
+    assert min(hit) > items[0]
     assert len(set(hit)) < 20
     model = load_model(dense)
 

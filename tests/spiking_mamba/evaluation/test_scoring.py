@@ -20,7 +20,7 @@ from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import count_bytes, tokenize, train_tokenizer
 from spiking_mamba.evaluation.harness import SpikingMambaLM
 from spiking_mamba.evaluation.scoring import perplexity, score, zero_shot
-from spiking_mamba.evaluation.tasks import zero_shot_tasks
+from spiking_mamba.evaluation.tasks import draw_items, zero_shot_tasks
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +77,8 @@ def test_all_tasks_build_and_score(model, tokenizer, no_network, tmp_path, monke
     modes = [module.training for module in model.modules()]
     generators = random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
     with caplog.at_level(logging.INFO):
-        scores = zero_shot(model, tokenizer, zero_shot_tasks(list(CHANCE)), limit=8)
+        tasks = zero_shot_tasks(list(CHANCE))
+        scores = zero_shot(model, tokenizer, tasks, limit=8)
 
     assert list(scores) == list(CHANCE)
     for task, found in scores.items():
@@ -89,7 +90,7 @@ def test_all_tasks_build_and_score(model, tokenizer, no_network, tmp_path, monke
 
     # COPA once more, by hand.
     connectors, right = {"cause": "because", "effect": "therefore"}, 0
-    for item in benchmarks.load_items("copa")["validation"].select(range(8)):
+    for item in benchmarks.load_items("copa")["validation"].select(draw_items(tasks["copa"], 8)["items"]):
         context = item["premise"].strip()[:-1] + " " + connectors[item["question"]]
         # Two spaces: the stock task puts one before each choice, lm-eval another between context and choice.
         choices = ["  " + c[0].lower() + c[1:] for c in (item["choice1"], item["choice2"])]
@@ -131,7 +132,7 @@ def test_log_likelihoods(model, tokenizer, batch_size):
 def test_a_score_by_hand(model, tokenizer):
     """LAMBADA's numbers, worked out from log-likelihoods of plain torch."""
     [task] = zero_shot_tasks("lambada_openai").values()
-    texts = [doc["text"] for doc in task.eval_docs.select(range(6))]
+    texts = [doc["text"] for doc in task.eval_docs.select(draw_items(task, 6)["items"])]
     pairs = [(text[: text.rindex(" ")], text[text.rindex(" ") :]) for text in texts]
     by_hand = [log_likelihood(model, tokenizer, *pair) for pair in pairs]
     found = score(SpikingMambaLM(model, tokenizer, batch_size=4), task, limit=6)
@@ -231,3 +232,91 @@ class TestPerplexity:
         for rows in (self.rows.select([]), datasets.Dataset.from_dict({"text": ["a"]})):
             with pytest.raises(DataError, match="input_ids"):
                 perplexity(Constant([0.0] * 5), rows, progress=False)
+
+
+# --- which items are asked ---
+
+
+def names_of(task, items):
+    return [source.partition("~")[0] for source in task.eval_docs.select(items)["source_id"]]
+
+
+def test_items_are_drawn_by_a_seed_from_every_source():
+    [task] = zero_shot_tasks("hellaswag").values()
+    whole = names_of(task, range(len(task.eval_docs)))
+    assert whole == ["activitynet"] * 3243 + ["wikihow"] * 6799  # why the first ones are no sample
+    drawn = draw_items(task, 250, seed=3)
+    assert drawn == draw_items(task, 250, seed=3)
+    assert drawn["items"] == sorted(set(drawn["items"]))
+    assert len(drawn["items"]) == 250
+    # 250 * 3243 / 10042 = 80.74
+    assert drawn["sources"] == {"activitynet": 81, "wikihow": 169}
+    assert names_of(task, drawn["items"]) == ["activitynet"] * 81 + ["wikihow"] * 169
+    assert (drawn["seed"], drawn["of"]) == (3, 10042)
+    assert set(draw_items(task, 100, seed=3)["items"]) < set(drawn["items"])
+    other = draw_items(task, 250, seed=4)["items"]
+    assert len(set(other) & set(drawn["items"])) < 30  # 6 by chance
+    assert max(drawn["items"]) > 9000
+    for limit in (None, 10042, 20000):
+        assert draw_items(task, limit) is None
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7])
+def test_any_number_of_items(limit):
+    [task] = zero_shot_tasks("hellaswag").values()
+    drawn = draw_items(task, limit)
+    assert len(drawn["items"]) == sum(drawn["sources"].values()) == limit
+
+
+def test_what_is_scored_is_what_was_drawn(model, tokenizer):
+    """Every item's score is the one that it has when all are asked."""
+    [task] = zero_shot_tasks("copa").values()
+    lm = SpikingMambaLM(model, tokenizer)
+    whole = score(lm, task)
+    assert whole["drawn"] is None
+    assert whole["n"] == 100
+    found = score(lm, task, limit=15, seed=1)
+    items = found["drawn"]["items"]
+    assert found["items"]["acc"] == [whole["items"]["acc"][number] for number in items]
+    assert items == draw_items(task, 15, seed=1)["items"] != list(range(15))
+    shares = zero_shot(model, tokenizer, {"copa": task}, limit=15, seed=1)["copa"]
+    assert shares["acc"] == sum(found["items"]["acc"]) / 15
+
+
+# --- how far a model's predictions are from another's ---
+
+
+def test_divergence_by_hand(model, tokenizer):
+    """Against plain Python, over two rows of which not all tokens count; the two models may change places."""
+    torch.manual_seed(3)
+    other = Mamba2ForCausalLM(model.config).eval()
+    ids = [[5, 6, 7, 8, 9, 10], [11, 12, 13, 14, 15, 16]]
+    labels = [ids[0], [*ids[1][:4], -100, -100]]
+    rows = datasets.Dataset.from_dict({"input_ids": ids, "labels": labels})
+    for one, reference in ((model, other), (other, model)):
+        found = perplexity(one, rows, batch_size=1, progress=False, reference=reference)
+        divergences, same = [], []
+        for tokens, wanted in zip(ids, labels, strict=True):
+            with torch.no_grad():
+                logits = [m(torch.tensor([tokens])).logits[0].double() for m in (one, reference)]
+            q, p = (each.log_softmax(-1) for each in logits)
+            for place, label in enumerate(wanted[1:]):
+                if label != -100:
+                    pairs = zip(p[place].tolist(), q[place].tolist(), strict=True)
+                    divergences.append(sum(math.exp(a) * (a - b) for a, b in pairs))
+                    same.append(int(p[place].argmax()) == int(q[place].argmax()))
+        assert len(divergences) == found["tokens"] == 8
+        assert found["kl"] == pytest.approx(statistics.fmean(divergences), rel=1e-4)
+        assert found["top1_agreement"] == statistics.fmean(same)
+        alone = perplexity(one, rows, batch_size=1, progress=False)
+        assert alone == {key: found[key] for key in alone}
+    itself = perplexity(model, rows, progress=False, reference=model)
+    assert (itself["kl"], itself["top1_agreement"]) == (pytest.approx(0, abs=1e-6), 1.0)
+
+
+def test_another_vocabulary_cannot_be_compared(model):
+    shape = model.config.to_dict() | {"vocab_size": model.config.vocab_size + 8}
+    other = Mamba2ForCausalLM(Mamba2Config(**shape))
+    rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7]]})
+    with pytest.raises(ValueError, match="of different sizes"):
+        perplexity(model, rows, progress=False, reference=other)

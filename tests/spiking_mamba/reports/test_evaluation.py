@@ -81,6 +81,7 @@ def test_a_whole_report(tmp_path):
     perplexity = models[1]["perplexity"]["wikipedia-leads"]
     assert page.row("wikipedia-leads, perplexity")[3] == f"{perplexity['perplexity']:.2f}"
     assert page.row("wikipedia-leads, bits per byte")[3] == f"{perplexity['bits_per_byte']:.4f}"
+    assert "likeliest" not in page.text
 
     energies = [row for table in page.tables for row in table if row[0] == "student-seed0, fp32"]
     assert len(energies) == 5  # projections, model; both and decoding with memory traffic
@@ -272,3 +273,20 @@ def test_both_forms_of_a_document(tmp_path):
     assert "<td>1</td><td>2</td>" in page
     assert '<pre tabindex="0">a\n  b</pre>' in page
     assert f'src="data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"' in page
+
+
+def test_predictions_compared_with_the_reference(tmp_path):
+    results = evaluation_results(seeds(3, **SMALL), resamples=200)
+    compared = {"reference": "teacher", "kl": 0.1234567, "top1_agreement": 0.7849}
+    for number, model in enumerate(results["models"]):
+        for text in model["perplexity"].values():
+            text["compared"] = None if model["reference"] else compared | {"kl": compared["kl"] + number}
+    said = write_evaluation_report(tmp_path, results)
+    page = check_page(tmp_path)
+    cells = ["–" if m["reference"] else f"{0.1234567 + i:.4f}" for i, m in enumerate(results["models"])]
+    assert len(set(cells)) == len(results["models"])
+    assert page.row("wikipedia-leads, KL to the reference, nats per token")[2:] == cells
+    cells = ["–" if m["reference"] else "78.5" for m in results["models"]]
+    assert page.row("state-of-the-union, same likeliest token, %")[2:] == cells
+    assert "same likeliest token, %" in said
+    assert "still say other things" in page.text
