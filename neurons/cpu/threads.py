@@ -24,6 +24,7 @@ __all__ = [
     "WORK",
     "add",
     "barrier",
+    "cycles",
     "exchange",
     "load",
     "register_yield",
@@ -117,6 +118,19 @@ def relax(typing):
         return context.get_dummy_value()
 
     return types.void(), generate
+
+
+@intrinsic
+def cycles(typing):
+    """The processor's counter of cycles, of constant rate on x86; other processors may forbid to read it."""
+
+    def generate(context, builder, signature, arguments):
+        kind = ir.FunctionType(_WORD, [])
+        name = "llvm.readcyclecounter"
+        found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        return builder.call(found, [])
+
+    return types.int64(), generate
 
 
 @intrinsic

@@ -17,9 +17,10 @@ from spiking_mamba import EventDrivenMambaForCausalLM, event_driven
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.machine import cores
 from spiking_mamba.common.progress import quiet
-from spiking_mamba.common.schema import Count, Fraction, Name, Natural, Positive, Seed, schema
+from spiking_mamba.common.schema import Count, Name, Natural, Positive, Seed, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_model
+from spiking_mamba.model.event_driven import STATES, WEIGHTS
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
 from spiking_mamba.spikes.joules import NoEnergyCounter, ProcessorJoules
@@ -34,12 +35,13 @@ class GenerateSettings:
         model: folder or hub name of a checkpoint, spiking or dense, or the folder of an event-driven model.
         tokenizer: folder or hub name; null: the checkpoint's own.
         tokens: how many to write at most.
-        temperature: of sampling; 0: always the likeliest token. top_k, top_p: sample from the likeliest so
-            many tokens, or from those that have this probability together; 0 and 1: from all.
+        temperature: of sampling; 0: always the likeliest token.
+        top_k: sample from so many of the likeliest tokens; 0: from all.
+        top_p: sample from the likeliest tokens that have this probability together.
         repetition_penalty: what a token that has occurred is made less likely by; 1: nothing.
         seed: of sampling.
-        weights: 'int8' or 'int4': event-driven; null: the model as it is, float32, by torch.
-        states: dtype of the scan's states, 'float32' or 'bfloat16'.
+        weights: event-driven, of so many bits; null: the model as it is, float32, by torch.
+        states: dtype of the scan's states in event-driven decoding.
         threads: null: as many as this process may use.
     """
 
@@ -49,18 +51,20 @@ class GenerateSettings:
     tokens: Count = 100
     temperature: Annotated[float, Field(ge=0)] = 0.0
     top_k: Natural = 0
-    top_p: Annotated[Fraction, Field(gt=0)] = 1.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     repetition_penalty: Positive = 1.0
     seed: Seed = 0
-    weights: Literal["int8", "int4"] | None = "int8"
-    states: Literal["float32", "bfloat16"] = "float32"
+    weights: Literal[WEIGHTS] | None = "int8"  # type: ignore[valid-type]
+    states: Literal[STATES] = "float32"  # type: ignore[valid-type]
     threads: Count | None = None
 
     def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("prompt must not be empty.")
         if self.threads is not None and self.threads > cores():
             raise ValueError(
                 f"threads must be from 1 to {cores()}, the cores that this process may use, "
-                f"got {self.threads!r}."
+                f"got {self.threads}."
             )
 
     def sampling(self) -> dict[str, Any]:
@@ -137,8 +141,6 @@ def main() -> None:
     model = prepare(settings)
     check_vocabulary(tokenizer, model)
     prompt = tokenizer(settings.prompt, return_tensors="pt")
-    if not prompt["input_ids"].numel():
-        raise ValueError("The prompt is empty.")
     own = settings.sampling()
     if settings.weights is not None:
         print("Compiling for this processor ...", end="\r", file=sys.stderr, flush=True)

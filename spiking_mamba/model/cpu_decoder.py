@@ -13,7 +13,7 @@ from neurons.cpu.memory import Arena
 from neurons.cpu.threads import STATE, register_yield
 from spiking_mamba.model import cache as caches
 from spiking_mamba.model.cache import Cache
-from spiking_mamba.model.cpu_layout import BLOCK, Kind, new_buffers, read
+from spiking_mamba.model.cpu_layout import BLOCK, PARTS, Kind, new_buffers, read
 from spiking_mamba.model.cpu_recurrence import LANES
 from spiking_mamba.model.cpu_token import call_helper, token_functions
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
@@ -30,13 +30,15 @@ class Fetched(NamedTuple):
         in_proj, out_proj: of inputs that fire, of mixers and of MLP blocks.
         projections: of both, were all their inputs to fire.
         head: of the weights behind the last norm.
-        rest: of states, which are written too, convolutions, norms and an embedding.
+        states: of convolutions and scans, read; they are written too.
+        rest: of the convolutions' weights, norms, scales and an embedding.
     """
 
     in_proj: float
     out_proj: float
     projections: int
     head: int
+    states: int
     rest: int
 
     @property
@@ -47,7 +49,7 @@ class Fetched(NamedTuple):
     @property
     def total(self) -> float:
         """All bytes of a token."""
-        return self.in_proj + self.out_proj + self.head + self.rest
+        return self.in_proj + self.out_proj + self.head + self.states + self.rest
 
 
 def cannot_decode(model: SpikingMambaForCausalLM) -> str | None:
@@ -81,6 +83,7 @@ class CpuDecoder:
             too, by which their layout is chosen; None: as a spiking model's are where nothing is known, half.
         keep: keep each token's inputs and sums of all projections in :attr:`spikes` and :attr:`sums`.
         instructions: a name of :data:`neurons.cpu.instructions.INSTRUCTIONS`; None: the best there are.
+        timed: measure what each part of a token takes, see :meth:`parts`; on x86 alone.
 
     Raises:
         ValueError: the model is on another device, or has what is not compiled in, see
@@ -94,6 +97,7 @@ class CpuDecoder:
         shares: Shares | None = None,
         keep: bool = False,
         instructions: str | None = None,
+        timed: bool = False,
     ) -> None:
         if (reason := cannot_decode(model)) is not None:
             raise ValueError(reason)
@@ -104,6 +108,7 @@ class CpuDecoder:
         self.config, self.threads = model.config, threads
         register_yield()
         self._kind = self._choose(instructions or best(), shares or (0.5, 0.5))
+        self._kind = self._kind._replace(timed=timed)
         self._arena = Arena()
         self._weights, self._alive = read(model, self._kind, self._arena)
         self._token, self._serve = token_functions(self._kind)
@@ -182,9 +187,15 @@ class CpuDecoder:
         head = d * outputs * kind.bits // 8 + (-(-d // BLOCK) * outputs if kind.bits == 4 else 0)
         small = w.norm, w.conv, w.conv_bias, w.dt_bias, w.A, w.D, w.gated_norm, w.last_norm, w.embeddings[0]
         matrices = [m for m, _ in self._projections()] + [w.head]
-        rest = sum(array.nbytes for array in (*small, self._buffers.conv, self._buffers.state))
+        states = self._buffers.conv.nbytes + self._buffers.state.nbytes
+        rest = sum(array.nbytes for array in small)
         rest += sum(m.scale.nbytes + m.bias.nbytes for m in matrices)
-        return Fetched(read[0] + read[2], read[1] + read[3], sum(whole), head, rest)
+        return Fetched(read[0] + read[2], read[1] + read[3], sum(whole), head, states, rest)
+
+    def parts(self) -> dict[str, float]:
+        """What each part has taken of the time so far, as shares of 1, where timed; by the first thread."""
+        cycles = self._buffers.cycles
+        return dict(zip(PARTS, (cycles / max(1, cycles.sum())).tolist(), strict=True))
 
     def firing(self) -> tuple[float, float, float, float]:
         """Shares of inputs that have fired since this was made, in the order of :attr:`fired`; 0 of none."""

@@ -39,6 +39,10 @@ def cannot_generate(model: SpikingMambaForCausalLM, args: tuple, kwargs: dict[st
         return (
             "use_cache=False, prefill_chunk_size, return_dict_in_generate and stop_strings are not compiled."
         )
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return (
+            "Somebody watches the model by forward hooks, as count_spikes does, which compiled code has not."
+        )
     return cannot_decode(model)
 
 
@@ -85,6 +89,16 @@ class Decoders:
             if not tokens:
                 return None
             return used[0].fetched(sum(decoder.fired for decoder in used) / tokens)
+
+    def firing(self) -> list[float]:
+        """Shares of inputs that fired, see :meth:`CpuDecoder.firing`, a mean over all tokens decoded."""
+        with self._lock:
+            used = self._free[1:]
+            tokens = sum(decoder.tokens for decoder in used)
+            return [
+                sum(d.tokens * share[i] for d, share in ((d, d.firing()) for d in used)) / max(1, tokens)
+                for i in range(4)
+            ]
 
 
 def _measured(model: SpikingMambaForCausalLM, threads: int, prompt: list[int]) -> CpuDecoder:

@@ -14,9 +14,10 @@ from neurons.event_linear import EventDrivenLinear
 from spiking_mamba.model.cpu_recurrence import state_bytes
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 
-__all__ = ["BLOCK", "Buffers", "Kind", "Local", "Matrices", "Weights", "new_buffers", "read"]
+__all__ = ["BLOCK", "PARTS", "Buffers", "Kind", "Local", "Matrices", "Weights", "new_buffers", "read"]
 
 f32 = np.float32
+PARTS = ("rest", "in_proj", "mixing", "out_proj", "head")  # of a token, as they are timed
 BLOCK = 32  # inputs that share a factor or a scale
 
 
@@ -29,6 +30,7 @@ class Kind(NamedTuple):
         mlps: whether there are MLP blocks.
         states: 'float32' or 'bfloat16'.
         head_dim, state_size, groups: as in the configuration. taps: of the convolution.
+        timed: whether each part's time is measured, on x86 alone.
     """
 
     instructions: str
@@ -41,6 +43,7 @@ class Kind(NamedTuple):
     state_size: int
     groups: int
     taps: int
+    timed: bool = False
 
 
 class Matrices(NamedTuple):
@@ -91,9 +94,10 @@ class Buffers(NamedTuple):
     y: np.ndarray  # float32 [I]
     squares: np.ndarray  # float32 [threads, G], sums over a thread's part of a group
     logits: np.ndarray  # float32 [outputs of the head]
-    token: np.ndarray  # int64 [1], the one to work on
+    token: np.ndarray  # int64 [2], the one to work on, and the cycle of the last lap
     barrier: np.ndarray  # int64 [BARRIER]
     helpers: np.ndarray  # int64 [threads, STATE]
+    cycles: np.ndarray  # int64 [parts], the first thread's, where timed
     fired: np.ndarray  # int64 [4], inputs that fired so far, in the order of Kind.layouts
     spikes: np.ndarray  # int8 [L, d + max(I, F)] where they are kept, else [0, 0]
     sums: np.ndarray  # int32 or float32 [L, outputs of the wider in_proj + outputs of out_proj], likewise
@@ -208,9 +212,10 @@ def new_buffers(
         y=aligned(inner, f32),
         squares=np.zeros((threads, kind.groups), f32),
         logits=aligned(w.head.scale.shape[1], f32),
-        token=np.zeros(1, np.int64),
+        token=np.zeros(2, np.int64),
         barrier=aligned(BARRIER, np.int64),
         helpers=aligned(threads * STATE, np.int64).reshape(threads, STATE),
+        cycles=np.zeros(len(PARTS), np.int64),
         fired=np.zeros(4, np.int64),
         spikes=np.zeros((layers, d + wide) if keep else (0, 0), np.int8),
         sums=np.zeros((layers, first + second) if keep else (0, 0), of_sums),

@@ -12,7 +12,7 @@ import numpy as np
 
 from neurons.cpu.events import compiled
 from neurons.cpu.programs import program
-from neurons.cpu.threads import GONE, STATE, WORK, barrier, exchange, wait_for_work
+from neurons.cpu.threads import GONE, STATE, WORK, barrier, cycles, exchange, wait_for_work
 from spiking_mamba.model.cpu_layout import BLOCK, Kind
 from spiking_mamba.model.cpu_recurrence import recurrence, state_bytes
 
@@ -144,16 +144,34 @@ def _keep(m, me, threads, local, spikes, sums):
         sums[o] = local.sums[o]
 
 
-def _projection(kind: Kind, layout: str, spiking: bool, adds: bool) -> Any:
-    """Norm, neuron or rounding, and one thread's part of a projection."""
-    run = program(kind.instructions, layout, kind.bits, not spiking)
+def _lap(kind: Kind) -> Any:
+    """A stop-watch of the first thread: what has passed since the last call goes to a part; to none, -1."""
+    if not kind.timed:
+        return compiled(lambda s, me, part: None)
 
     @compiled
-    def project(m, layer, x, weight, scale, most, me, threads, local, sums, out):
+    def lap(s, me, part):
+        if me == 0:
+            now = cycles()
+            if part >= 0:
+                s.cycles[part] += now - s.token[1]
+            s.token[1] = now
+
+    return lap
+
+
+def _projection(kind: Kind, layout: str, spiking: bool, adds: bool, part: int) -> Any:
+    """Norm, neuron or rounding, and one thread's part of a projection; its time goes to the ``part``."""
+    run = program(kind.instructions, layout, kind.bits, not spiking)
+    lap = _lap(kind)
+
+    @compiled
+    def project(s, m, layer, x, weight, scale, most, me, threads, local, sums, out):
         if spiking:
             _spikes(x, weight, scale, most, local.integers)
         else:
             _rounded(x, weight, scale, local.integers, local.factors)
+        lap(s, me, 0)
         first, last = m.parts * me // threads, m.parts * (me + 1) // threads
         run(
             m.weights[layer],
@@ -170,6 +188,7 @@ def _projection(kind: Kind, layout: str, spiking: bool, adds: bool) -> Any:
         for o in range(first * m.part_outputs, last * m.part_outputs):
             y = f32(sums[o]) * factor[o] + bias[o]
             out[o] = out[o] + y if adds else y
+        lap(s, me, part)
 
     return project
 
@@ -217,9 +236,9 @@ def _mixing(kind: Kind) -> Any:
 
 def _mixer_block(kind: Kind) -> Any:
     """What a block with a mixer adds to the residual stream; one thread's share."""
-    input_projection = _projection(kind, kind.layouts[0], kind.spiking, False)
-    output_projection = _projection(kind, kind.layouts[1], kind.spiking, True)
-    mix = _mixing(kind)
+    input_projection = _projection(kind, kind.layouts[0], kind.spiking, False, 1)
+    output_projection = _projection(kind, kind.layouts[1], kind.spiking, True, 3)
+    mix, lap = _mixing(kind), _lap(kind)
     groups = kind.groups
 
     @compiled
@@ -239,7 +258,7 @@ def _mixer_block(kind: Kind) -> Any:
         place, d, bar = w.place[layer], x.size, s.barrier.ctypes.data
         channels, inner = local.xbc.size, s.y.size
         input_projection(
-            w.in_proj, place, x, w.norm[layer], scale, w.max_spike_count,
+            s, w.in_proj, place, x, w.norm[layer], scale, w.max_spike_count,
             me, threads, local, local.sums, s.projected,
         )  # fmt: skip
         if me == 0:
@@ -247,14 +266,16 @@ def _mixer_block(kind: Kind) -> Any:
         if s.spikes.size:
             _keep(w.in_proj, me, threads, local, s.spikes[layer, :d], s.sums[layer])
         barrier(bar, threads)
+        lap(s, me, 0)
         mix(w, s, place, me, threads, local)
+        lap(s, me, 2)
         barrier(bar, threads)
         first, last = channels * me // threads, channels * (me + 1) // threads
         _shift(s.projected[inner : inner + channels], s.conv[place], first, last)
         gated = local.gated[:inner]
         normalise_groups(w, s, gated)
         output_projection(
-            w.out_proj, place, gated, w.gated_norm[place], f32(1.0), w.max_spike_count,
+            s, w.out_proj, place, gated, w.gated_norm[place], f32(1.0), w.max_spike_count,
             me, threads, local, local.sums, s.x,
         )  # fmt: skip
         if me == 0:
@@ -268,14 +289,14 @@ def _mixer_block(kind: Kind) -> Any:
 
 def _mlp_block(kind: Kind) -> Any:
     """What a block with an MLP adds to the residual stream; one thread's share."""
-    input_projection = _projection(kind, kind.layouts[2], kind.spiking, False)
-    output_projection = _projection(kind, kind.layouts[3], kind.spiking, True)
+    input_projection = _projection(kind, kind.layouts[2], kind.spiking, False, 1)
+    output_projection = _projection(kind, kind.layouts[3], kind.spiking, True, 3)
 
     @compiled
     def block(me, threads, layer, x, scale, w, s, local):
         place, d, width = -1 - w.place[layer], x.size, w.ones.size
         input_projection(
-            w.mlp_in, place, x, w.norm[layer], scale, w.max_spike_count,
+            s, w.mlp_in, place, x, w.norm[layer], scale, w.max_spike_count,
             me, threads, local, local.sums, s.projected,
         )  # fmt: skip
         if me == 0:
@@ -287,7 +308,7 @@ def _mlp_block(kind: Kind) -> Any:
         for i in range(width):
             gated[i] = _silu(s.projected[i]) * s.projected[width + i]
         output_projection(
-            w.mlp_out, place, gated, w.ones, f32(1.0), w.max_spike_count,
+            s, w.mlp_out, place, gated, w.ones, f32(1.0), w.max_spike_count,
             me, threads, local, local.sums, s.x,
         )  # fmt: skip
         if me == 0:
@@ -308,10 +329,11 @@ def token_functions(kind: Kind) -> tuple[Any, Any]:
     :class:`~.cpu_layout.Local`.
     Afterwards ``s.logits`` are the next token's, and the states have moved on.
     """
-    head_projection = _projection(kind, "tiles", False, False)
+    head_projection = _projection(kind, "tiles", False, False, 4)
     mixer = _mixer_block(kind)
     mlps = kind.mlps
     mlp = _mlp_block(kind) if mlps else mixer
+    lap = _lap(kind)
 
     @compiled
     def token(me, threads, token, w, s, local):
@@ -320,6 +342,7 @@ def token_functions(kind: Kind) -> tuple[Any, Any]:
         if me == 0:
             _copy(w.embeddings[token], x)
         barrier(bar, threads)
+        lap(s, me, -1)
         for layer in range(layers):
             scale = f32(1.0) / np.sqrt(_mean_square(x) + w.eps)
             if mlps and w.place[layer] < 0:
@@ -329,7 +352,7 @@ def token_functions(kind: Kind) -> tuple[Any, Any]:
             barrier(bar, threads)
         scale = f32(1.0) / np.sqrt(_mean_square(x) + w.eps)
         head_projection(
-            w.head, 0, x, w.last_norm, scale, w.max_spike_count, me, threads, local, s.logits, s.logits
+            s, w.head, 0, x, w.last_norm, scale, w.max_spike_count, me, threads, local, s.logits, s.logits
         )
         barrier(bar, threads)
 

@@ -154,6 +154,21 @@ class _Projection:
         moved = zip(MACHINES, (dense, spiking, rival, rival, spiking), strict=True)
         return {machine: bytes_ * cost.byte for machine, bytes_ in moved}
 
+    @property
+    def fetched(self) -> float:
+        """Weights of the inputs that fire, all that an event-driven decoder reads for a token."""
+        return self.nonzero_macs
+
+
+def _event_driven(
+    projections: list[_Projection], cost: Costs, spiking: float, dense: float
+) -> dict[str, float | None]:
+    """A token decoded by integers that are fetched where a spike asks for them: of what the spiking machine
+    takes, ``spiking``, int8 rows that fire instead of all weights; and the gain over ``dense``."""
+    spared = sum(p.macs * cost.width - p.fetched for p in projections) * cost.byte
+    energy = spiking - spared
+    return {"pj_per_token": energy, "gain": dense / energy if energy > 0 else None}
+
 
 def _add(*energies: Mapping[str, float]) -> dict[str, float]:
     return {machine: sum(energy[machine] for energy in energies) for machine in MACHINES}
@@ -219,8 +234,11 @@ def model_energy(
         ``hypothetical``: names of tables; ``projections``, ``projections_with_neurons`` and ``model``: for
         every table the pJ per token of the five machines and the spiking one's gains over the others, compute
         alone; ``with_memory``: the same with memory traffic, for prefill (``projections``, ``model``) and
-        decoding (``decode_projections``, ``decode``); ``multiplied``: the share of the spiking model's
-        compute energy that still goes into multiply-accumulates, by table;
+        decoding (``decode_projections``, ``decode``; ``event_driven``: decoding the whole model by
+        ``spiking_mamba.event_driven``, int8, at batch 1, and its gain over ``decode``'s dense machine);
+        ``fetched``: how many weights a token's spikes ask for, their share of all, and accumulations beside
+        them; ``multiplied``: the share of the spiking model's compute energy that still goes into
+        multiply-accumulates, by table;
         ``layers``: one row a projection, with ``energy`` by table (compute); ``operations_per_token``: see
         :func:`operations`; ``costs``, ``pass``: what went in. A ratio below 1 means that spikes cost more; it
         is ``None`` where spikes cost nothing at all, and where the rival's energy is not known.
@@ -237,6 +255,7 @@ def model_energy(
             "nonzero_share": counts.projections[name].nonzero_share,
             "accumulations_per_token": p.accumulations,
             "dense_macs_per_token": p.macs,
+            "weights_fetched_per_token": p.fetched,
             "energy": {table: _compare(p.compute(cost)) for table, cost in costs.items()},
         }
         for name, p in projections.items()
@@ -299,7 +318,16 @@ def _energy(
     steps = sum(p.in_features * (p.levels // 2) for p in projections)
     measured_in = _PRECISION.get(measured_in, measured_in)
 
-    scopes = ("projections", "with_neurons", "model", "memory", "memory_model", "decode", "decode_model")
+    scopes = (
+        "projections",
+        "with_neurons",
+        "model",
+        "memory",
+        "memory_model",
+        "decode",
+        "decode_model",
+        "event",
+    )
     sections: dict[str, dict[str, Any]] = {name: {} for name in scopes}
     multiplied = {}
     for name, cost in costs.items():
@@ -320,6 +348,9 @@ def _energy(
             everything["spiking"] += other["potentials"]
             sections[prefix][name] = _compare(_add(compute, moved))
             sections[prefix + "_model"][name] = _compare(everything)
+        if batch == 1:  # or other sequences ask for other weights; of decoding, which came last
+            decode = everything["spiking"], everything["dense"]
+            sections["event"][name] = _event_driven(projections, cost, *decode)
 
     return {
         "measured_in": measured_in,
@@ -332,6 +363,12 @@ def _energy(
             "model": sections["memory_model"],
             "decode_projections": sections["decode"],
             "decode": sections["decode_model"],
+            "event_driven": sections["event"],
+        },
+        "fetched": {
+            "weights_per_token": sum(p.fetched for p in projections),
+            "share": sum(p.fetched for p in projections) / sum(p.macs for p in projections),
+            "accumulations_per_token": sum(p.accumulations for p in projections),
         },
         "multiplied": multiplied,
         "operations_per_token": counted | {"neurons": steps},

@@ -177,5 +177,5 @@ def test_bytes_fetched_by_hand(weights):
     assert fetched.out_proj >= 2 * inner * out * bits // 8  # in tiles: all of it, and padding
     assert fetched.head >= d * head * bits // 8
     assert fetched.share == (fetched.in_proj + fetched.out_proj) / fetched.projections
-    assert fetched.rest > 2 * 4 * 16 * 8 * 4  # the states
+    assert fetched.states == 2 * (4 * 16 * 8 + 4 * (64 + 2 * 2 * 8)) * 4
     assert decoder.firing()[0] == fires / (2 * d)

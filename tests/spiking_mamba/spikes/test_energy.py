@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
+from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, event_driven
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.spikes.counts import ProjectionSpikes, SpikeCounts
 from spiking_mamba.spikes.energy import (
@@ -199,7 +199,7 @@ def test_means_are_all_that_matters():
         for table in COSTS_45NM:
             assert means[scope][table] == pytest.approx(whole[scope][table])
     for scope, tables in whole["with_memory"].items():
-        for table in COSTS_45NM:
+        for table in tables:
             assert means["with_memory"][scope][table] == pytest.approx(tables[table])
     assert means["multiplied"] == pytest.approx(whole["multiplied"])
     assert energy_of_rates(config, 1.0, 0.5)["model"]["fp32"]["gain_over_shift_and_add"] is None
@@ -219,6 +219,47 @@ def test_the_width_of_an_accumulator():
         assert row["gain_over_quantised_sparse"] == pytest.approx(43 * (0.2 + add) / (74 * add))
     with pytest.raises(ValueError, match="8 or 32 bits, got 16"):
         costs_45nm(16)
+
+
+def test_weights_fetched_by_hand():
+    config = SpikingMambaConfig(**SIZES)
+    report = model_energy(two_layers(), config, length=2)
+    # per token: (3 * 16 + 3 * 2 + 2 * 16) / 2 of 2 * (2 * 16 + 4 * 2)
+    assert report["fetched"] == {
+        "weights_per_token": 43.0,
+        "share": 43 / 80,
+        "accumulations_per_token": (6 * 16 + 10 * 2 + 2 * 16) / 2,
+    }
+    assert [row["weights_fetched_per_token"] for row in report["layers"]] == [24.0, 3.0, 16.0, 0.0]
+    decode = report["with_memory"]["decode"]["fp32"]
+    event = report["with_memory"]["event_driven"]["fp32"]
+    spared = (80 * 4 - 43) * 24.96
+    assert event["pj_per_token"] == pytest.approx(decode["spiking_pj_per_token"] - spared)
+    assert event["gain"] == pytest.approx(decode["dense_pj_per_token"] / event["pj_per_token"])
+    assert model_energy(two_layers(), config, batch=2)["with_memory"]["event_driven"] == {}
+
+
+def test_counts_are_what_the_decoder_fetches():
+    pytest.importorskip("numba")
+    from spiking_mamba.model.cpu_decoder import CpuDecoder
+
+    made = event_driven(tiny_model(neuron=INTEGER, threshold=0.25))
+    ids = tokens(1, 12)
+    with count_spikes(made) as counts, torch.no_grad():
+        made(ids)
+    decoder = CpuDecoder(made)
+    for token in ids[0].tolist():
+        decoder.step(token)
+    sums = {"in_proj": 0.0, "out_proj": 0.0}
+    for name, projection in counts.projections.items():
+        sums[name.rpartition(".")[2]] += projection.nonzero
+    assert sums["in_proj"] > 0
+    assert decoder.fired[:2].tolist() == list(sums.values())
+    weights = sum(p.nonzero_macs for p in counts.projections.values()) / 12
+    assert model_energy(counts, made.config)["fetched"]["weights_per_token"] == pytest.approx(weights)
+    with count_spikes(made) as watched:  # hooks see nothing of compiled code
+        made.generate(ids, max_new_tokens=5, do_sample=False)
+    assert watched.tokens == 12 + 4
 
 
 def test_parts_of_a_real_model():

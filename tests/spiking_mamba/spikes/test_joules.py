@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spiking_mamba.spikes import joules
-from spiking_mamba.spikes.joules import JouleMeter, NoEnergyCounter, measure_joules
+from spiking_mamba.spikes.joules import JouleMeter, NoEnergyCounter, ProcessorJoules, measure_joules
 
 
 class Card:
@@ -138,3 +138,27 @@ def test_without_a_gpu(monkeypatch):
 def test_no_time_to_idle(card):
     with pytest.raises(ValueError, match="idle_seconds"):
         JouleMeter(idle_seconds=0)
+
+
+def _counter(folder, name, joules, largest=2**32):
+    zone = folder / name
+    zone.mkdir(parents=True, exist_ok=True)
+    (zone / "energy_uj").write_text(f"{round(1e6 * joules) % largest}\n")
+    (zone / "max_energy_range_uj").write_text(f"{largest - 1}\n")
+
+
+def test_a_processors_joules(tmp_path):
+    _counter(tmp_path, "intel-rapl:0", 4290.0)
+    _counter(tmp_path, "intel-rapl:1", 7.0)
+    _counter(tmp_path, "intel-rapl:0:0", 1.0)  # a part of the first
+    meter = ProcessorJoules(tmp_path)
+    for before, after in ((4290.0, 4296.0), (4296.0, 4297.5)):
+        _counter(tmp_path, "intel-rapl:0", before)
+        with meter:
+            _counter(tmp_path, "intel-rapl:0", after)  # past 2**32 microjoules: it begins again
+    assert meter.joules == pytest.approx(7.5)
+
+
+def test_no_counter_of_a_processor(tmp_path):
+    with pytest.raises(NoEnergyCounter, match="no energy counter"):
+        ProcessorJoules(tmp_path)
