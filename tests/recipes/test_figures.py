@@ -9,10 +9,10 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 KNOWN = {"gain": 4.3081, "tokens": 75.5, "over": 4.1464}
-ABOUT = {
-    "figures": ["gains {gain:.2f}x after {tokens:.0f}M", "stands {over:+.1f} %"],
-    "others": [{"text": r"D = \d+", "source": "a setting"}],
-}
+ABOUT = figures.Page(
+    figures=["gains {gain:.2f}x after {tokens:.0f}M", "stands {over:+.1f} %"],
+    others=[{"text": r"D = \d+", "source": "a setting"}],
+)
 PAGE = "It gains 4.31x\nafter 76M tokens at D = 64,\nand stands +4.1 % `x = 3` [there](page.md#4)\n"
 
 
@@ -37,7 +37,7 @@ def test_a_page_that_says_what_is_recorded():
         ("+4.1 %", "+2.8 %", "+2.8 should be +4.1"),
         ("tokens", "tokens, 9.8x at best,", "9.8 comes from nowhere"),
         ("tokens", "tokens (714 ms)", "714 comes from nowhere"),
-        ("D = 64", "D", "is not in the page, or without a source: {'text': 'D ="),
+        ("D = 64", "D", "is not in the page: 'D ="),
     ],
 )
 def test_a_typed_number(old, new, said):
@@ -55,9 +55,29 @@ def test_a_sentence_that_is_gone_or_there_twice(page):
 
 
 def test_a_source_is_needed():
-    about = ABOUT | {"others": [{"text": r"D = \d+", "source": ""}]}
-    _, (wrong,) = figures.examine(PAGE, about, value)
-    assert "without a source" in wrong
+    with pytest.raises(ValueError, match="source"):
+        figures.Page(others=[{"text": r"D = \d+", "source": ""}])
+
+
+def test_what_was_printed_stands_word_for_word():
+    page = PAGE + "A step takes 402 ms.\n"
+    about = figures.Page(
+        figures=ABOUT.figures,
+        others=ABOUT.others,
+        printed=[{"source": "a run", "lines": ["A step takes 402 ms."]}],
+    )
+    assert figures.examine(page, about, value) == (page, [])
+    _, wrong = figures.examine(page.replace("402", "204"), about, value)
+    assert len(wrong) == 2
+    assert any("204 comes from nowhere" in each for each in wrong)
+
+
+def test_recorded_speeds_are_held_cell_by_cell():
+    table = "\n| work | ms |\n| --- | ---: |\n| node | **0.27** |\n"
+    speeds = {"Neurons#1": {"header": ["work", "ms"], "rows": [["node", "0.27"]]}}
+    assert figures.examine(PAGE + table, ABOUT, value, speeds) == (PAGE + table, [])
+    _, (wrong,) = figures.examine(PAGE + table.replace("0.27", "0.17"), ABOUT, value, speeds)
+    assert "0.17 comes from nowhere" in wrong
 
 
 def test_blocks_of_text_are_read_and_code_is_not():
