@@ -219,7 +219,7 @@ def counts(runs: list[dict[str, Any]], folder: Path) -> dict[str, float]:
         "hellaswag": tasks["hellaswag"]["metrics"]["acc_norm"]["value"],
         "runs": len(runs),
         "changed": sum(not recorded.is_clean(run["commit"]) for run in runs),
-        "held-out tokens": max(run.get("held_out_tokens", 0) for run in runs),
+        "held-out tokens": max((run.get("held_out_tokens", 0) for run in runs), default=0),
         "preference runs": len(preferences),
         "preference pairs": max((h["kept"] for h in held_out), default=0),
         "preference pairs cut": max((h["truncated"] for h in held_out), default=0),

@@ -1,5 +1,6 @@
 """No number is typed: pages written by hand say what the records say."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -84,3 +85,64 @@ def test_blocks_of_text_are_read_and_code_is_not():
     page = PAGE + "```text\nratio 9.9\n```\n```python\nx = 8.8\n```\n\n    indented 7.7\n"
     _, (wrong,) = figures.examine(page, ABOUT, value)
     assert "9.9 comes from nowhere" in wrong
+
+
+@pytest.fixture
+def records(tmp_path):
+    """Of the shipped student on a text, and of a table of speeds."""
+    document = {
+        "student": str(ROOT / "recipes/quickstart/student"),
+        "text": "runs/corpus/held_out.jsonl",
+        "length": 512,
+        "documents": [[100, 300.0, 304.0], [100, 300.0, 304.0]],
+        "tokens": 200,
+        "kl": 0.125,
+        "top1": 0.75,
+        "spikes": {"mean_abs": 1.0, "nonzero_share": 0.6, "signed_digits": 0.7},
+    }
+    speed = {
+        "table": "Neurons#1",
+        "header": ["work", "ours", "time / theirs"],
+        "rows": [["T=1", "0.5", "1.5"]],
+    }
+    tasks = {"hellaswag": {"n": 250, "metrics": {"acc_norm": {"value": 0.376}}}}
+    (tmp_path / "documents.jsonl").write_text(json.dumps(document) + "\n")
+    (tmp_path / "speeds.jsonl").write_text(json.dumps(speed) + "\n")
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher/tasks.json").write_text(json.dumps({"models": [{"tasks": tasks}]}))
+    return figures.Records({}, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("{held_out_512.over:+.2f} % over {held_out_512.documents:.0f}", "+4.08 % over 2"),  # exp(0.04)
+        ("{held_out_512.low:+.2f} to {held_out_512.high:+.2f}", "+4.08 to +4.08"),
+        ("{held_out_512.kl:.3f} nats, {held_out_512.top1:.1f} %", "0.125 nats, 75.0 %"),
+        ("{held_out_512.projections:.2f}x, {held_out_512.shift_and_add:.2f}", "5.11x, 0.70"),
+        ("{speed Neurons#1 / T=1 / ours:.1f} ms", "0.5 ms"),
+        ("{speed Neurons#1 / T=1 / time / theirs:.1f}", "1.5"),
+        ("{ratio Neurons#1 / T=1 / time / theirs over T=1 / ours:.1f}", "3.0"),
+        ("{count hellaswag:.3f} of {count hellaswag items:.0f}", "0.376 of 250"),
+        ("{cost 32 int8 mac:.1f} and {cost 8 int8 ac:.2f}, {cost 32 fp32 gain:.2f}", "0.3 and 0.03, 5.11"),
+    ],
+)
+def test_what_records_say(records, text, told):
+    assert records.told(text) == told
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{held_out_512.better:.2f}", "is none of teacher, student"),
+        ("{elsewhere_256.over:.2f}", "documents.jsonl has held_out_512"),
+        ("{speed Neurons#2 / T=1 / ours:.2f}", "no table of speeds 'Neurons#2': Neurons#1"),
+        ("{speed Neurons#1 / T=2 / ours:.2f}", "has no 'T=2'"),
+        ("{gain[frontier::none]:.2f}", "no row 'frontier::none'"),
+        ("{held_out_512.over}", "must have a form"),
+    ],
+)
+def test_what_no_record_says(records, text, said):
+    with pytest.raises(ValueError, match=said):
+        records.told(text)
+    assert records.told_if_recorded("{elsewhere_256.over:.2f}") == ""
