@@ -7,7 +7,6 @@ draw of text of that kind may move what is reported, which seeds do not tell.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,6 +30,7 @@ from spiking_mamba.model.modes import evaluating
 from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.spikes.counts import SpikeCounts
+from spiking_mamba.training.student import Length
 
 IDENTITY = ("student", "text", "length")
 
@@ -40,7 +40,8 @@ class DocumentSettings:
     """Keys of the YAML file.
 
     Attributes:
-        teacher, student: checkpoint folders; the student has the teacher's tokenizer.
+        teacher: checkpoint folder of a dense model.
+        student: checkpoint folder of a spiking one, which has the teacher's tokenizer.
         texts: of what, see ``spiking_mamba.data.load_text``.
         length: tokens a row.
         batch_size: rows a forward pass.
@@ -49,14 +50,10 @@ class DocumentSettings:
 
     teacher: Name
     student: Name
-    texts: Names
-    length: Annotated[Count, Field(ge=2)] = 512
+    texts: Annotated[Names, Field(min_length=1)]
+    length: Length = 512
     batch_size: Count = 8
     results: Name = "docs/results/documents.jsonl"
-
-    def __post_init__(self) -> None:
-        if not self.texts:
-            raise ValueError("texts must name a text.")
 
 
 def documents_of(ids: np.ndarray, end: int) -> np.ndarray:
@@ -158,9 +155,7 @@ def measure(settings: DocumentSettings) -> None:
                 for name in ("teacher", "student")
             },
         }
-        about = provenance(settings)
-        about["settings"] = asdict(settings)
-        put_record(Path(settings.results), record | about, IDENTITY)
+        put_record(Path(settings.results), record | provenance(settings), IDENTITY)
         ratio = perplexity_ratio(found["documents"])
         print(
             f"{text}, {settings.length}: teacher {ratio['teacher']:.3f}, student {ratio['student']:.3f}, "

@@ -11,32 +11,80 @@ be typed. Besides those of ``placeholders.py``, with ``table::row``, placeholder
     {speed Neurons#1 / node, bf16 / ILIFNode:.2f}  a cell of docs/results/speeds.jsonl: table, row, column
     {ratio T / row / A over row / B:.1f}           of two cells of one table
     {count runs:.0f}                               of ``counts``
+    {cost 32 fp32 mac:.1f}                         of ``costs_45nm(32)``; gain: mac over ac
+    {run table::row / 0 / after.perplexity:.2f}    of the run of a row with that seed
 """
 
+import json
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import placeholders
 import recorded
 from documents import perplexity_ratio
+from pydantic import Field
 from table import Table
 
 from spiking_mamba import SpikingMambaConfig
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.records import read_records
-from spiking_mamba.common.schema import Name, Names, schema
+from spiking_mamba.common.schema import Name, Names, mapping_of, schema
 from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.spikes.costs import costs_45nm
 from spiking_mamba.spikes.energy import energy_of_rates
 
-PLACEHOLDER = re.compile(r"{([^{}]+?):([+,]*\.\df)}")
+PLACEHOLDER = re.compile(r"{([^{}]+?)(?::([+,]*\.\df))?}")
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d(?:[\d,]*\d)?(?:\.\d+)?")
 FENCED = re.compile(r"^```(\w*)\n.*?^```$|^    \S.*$", re.DOTALL | re.MULTILINE)  # or indented
+TABLE = re.compile(r"^\|(.*)\|\n\| ?-.*\n((?:\|.*\|\n?)+)", re.MULTILINE)
 # within lines: code, and the addresses of links
 INLINE = re.compile(r"`[^`]*`|(?<=\])\([^)]*\)")
+
+
+@schema
+class Other:
+    """What is no result.
+
+    Attributes:
+        text: a regular expression.
+        source: where it comes from.
+    """
+
+    text: Name
+    source: Name
+
+
+@schema
+class Printed:
+    """Results of which no record was kept.
+
+    Attributes:
+        source: where they come from.
+        lines: of the page that say them, word for word.
+    """
+
+    source: Name
+    lines: list[Name]
+
+
+@schema
+class Page:
+    """Where the numbers of a page come from; its tables of speeds.jsonl need no mention.
+
+    Attributes:
+        figures: sentences with placeholders.
+        others: what is no result.
+        printed: results without a record.
+    """
+
+    figures: list[Name] = field(default_factory=list)
+    others: list[mapping_of(Other)] = field(default_factory=list)
+    printed: list[mapping_of(Printed)] = field(default_factory=list)
 
 
 @schema
@@ -45,30 +93,44 @@ class FigureSettings:
 
     Attributes:
         tables: the YAML files of the study's tables.
+        pages: by their paths.
         results: folder of the records.
-        pages: ``{page: {figures: [text with placeholders], others: [{text: regular expression, source}]}}``.
         renew: write the records' numbers into the pages.
     """
 
-    tables: Names
-    pages: dict[str, Any]
+    tables: Annotated[Names, Field(min_length=1)]
+    pages: dict[str, mapping_of(Page)]
     results: Name = "docs/results"
     renew: bool = False
+
+
+class NotRecordedError(ValueError):
+    """A placeholder names a text of which there is no record."""
 
 
 class Records:
     """What a placeholder may name."""
 
-    def __init__(self, settings: FigureSettings) -> None:
-        tables = [parse_settings(Table, [path]) for path in settings.tables]
-        self.rows = {(t.name, row.name): row for t in tables for row in recorded.read(t)}
-        folder = Path(settings.results)
+    def __init__(self, rows: Mapping[str, Sequence[recorded.Row]], folder: Path) -> None:
+        """Take the rows of the study's tables by the tables' names, and the folder of the other records."""
+        self.rows = {(table, row.name): row for table, found in rows.items() for row in found}
         self.documents = {
             f"{Path(r['text']).stem.split('-')[0]}_{r['length']}": of_documents(r)
             for r in read_records(folder / "documents.jsonl")
         }
         self.speeds = {record["table"]: record for record in read_records(folder / "speeds.jsonl")}
         self.counts = counts([run for row in self.rows.values() for run in row.runs], folder)
+
+    def told(self, text: str) -> str:
+        """A text with its numbers."""
+        return PLACEHOLDER.sub(lambda found: self.value(*found.groups()), text)
+
+    def told_if_recorded(self, text: str) -> str:
+        """The same; nothing where it names a text that no student was measured on."""
+        try:
+            return self.told(text)
+        except NotRecordedError:
+            return ""
 
     def find(self, name: str) -> recorded.Row:
         table, _, row = name.partition("::")
@@ -85,14 +147,23 @@ class Records:
             raise ValueError(f"{table} has no {row!r} or no {column!r}: {[*rows]}, {header}.")
         return float(rows[row][header.index(column)].rstrip("%"))
 
-    def value(self, name: str, form: str) -> str:
+    def of_run(self, row: str, seed: str, path: str) -> float:
+        """A number of one run of a row."""
+        (found,) = [run for run in self.find(row).done if run["seed"] == int(seed)]
+        for key in path.split("."):
+            found = found[key]
+        return found
+
+    def value(self, name: str, form: str | None) -> str:
         """The text of a placeholder.
 
         Raises:
             ValueError: it names nothing that is recorded.
         """
         if "[" in name:
-            return placeholders.fill(f"{{{name}:{form}}}", self.find)
+            return placeholders.fill(f"{{{name}:{form}}}" if form else f"{{{name}}}", self.find)
+        if form is None:
+            raise ValueError(f"{{{name}}} must have a form such as :.2f.")
         kind, _, rest = name.partition(" ")
         match kind:
             case "speed":
@@ -103,10 +174,18 @@ class Records:
                 found = self.cell(*above) / self.cell(above[0], below[0], " / ".join(below[1:]))  # type: ignore[arg-type]
             case "count":
                 found = self.counts[rest]
+            case "cost":
+                bits, table, attribute = rest.split()
+                cost = costs_45nm(int(bits))[table]
+                found = cost.mac / cost.ac if attribute == "gain" else getattr(cost, attribute)
+            case "run":
+                found = self.of_run(*rest.split(" / "))
             case _:
                 text, _, field = name.partition(".")
-                if field not in self.documents.get(text, {}):
-                    raise ValueError(f"{{{name}}}: documents.jsonl has {', '.join(self.documents)}.")
+                if text not in self.documents:
+                    raise NotRecordedError(f"{{{name}}}: documents.jsonl has {', '.join(self.documents)}.")
+                if field not in self.documents[text]:
+                    raise ValueError(f"{{{name}}} is none of {', '.join(self.documents[text])}.")
                 found = self.documents[text][field]
         return f"{found:{form}}"
 
@@ -127,19 +206,20 @@ def of_documents(record: Mapping[str, Any]) -> dict[str, float]:
     found["prefill"] = energy["with_memory"]["projections"]["fp32"]["gain"]
     found["shift_and_add"] = energy["projections"]["int8"]["gain_over_shift_and_add"]
     found["whole_shift_and_add"] = energy["model"]["int8"]["gain_over_shift_and_add"]
-    # of what spikes and neurons add
-    neurons = 1 - found["with_neurons"] / found["projections"]
-    return found | {"neurons_of_accumulations": 100 * neurons / (1 - neurons)}
+    return found
 
 
 def counts(runs: list[dict[str, Any]], folder: Path) -> dict[str, float]:
-    """How many runs there are, and what the preference table left out."""
+    """How many runs there are, what the preference table left out, and the teacher's HellaSwag."""
     preferences = [r for r in read_records(folder / "preference.jsonl") if r["kind"] == "run"]
     held_out = [r["held_out"] for r in preferences]
+    tasks = json.loads((folder / "teacher/tasks.json").read_text())["models"][0]["tasks"]
     return {
+        "hellaswag items": tasks["hellaswag"]["n"],
+        "hellaswag": tasks["hellaswag"]["metrics"]["acc_norm"]["value"],
         "runs": len(runs),
         "changed": sum(not recorded.is_clean(run["commit"]) for run in runs),
-        "held-out tokens": max(run.get("held_out_tokens", 0) for run in runs),
+        "held-out tokens": max((run.get("held_out_tokens", 0) for run in runs), default=0),
         "preference runs": len(preferences),
         "preference pairs": max((h["kept"] for h in held_out), default=0),
         "preference pairs cut": max((h["truncated"] for h in held_out), default=0),
@@ -167,22 +247,47 @@ def held(text: str, figures: list[str], value: Callable[[str, str], str]) -> Ite
             yield *found[0].span(group), value(*placeholder.groups())
 
 
-def examine(text: str, about: Mapping[str, Any], value: Callable[[str, str], str]) -> tuple[str, list[str]]:
+def examine(
+    text: str,
+    about: Page,
+    value: Callable[[str, str], str],
+    speeds: Mapping[str, Mapping[str, Any]] | None = None,
+) -> tuple[str, list[str]]:
     """The page with the records' numbers, and what is wrong with it as it is."""
-    found = sorted(held(text, about.get("figures", []), value))
+    found = sorted(held(text, about.figures, value))
     wrong = [f"{text[a:b]} should be {new}: {_around(text, a, b)}" for a, b, new in found if text[a:b] != new]
-    covered = [(a, b) for a, b, _ in found] + code(text)
-    for other in about.get("others", []):
+    covered = [(a, b) for a, b, _ in found] + code(text) + speed_tables(text, speeds or {})
+    for other in about.others:
         places = [m.span() for m in re.finditer(other["text"], text)]
-        if not places or not other.get("source"):
-            wrong.append(f"is not in the page, or without a source: {other}")
+        if not places:
+            wrong.append(f"is not in the page: {other['text']!r}")
         covered += places
+    for printed in about.printed:
+        for line in printed["lines"]:
+            place = text.find(line)
+            if place < 0:
+                wrong.append(f"is not in the page: {line!r}")
+            covered.append((place, place + len(line)))
     for number in NUMBER.finditer(text):
         if not any(a <= number.start() and number.end() <= b for a, b in covered):
             wrong.append(f"{number.group()} comes from nowhere: {_around(text, *number.span())}")
     for a, b, new in reversed(found):
         text = text[:a] + new + text[b:]
     return text, wrong
+
+
+def speed_tables(text: str, speeds: Mapping[str, Mapping[str, Any]]) -> list[tuple[int, int]]:
+    """Where a page has tables that are recorded speeds, cell by cell."""
+
+    def cells(line: str) -> list[str]:
+        return [cell.strip().replace("**", "") for cell in line.strip().strip("|").split("|")]
+
+    kept = [(record["header"], record["rows"]) for record in speeds.values()]
+    return [
+        m.span()
+        for m in TABLE.finditer(text)
+        if (cells(m.group(1)), [cells(line) for line in m.group(2).splitlines()]) in kept
+    ]
 
 
 def code(text: str) -> list[tuple[int, int]]:
@@ -202,10 +307,12 @@ def _around(text: str, start: int, end: int) -> str:
 
 def main_of(settings: FigureSettings) -> list[str]:
     """What is wrong, each with its page."""
-    records, wrong = Records(settings), []
+    tables = [parse_settings(Table, [path]) for path in settings.tables]
+    rows = {table.name: recorded.read(table) for table in tables}
+    records, wrong = Records(rows, Path(settings.results)), []
     for page, about in settings.pages.items():
         try:
-            text, found = examine(Path(page).read_text(), about, records.value)
+            text, found = examine(Path(page).read_text(), Page(**about), records.value, records.speeds)
         except ValueError as error:
             wrong.append(f"{page}: {error}")
             continue

@@ -39,6 +39,7 @@ ENERGIES: dict[str, Callable[[dict[str, Any]], float]] = {
     "with_neurons": lambda e: e["projections_with_neurons"]["fp32"]["gain"],
     "whole_model": lambda e: e["model"]["fp32"]["gain"],
     "decoding": lambda e: e["with_memory"]["decode"]["fp32"]["gain"],
+    "neurons_add": lambda e: 100 * _neurons_add(e["projections"], e["projections_with_neurons"]),  # per cent
     "multiplied": lambda e: 100 * e["multiplied"]["fp32"],  # per cent
     "quantised": lambda e: e["projections"]["int8"]["gain_over_quantised_sparse"],
     "quantised_with_neurons": lambda e: e["projections_with_neurons"]["int8"]["gain_over_quantised_sparse"],
@@ -54,6 +55,11 @@ DERIVED = ("over_teacher", "bf16", "int8", "spike_driven", "tokens", "cut_off", 
 OF_SEVERAL = ("min", "max", "abs", "times")
 OF_SEEDS = ("mean", "min", "max", "abs", "low", "high")
 WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+
+
+def _neurons_add(alone: dict[str, Any], with_neurons: dict[str, Any]) -> float:
+    """What neurons add to the accumulations of the projections, as a share of these."""
+    return with_neurons["fp32"]["spiking_pj_per_token"] / alone["fp32"]["spiking_pj_per_token"] - 1
 
 
 def _over_dense_fp32(energy: dict[str, Any], machine: str) -> float:

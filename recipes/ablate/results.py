@@ -5,10 +5,12 @@ python recipes/ablate/results.py recipes/ablate/results.yaml
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import field
 from pathlib import Path
 from typing import Annotated
 
+from figures import Records
 from frontier import answer, draw
 from pydantic import Field
 from recorded import PERPLEXITY, Row, read
@@ -19,7 +21,7 @@ from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.provenance import MARK
-from spiking_mamba.common.schema import Name, Names, schema
+from spiking_mamba.common.schema import Name, Names, mapping_of, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.evaluation.statistics import interval
 from spiking_mamba.reports.document import Block, Heading, Paragraph, Picture, to_markdown
@@ -31,6 +33,25 @@ AROUND = 10.0  # seconds a row takes besides training
 
 
 @schema
+class Question:
+    """What a referee would ask; all of it may have placeholders of ``figures.py``.
+
+    Attributes:
+        asked: in words.
+        answer: with its numbers.
+        unknown: what no record answers.
+        measured: goes on with the answer, once what it names is in documents.jsonl.
+        else_unknown: what is not known until then.
+    """
+
+    asked: str
+    answer: str
+    unknown: str
+    measured: str = ""
+    else_unknown: str = ""
+
+
+@schema
 class ResultsSettings:
     """Settings of the page; every field is a key of the YAML file.
 
@@ -38,11 +59,15 @@ class ResultsSettings:
         tables: the YAML files of the tables, in the order of the page.
         page: the Markdown file to write; its picture stands beside it.
         results: folder of the rows' results; null: where each table says.
+        referee: what a referee would ask.
+        records: folder of the other records that they name.
     """
 
     tables: Annotated[Names, Field(min_length=1)]
     page: Name = "docs/results.md"
     results: Name | None = None
+    referee: list[mapping_of(Question)] = field(default_factory=list)
+    records: Name = "docs/results"
 
 
 def write(settings: ResultsSettings) -> None:
@@ -65,12 +90,28 @@ def write(settings: ResultsSettings) -> None:
     image.parent.mkdir(parents=True, exist_ok=True)
     if draw(image, everything):
         blocks.append(Picture(image, "Perplexity above the best dense model against energy"))
+    if settings.referee:
+        blocks += referee(settings, rows)
     blocks += [Heading("How to read the tables"), *reading(everything)]
     blocks += plan({path: rows[table.name] for path, table in tables.items()})
     for path, table in tables.items():
         blocks += section(table, rows, path)
     write_whole(Path(settings.page), to_markdown(blocks))
     print(f"{settings.page}: {len(runs)} runs")
+
+
+def referee(settings: ResultsSettings, rows: Mapping[str, Sequence[Row]]) -> list[Block]:
+    """The table of what a referee would ask."""
+    records = Records(rows, Path(settings.records))
+    body = []
+    for number, line in enumerate(settings.referee, 1):
+        measured = records.told_if_recorded(line.get("measured", ""))
+        left = "" if measured else line.get("else_unknown", "")
+        answer, unknown = (records.told(line[key]) for key in ("answer", "unknown"))
+        body.append([str(number), line["asked"], f"{answer} {measured}".strip(), f"{unknown} {left}".strip()])
+    about = "Numbers come from the records, as everywhere on this page; what no record answers is named."
+    header = ["", "asked", "answer", "not known yet"]
+    return [Heading("What a referee would ask"), Paragraph(about), Cells(header, body)]
 
 
 def plan(tables: dict[str, list[Row]]) -> list[Block]:

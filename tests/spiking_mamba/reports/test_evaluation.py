@@ -95,8 +95,8 @@ def test_a_whole_report(tmp_path):
     assert page.text.index("Energy measured") > page.text.index("Operations per token")
     for known in ("0123456789abcdef", "python recipes/evaluate/evaluate.py", "2.13.0", models[0]["path"]):
         assert known in page.text
-    assert page.row("fp32", "4.6")[1:] == ["4.6", "0.9", "0.23", "24.96", "4"]
-    assert page.row("int8", "0.23")[1:] == ["0.23", "0.03", "0.23", "24.96", "1"]
+    assert page.row("fp32", "4.6")[1:] == ["4.6", "0.9", "0.3", "24.96", "4"]
+    assert page.row("int8", "0.3")[1:] == ["0.3", "0.1", "0.3", "24.96", "1"]
     assert page.row("wikipedia-leads", "wikipedia-leads")[2:] == ["–", "77", f"{'wikipedia-leads':0<64}"]
     assert page.text.count("sciq: other items than the stock task's.") == 1
     assert page.row("piqa", "packages")[1:] == ["packages", "validation", "60", f"{'piqa':0<64}"]
