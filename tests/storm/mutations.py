@@ -39,6 +39,7 @@ WRONG = {
     "an integer": ["true", "1.5", "many", "[1]", "-3", str(HUGE), ".nan", "'1'"],
     "a positive": ["true", "fast", ".nan", "-1"],
     "a number": ["true", "fast", ".nan", ".inf", "[1]", "'1'"],
+    "a number or a list": ["true", "fast", ".nan", "[a]", "null"],
     "true or": ["1", "maybe", "null", "'true'"],
     "true, false": ["1", "maybe", "null"],
     "a name or a list": ["3", "true", "[1]", "[a, '']", '"a\\0b"'],

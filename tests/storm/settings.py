@@ -184,6 +184,7 @@ class Storm:
 
 def drawn(everything: list[Case], short: bool, seed: int) -> list[Case]:
     """All of them; in short, of each recipe and kind a few."""
+    everything = list(dict.fromkeys(everything))
     if not short:
         return everything
     groups: dict[tuple[str, str], list[Case]] = {}
