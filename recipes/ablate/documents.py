@@ -7,15 +7,16 @@ draw of text of that kind may move what is reported, which seeds do not tell.
 """
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
 from measures import text_sha256
+from pydantic import Field
 
 from spiking_mamba import SpikingMambaForCausalLM, data
 from spiking_mamba.common.errors import fail_clearly
@@ -23,7 +24,8 @@ from spiking_mamba.common.files import file_sha256
 from spiking_mamba.common.progress import quiet, reporting
 from spiking_mamba.common.provenance import provenance, refuse_changed_code
 from spiking_mamba.common.records import put_record
-from spiking_mamba.common.settings import is_list_of, parse_settings
+from spiking_mamba.common.schema import Count, Name, Names, schema
+from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.model.modes import evaluating
 from spiking_mamba.model.tokenizer import load_tokenizer
@@ -33,7 +35,7 @@ from spiking_mamba.spikes.counts import SpikeCounts
 IDENTITY = ("student", "text", "length")
 
 
-@dataclass
+@schema
 class DocumentSettings:
     """Keys of the YAML file.
 
@@ -45,19 +47,12 @@ class DocumentSettings:
         results: file of the records, one a student, text and length.
     """
 
-    teacher: str
-    student: str
-    texts: Any
-    length: int = 512
-    batch_size: int = 8
-    results: str = "docs/results/documents.jsonl"
-
-    def __post_init__(self) -> None:
-        self.texts = [self.texts] if isinstance(self.texts, str) else self.texts
-        if not is_list_of(self.texts, str) or not self.texts:
-            raise ValueError(f"texts must be a list of texts, got {self.texts!r}.")
-        if self.length < 2 or self.batch_size < 1:
-            raise ValueError(f"length {self.length} or batch_size {self.batch_size} is too small.")
+    teacher: Name
+    student: Name
+    texts: Annotated[Names, Field(min_length=1)]
+    length: Annotated[int, Field(ge=2, lt=2**31)] = 512
+    batch_size: Count = 8
+    results: Name = "docs/results/documents.jsonl"
 
 
 def documents_of(ids: np.ndarray, end: int) -> np.ndarray:

@@ -16,7 +16,6 @@ be typed. Besides those of ``placeholders.py``, with ``table::row``, placeholder
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from spiking_mamba import SpikingMambaConfig
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.records import read_records
+from spiking_mamba.common.schema import Name, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.spikes.energy import energy_of_rates
 
@@ -39,7 +39,7 @@ FENCED = re.compile(r"^```(\w*)\n.*?^```$|^    \S.*$", re.DOTALL | re.MULTILINE)
 INLINE = re.compile(r"`[^`]*`|(?<=\])\([^)]*\)")
 
 
-@dataclass
+@schema
 class FigureSettings:
     """Keys of the YAML file.
 
@@ -50,9 +50,9 @@ class FigureSettings:
         renew: write the records' numbers into the pages.
     """
 
-    tables: list
-    pages: dict
-    results: str = "docs/results"
+    tables: list[Name]
+    pages: dict[str, dict[str, Any]]
+    results: Name = "docs/results"
     renew: bool = False
 
 

@@ -7,16 +7,17 @@ import contextlib
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import Field
 from transformers import TextStreamer
 
 from spiking_mamba import EventDrivenMambaForCausalLM, event_driven
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.machine import cores
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.schema import Count, Name, Natural, Positive, Seed, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.model.event_driven import STATES, WEIGHTS
@@ -25,7 +26,7 @@ from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
 from spiking_mamba.spikes.joules import NoEnergyCounter, ProcessorJoules
 
 
-@dataclass
+@schema
 class GenerateSettings:
     """Every field is a key of the YAML file.
 
@@ -34,8 +35,9 @@ class GenerateSettings:
         model: folder or hub name of a checkpoint, spiking or dense, or the folder of an event-driven model.
         tokenizer: folder or hub name; null: the checkpoint's own.
         tokens: how many to write at most.
-        temperature: of sampling; 0: always the likeliest token. top_k, top_p: sample from the likeliest so
-            many tokens, or from those that have this probability together; 0 and 1: from all.
+        temperature: of sampling; 0: always the likeliest token.
+        top_k: sample from the likeliest so many tokens; 0: from all.
+        top_p: sample from those that have this probability together; 1: from all.
         repetition_penalty: what a token that has occurred is made less likely by; 1: nothing.
         seed: of sampling.
         weights: 'int8' or 'int4': event-driven; null: the model as it is, float32, by torch.
@@ -44,28 +46,20 @@ class GenerateSettings:
     """
 
     prompt: str
-    model: str
-    tokenizer: Any = None
-    tokens: int = 100
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    repetition_penalty: float = 1.0
-    seed: int = 0
-    weights: Any = "int8"
-    states: str = "float32"
-    threads: Any = None
+    model: Name
+    tokenizer: Name | None = None
+    tokens: Count = 100
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_k: Natural = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    repetition_penalty: Positive = 1.0
+    seed: Seed = 0
+    weights: Literal[tuple(WEIGHTS)] | None = "int8"
+    states: Literal[tuple(STATES)] = "float32"
+    threads: Count | None = None
 
     def __post_init__(self) -> None:
-        if self.weights is not None and self.weights not in WEIGHTS:
-            raise ValueError(f"weights must be one of {WEIGHTS} or null, got {self.weights!r}.")
-        if self.states not in STATES:
-            raise ValueError(f"states must be one of {STATES}, got {self.states!r}.")
-        if self.tokens < 1:
-            raise ValueError(f"tokens must be at least 1, got {self.tokens}.")
-        if self.temperature < 0 or self.top_k < 0 or not 0 < self.top_p <= 1 or self.repetition_penalty <= 0:
-            raise ValueError("temperature and top_k are at least 0, top_p and repetition_penalty above 0.")
-        if self.threads is not None and not (type(self.threads) is int and 1 <= self.threads <= cores()):
+        if self.threads is not None and self.threads > cores():
             raise ValueError(
                 f"threads must be from 1 to {cores()}, the cores that this process may use, "
                 f"got {self.threads!r}."

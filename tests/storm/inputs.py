@@ -172,6 +172,16 @@ def recipes(folder: Path) -> dict[str, Recipe]:
             "OutlierSettings",
             {"output": "run", "model": teacher, "data": [text], "length": 16, "rows": 2, "tasks": []},
         ),
+        "generate": Recipe(
+            "generate/generate.py", "GenerateSettings", {"prompt": "cats", "model": teacher}, False
+        ),
+        "documents": Recipe(
+            "ablate/documents.py",
+            "DocumentSettings",
+            {"teacher": teacher, "student": str(folder / "student"), "texts": [text], "results": "d.jsonl"},
+            False,
+        ),
+        "figures": Recipe("ablate/figures.py", "FigureSettings", {"tables": [], "pages": {}}, False),
         "own text": Recipe(
             "distill/own_text.py",
             "OwnTextSettings",
