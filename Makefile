@@ -23,7 +23,7 @@ EDGE_TESTS ?= tests/neurons $(addprefix tests/spiking_mamba/, \
 help:
 	@echo "make quickstart   distil a spiking Mamba2 on real text and report (under 10 minutes, no GPU needed)"
 	@echo "make test         lint, types, and all tests that need no GPU"
-	@echo "make storm        kill runs at hundreds of moments and go on with them: nothing may be lost"
+	@echo "make storm        thousands of wrong settings, and kills at hundreds of moments: nothing may be lost"
 	@echo "make test-gpu     the tests that need an NVIDIA GPU"
 	@echo "make test-edges   the oldest and the newest releases that pyproject.toml allows"
 	@echo "make gpu          add mamba-ssm's and causal-conv1d's kernels to the current environment"
@@ -48,6 +48,7 @@ test: lint
 	$(BIN)/python -m pytest $(ARGS)
 
 storm: $(BIN)/.ready
+	$(BIN)/python tests/storm/settings.py $(ARGS)
 	$(BIN)/python tests/storm/kills.py $(ARGS)
 
 test-gpu: $(BIN)/.ready

@@ -5,6 +5,7 @@ import hashlib
 import json
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from table import DRIVEN_ROWS, Table, steps
 
 from spiking_mamba import SpikingMambaForCausalLM, data
 from spiking_mamba.common.checkpoint_files import locate
-from spiking_mamba.common.files import file_sha256
+from spiking_mamba.common.errors import RunError
+from spiking_mamba.common.files import file_sha256, refuse_file
 from spiking_mamba.evaluation.scoring import perplexity
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.conversion import spike_driven
@@ -46,6 +48,7 @@ class Measures:
 
     def __init__(self, table: Table) -> None:
         self.table = table
+        refuse_file(Path(table.output))
         folder = locate(table.teacher)[0]
         self.tokenizer = load_tokenizer(folder)
         self.teacher = load_dense(folder).to("cuda" if torch.cuda.is_available() else "cpu")
@@ -57,13 +60,17 @@ class Measures:
             "held_out": text_sha256(table.held_out),
             "held_out_rows": table.held_out_rows,
         }
-        held_out = self.rows(table.held_out, self.depends["held_out"], 512)
-        self.held_out = held_out.select(range(min(table.held_out_rows or len(held_out), len(held_out))))
-        for row, seed in table.runs():  # text that is not there is no fault of a row's
+        wanted = [(table.held_out, self.depends["held_out"], 512, False)]
+        for row, seed in table.runs():  # what is wrong with one, or with the text, is said before the first
             settings = table.settings(row, seed)
+            self._check(row["name"], settings)
             if steps(settings) or asks_for_calibration(settings.threshold):
-                self.training_rows(settings)
-                break
+                wanted.append((table.data, self.depends["data"], settings.length, settings.decontaminate))
+        found = self._tokenised(wanted[:2])
+        if len(found) > 1:
+            self._check_batches(len(found[1][1]) * wanted[1][2])
+        held_out = self._kept(found)[0]
+        self.held_out = held_out.select(range(min(table.held_out_rows or len(held_out), len(held_out))))
         self.measured: dict[str, dict[str, Any]] = {}
         self.thresholds: dict[str, Any] = {}
         self.dense = self.measure(self.teacher)
@@ -71,19 +78,51 @@ class Measures:
     def training_rows(self, settings: DistillationSettings) -> datasets.Dataset:
         return self.rows(self.table.data, self.depends["data"], settings.length, settings.decontaminate)
 
+    def _check(self, name: str, settings: DistillationSettings) -> None:
+        """Raise a ValueError for what a row of this teacher would raise."""
+        try:
+            settings.check_student(self.teacher.config)
+            if steps(settings):
+                settings.make_arguments()
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: {error}") from error
+
+    def _check_batches(self, tokens: int) -> None:
+        """Raise a RunError where so many tokens are no batch of a row."""
+        for row, seed in self.table.runs():
+            settings = self.table.settings(row, seed)
+            rows, batch = tokens // settings.length, settings.training.get("per_device_train_batch_size", 8)
+            if steps(settings) and rows < batch:
+                raise RunError(f"{row['name']}: data make {rows} rows, fewer than one batch of {batch}.")
+
     def rows(self, source: Any, sha256: Any, length: int, decontaminate: bool = False) -> datasets.Dataset:
         """Packed rows of token ids, tokenised once and kept on disk."""
-        about = [sha256, self.depends["teacher"].get("tokenizer.json"), length]
-        name = fingerprint(about + ["decontaminated"] * decontaminate)[:16]
-        path = Path(self.table.output, "tokens", f"{name}.parquet")
-        if not path.is_file():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            tokens = data.tokenize(training_text(source, None, decontaminate), self.tokenizer, length)
-            draft = path.with_name(f"{name}.{os.getpid()}.part")
-            pyarrow.parquet.write_table(tokens.data.table, draft)
-            draft.replace(path)
-        rows = datasets.Dataset(pyarrow.parquet.read_table(path))
-        return rows.with_format("numpy")  # fetched three times as fast as lists
+        return self._kept(self._tokenised([(source, sha256, length, decontaminate)]))[0]
+
+    def _tokenised(self, wanted: Sequence[tuple[Any, Any, int, bool]]) -> list[tuple[Path, datasets.Dataset]]:
+        """Rows of texts, decontaminated or not, each with the file that it has or is to have."""
+        found = []
+        for source, sha256, length, decontaminate in wanted:
+            about = [sha256, self.depends["teacher"].get("tokenizer.json"), length]
+            name = fingerprint(about + ["decontaminated"] * decontaminate)[:16]
+            path = Path(self.table.output, "tokens", f"{name}.parquet")
+            if path.is_file():
+                found.append((path, datasets.Dataset(pyarrow.parquet.read_table(path))))
+            else:
+                text = training_text(source, None, decontaminate)
+                found.append((path, data.tokenize(text, self.tokenizer, length)))
+        return found
+
+    def _kept(self, found: Sequence[tuple[Path, datasets.Dataset]]) -> list[datasets.Dataset]:
+        """The same rows, read from their files."""
+        for path, rows in found:
+            if not path.is_file():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                draft = path.with_name(f"{path.stem}.{os.getpid()}.part")
+                pyarrow.parquet.write_table(rows.data.table, draft)
+                draft.replace(path)
+        kept = [datasets.Dataset(pyarrow.parquet.read_table(path)) for path, _ in found]
+        return [rows.with_format("numpy") for rows in kept]  # fetched three times as fast as lists
 
     def measure(self, model: SpikingMambaForCausalLM) -> dict[str, Any]:
         """Held-out perplexity, spikes and energy of the very same forward passes, in float32."""

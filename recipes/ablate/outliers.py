@@ -23,7 +23,7 @@ from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.progress import quiet
-from spiking_mamba.common.schema import Count, Fraction, Name, Names, Seed, as_list, schema
+from spiking_mamba.common.schema import Count, Fraction, Name, Names, Seed, Words, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.evaluation.outliers import SCOPES, number_of_outliers, replace_outliers
 from spiking_mamba.model.checkpoint import load_model
@@ -36,6 +36,14 @@ from spiking_mamba.training.student import Length
 
 VERSIONS = ("torch", "transformers", "spikingjelly")
 NAMES = {"in_proj": "u (input of in_proj)", "out_proj": "y (input of out_proj)"}
+
+
+def _several(value: Any) -> Any:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+NUMBERS = Words("a number or a list of numbers")
+Value = Annotated[float, Field(ge=-1e9, le=1e9)]
 
 
 @schema
@@ -65,13 +73,13 @@ class OutlierSettings:
     output: Name
     model: Name
     tokenizer: Name | None = None
-    sites: Annotated[list[Literal[PROJECTIONS]], BeforeValidator(as_list)] = field(
+    sites: Annotated[list[Literal[PROJECTIONS]], BeforeValidator(_several), Field(min_length=1)] = field(
         default_factory=lambda: list(PROJECTIONS)
     )
-    values: Annotated[list[Annotated[float, Field(ge=-1e9, le=1e9)]], BeforeValidator(as_list)] = field(
+    values: Annotated[list[Value], BeforeValidator(_several), Field(min_length=1), NUMBERS] = field(
         default_factory=lambda: [0.0, 1.0]
     )
-    fractions: Annotated[list[Fraction], BeforeValidator(as_list)] = field(
+    fractions: Annotated[list[Fraction], BeforeValidator(_several), NUMBERS] = field(
         default_factory=lambda: [0.0001, 0.001, 0.01]
     )
     per: Literal[SCOPES] = "token"

@@ -191,7 +191,7 @@ def run_rows(shared: Study, runs: Sequence[tuple[dict[str, Any], int]]) -> int:
             bad += result["status"] == "failed"
             print(f"{title}: {line(result, shared.measures.dense['perplexity'])}", flush=True)
     if late:
-        print(f"{late} rows did not fit into {table.minutes} minutes.")
+        print(f"{late} rows did not fit into {table.minutes:g} minutes.")
     return bad
 
 

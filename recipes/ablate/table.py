@@ -21,6 +21,7 @@ from spiking_mamba.common.schema import (
     Seeds,
     SettingsError,
     Sources,
+    Words,
     mapping_of,
     schema,
 )
@@ -47,7 +48,11 @@ def _check_row_name(name: str) -> str:
     return name
 
 
-Patterns = Annotated[list[str], BeforeValidator(lambda only: [only] if isinstance(only, str) else only)]
+Patterns = Annotated[
+    list[str],
+    BeforeValidator(lambda only: [only] if isinstance(only, str) else only),
+    Words("a pattern or a list of them (quote one with a colon or comma twice: only='\"4.76x: *\"')"),
+]
 
 
 @functools.cache  # the page asks for the same again and again

@@ -16,6 +16,7 @@ from conversion import mixers_of
 from safetensors.torch import load_file, save_file
 
 from spiking_mamba import SpikingMambaForCausalLM
+from spiking_mamba.common.files import refuse_file
 
 __all__ = ["integers", "load_mixers", "pack_mixers", "second_moments", "unpacked"]
 
@@ -172,7 +173,7 @@ def pack_mixers(
         The files, the index first.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    refuse_file(folder)
     shards: list[dict[str, torch.Tensor]] = [{}]
     size = 0
     for name, tensor in _packed(model, bits, group, moments or {}):
@@ -182,6 +183,7 @@ def pack_mixers(
             size = 0
         shards[-1][name] = tensor.contiguous()
         size += bytes_
+    folder.mkdir(parents=True, exist_ok=True)
     paths = [folder / f"mixers-{k:02d}.safetensors" for k in range(len(shards))]
     for path, shard in zip(paths, shards, strict=True):
         draft = path.with_suffix(".part")

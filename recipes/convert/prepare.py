@@ -16,6 +16,7 @@ from source import load_source_tokenizer
 from tokens import END
 
 from spiking_mamba.common.errors import RunError, fail_clearly
+from spiking_mamba.common.files import refuse_file
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Count, Name, Seed, schema
 from spiking_mamba.common.settings import parse_settings
@@ -128,10 +129,13 @@ def main() -> None:
     settings = parse_settings(PrepareSettings, description=__doc__)
     quiet()
     folder = Path(settings.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    refuse_file(folder)
     tokenizer = load_source_tokenizer(settings.source)
     if len(tokenizer) > 2**16:
         raise RunError(f"{settings.source} has {len(tokenizer)} tokens; files of tokens hold 65,536.")
+    if not (text := Path(settings.corpus, "train.jsonl")).is_file():
+        raise RunError(f"There is no {text}: recipes/teacher/corpus.py writes it.")
+    folder.mkdir(parents=True, exist_ok=True)
     counts, texts = write_text(tokenizer, settings, folder)
     ids, kinds = openings(tokenizer, texts, settings.openings, settings.opening, settings.seed)
     lengths = np.array([len(opening) for opening in ids], dtype=np.uint8)

@@ -20,7 +20,7 @@ from tokens import END
 from torch.nn import functional as F
 
 from spiking_mamba import SpikingMambaForCausalLM
-from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Count, Name, Natural, schema
 from spiking_mamba.common.settings import parse_settings
@@ -206,6 +206,9 @@ def load_scored(settings: ScoreSettings, device: torch.device) -> tuple[Scored, 
 def main() -> None:
     settings = parse_settings(ScoreSettings, description=__doc__)
     quiet()
+    for path in (settings.log, settings.items):  # or it would be told after the scoring
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise RunError(f"There is no folder for {path}: make it, or choose another file.")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     scored, facts = load_scored(settings, device)
     data = np.load(Path(settings.data, "evaluated.npz"))

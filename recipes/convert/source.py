@@ -1,15 +1,18 @@
 """The Transformer that is converted: a hub name, a folder, or a package that carries its weights."""
 
+import contextlib
 import copy
 import shutil
 import tempfile
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from spiking_mamba.common.errors import RunError
 from spiking_mamba.data.packages import Package, cache_folder, fetch_package
 
 __all__ = ["PACKAGES", "load_source", "load_source_tokenizer"]
@@ -44,12 +47,24 @@ def load_source(name: str) -> PreTrainedModel:
         name: a name of :data:`PACKAGES`, or what transformers' ``from_pretrained`` takes.
     """
     folder = _unpacked(name) if name in PACKAGES else name
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with _named(name):
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def load_source_tokenizer(name: str) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to :func:`load_source`'s model."""
-    return AutoTokenizer.from_pretrained(_unpacked(name) if name in PACKAGES else name)
+    folder = _unpacked(name) if name in PACKAGES else name
+    with _named(name):
+        return AutoTokenizer.from_pretrained(folder)
+
+
+@contextlib.contextmanager
+def _named(name: str) -> Iterator[None]:
+    """What transformers and the hub say of a source, with its name."""
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        raise RunError(f"source={name} cannot be loaded: {error}") from error
 
 
 def _unpacked(name: str) -> Path:

@@ -24,6 +24,7 @@ from source import load_source
 from tokens import Mixture, Stream, read_tokens
 
 from spiking_mamba.common.errors import RunError, fail_clearly
+from spiking_mamba.common.files import refuse_file
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Count, Fraction, Name, Natural, Positive, Seed, schema
 from spiking_mamba.common.settings import parse_settings
@@ -89,6 +90,8 @@ class TrainSettings:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
+        if not self.own_text and not self.package_text:
+            raise ValueError("own_text or package_text must name files.")
         if self.rows % self.piece:
             raise ValueError(f"piece must divide rows={self.rows}, got {self.piece}.")
 
@@ -339,8 +342,9 @@ class Stage:
 def main() -> None:
     settings = parse_settings(TrainSettings, description=__doc__)
     quiet()
-    Path(settings.output).mkdir(parents=True, exist_ok=True)
+    refuse_file(Path(settings.output))
     stage = Stage(settings)
+    stage.folder.mkdir(parents=True, exist_ok=True)
     try:
         stage.run()
     finally:

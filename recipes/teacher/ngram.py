@@ -12,13 +12,14 @@ import numpy as np
 from kneser_ney import KneserNey
 from pydantic import Field
 
-from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Name, Source, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import count_bytes, document_stream, train_tokenizer
+from spiking_mamba.model.tokenizer import load_tokenizer
 
 
 @schema
@@ -46,11 +47,11 @@ class NgramSettings:
 def main() -> None:
     settings = parse_settings(NgramSettings, description=__doc__)
     quiet()
+    if settings.output and not Path(settings.output).absolute().parent.is_dir():
+        raise RunError(f"There is no folder for {settings.output}: make it, or choose another output.")
     text = load_text(settings.train)
     if settings.tokenizer:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+        tokenizer = load_tokenizer(settings.tokenizer)
     else:
         tokenizer = train_tokenizer(text["text"], settings.vocab_size)
     tokens = document_stream(text, tokenizer)

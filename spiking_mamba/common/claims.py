@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from spiking_mamba.common.errors import RunError
+from spiking_mamba.common.files import refuse_file
 
 __all__ = ["LOCK", "ClaimedError", "claim_folder", "claimed", "scratch_folder"]
 
@@ -88,7 +89,9 @@ def claim_folder(folder: Path) -> Iterator[None]:
 
     Raises:
         ClaimedError: another process is at it.
+        RunError: a file is in its place; nothing was made.
     """
+    refuse_file(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with claimed(folder) as free:
         if not free:

@@ -16,6 +16,7 @@ __all__ = [
     "file_sha256",
     "full",
     "refuse_above",
+    "refuse_file",
     "remove_whole",
     "replace_folder",
     "sweep",
@@ -138,3 +139,10 @@ def refuse_above(folder: Path, what: str) -> None:
         raise RunError(
             f"{what} would empty {folder}, in which this command was given: choose another folder."
         )
+
+
+def refuse_file(folder: Path) -> None:
+    """Raise a RunError where a file is in the place of a folder, or of one that it lies in."""
+    for place in (folder, *folder.parents):
+        if place.exists() and not place.is_dir():
+            raise RunError(f"{place} is a file, no folder for {folder}: choose another place.")

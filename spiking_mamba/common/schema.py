@@ -53,7 +53,8 @@ class Problem(NamedTuple):
     def within(self, key: str) -> "Problem":
         """The same, of a mapping that stands under ``key`` of another."""
         if self.key is None:
-            return self if key in self.before else self._replace(before=f"{key}: {self.before}")
+            named = self.before.startswith(f"{key}.")
+            return self if named else self._replace(before=f"{key}: {self.before}")
         return self._replace(key=f"{key}.{self.key}" if self.key else key)
 
 

@@ -93,7 +93,7 @@ def tokenize(
     ids = document_stream(dataset, tokenizer)[1:]  # end-of-text between documents, not before
     if len(ids) < (length if drop_last else 1):
         raise DataError(
-            f"The text has {len(ids)} tokens and a row needs {length}: more text, or shorter rows."
+            f"The text has {len(ids)} tokens and a row needs {length}: more text, or a smaller length."
         )
     if drop_last:
         table = pa.table({"input_ids": _rows(ids[: len(ids) // length * length], length)})

@@ -203,9 +203,11 @@ def training_arguments(
 
 def _rehearse(made: TrainingArguments, evaluates: bool) -> None:
     """Raise a ValueError for what transformers would find out when the folder is written already."""
-    if (made.eval_strategy != "no" or made.save_strategy == "best") and not evaluates:
+    asks = made.eval_strategy != "no" or made.save_strategy == "best" or made.load_best_model_at_end
+    if asks and not evaluates:
         raise ValueError(
-            "training.eval_strategy must be no, and save_strategy not best: nothing is held out for them."
+            "training.eval_strategy must be no, save_strategy not best, and load_best_model_at_end false: "
+            "nothing is held out for them."
         )
     if (made.fp16 or made.fp16_full_eval) and not torch.cuda.is_available():
         raise ValueError("training.fp16 needs a GPU.")

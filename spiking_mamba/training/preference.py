@@ -378,7 +378,10 @@ def optimise(settings: PreferenceSettings) -> dict[str, Any] | None:
     preferences, report = settings.read(tokenizer)
     rows = pair_rows(preferences, settings.method, settings.seed)
     if len(rows) < (batch := arguments.train_batch_size * arguments.world_size):
-        raise RunError(f"The data make {len(rows)} rows, fewer than one batch of {batch}: {report}.")
+        raise RunError(
+            f"The data make {len(rows)} rows, fewer than one batch of {batch} "
+            f"(training.per_device_train_batch_size on every process): {report}."
+        )
     held_out, held_out_report = settings.read_held_out(tokenizer)
     text = settings.text and draw_rows(settings.text, tokenizer, settings.text_length, settings.text_rows)
     compile_blocks(settings.compile, model)

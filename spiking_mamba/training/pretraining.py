@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from pydantic import Field
-from transformers import AutoTokenizer, Trainer, TrainingArguments, set_seed
+from transformers import Trainer, TrainingArguments, set_seed
 from transformers.activations import ACT2FN
 
 from spiking_mamba import data
@@ -29,6 +29,7 @@ from spiking_mamba.common.schema import (
 from spiking_mamba.data.tokens import texts_of
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.training.arguments import Training, autocast, compile_blocks, training_arguments
 from spiking_mamba.training.head_loss import head_loss
 from spiking_mamba.training.rows import check_rows, collate, training_text
@@ -189,7 +190,7 @@ def pretrain(settings: PretrainingSettings) -> tuple[Path, list[dict[str, float]
     if settings.tokenizer is None:
         tokenizer = data.train_tokenizer(text["text"], settings.vocab_size)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(settings.tokenizer)
+        tokenizer = load_tokenizer(settings.tokenizer)
     config = settings.make_config(len(tokenizer), tokenizer.eos_token_id)
     arguments = settings.make_arguments()
     rows = data.tokenize(text, tokenizer, settings.length)

@@ -64,7 +64,10 @@ def check_rows(rows: datasets.Dataset, arguments: TrainingArguments, vocab_size:
     """Raise a RunError when the data do not fill one batch, or hold a token that the model does not know."""
     batch = arguments.per_device_train_batch_size
     if len(rows) < batch:
-        raise RunError(f"The data make {len(rows)} rows, fewer than one batch of {batch}: give more text.")
+        raise RunError(
+            f"The data make {len(rows)} rows, fewer than one batch of {batch}: give more text, "
+            "or a smaller training.per_device_train_batch_size."
+        )
     largest = pc.max(pc.list_flatten(rows.data.column("input_ids"))).as_py()
     if largest >= vocab_size:
         raise RunError(

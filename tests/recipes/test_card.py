@@ -301,7 +301,7 @@ def test_without_a_log_there_are_no_losses_and_the_curve_stays(records):
         (lambda r: r["further0.jsonl"].update(status="diverged"), "further0.jsonl#control, 50M#0 is no"),
         (lambda r: r["model/training.json"]["settings"].update(training={}), "max_steps"),
         (lambda r: r.update({"run/log.json": [{"step": 1, "loss": 2.0}]}), "held_out"),
-        (lambda r: r.settings.update(evaluation=[]), "must name"),
+        (lambda r: r.settings.update(evaluation=[]), "evaluation must be a name"),
         (lambda r: r.settings.update(further=[r.settings["further"][0] + "1"]), "There is no run"),
         (lambda r: r.settings.update(corpus="/nowhere"), "There is no /nowhere/manifest.json"),
     ],

@@ -65,12 +65,12 @@ def one_line(found) -> str:
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("weights=int2", "weights must be"),
-        ("states=int8", "states must be"),
+        ("weights=int2", "weights must be 'int8'"),
+        ("states=int8", "states must be 'float32'"),
         (f"threads={cores() + 1}", f"threads must be from 1 to {cores()}"),
-        ("tokens=0", "tokens must be"),
+        ("tokens=0", "tokens must be an integer of at least 1"),
         ("top_p=2", "top_p"),
-        ("prompt=''", "prompt must not be empty"),
+        ("prompt=''", "The prompt is empty"),
         ("model=nowhere", "nowhere"),
         ("temprature=1", "did you mean 'temperature'?"),
     ],

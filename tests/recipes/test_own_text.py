@@ -78,8 +78,8 @@ made["main"]()
     [
         ("passage=24", "must lie between"),
         ("tokens=0", "at least 1"),
-        ("temperature=0", "must be positive"),
-        ("temperature=.inf", "must be positive"),
+        ("temperature=0", "must be a number above 0"),
+        ("temperature=.inf", "must be a number above 0"),
         ("teacher=runs/no/such", "no checkpoint folder"),
         ("data=nosuch.txt", "nosuch.txt"),
         ("output=own.txt", ".jsonl file"),

@@ -166,8 +166,8 @@ def test_a_killed_run_resumes_to_the_same_student(teacher, text, tmp_path):
         ("held_out=wikipedia-pasages", "wikipedia-passages"),
         ("teacher=/nowhere/model", "/nowhere/model"),
         ("tasks=[picqa]", "Did you mean piqa"),
-        ("limit=0", "limit must be a positive integer"),
-        ("held_out_rows=0", "held_out_rows must be a positive integer"),
+        ("limit=0", "limit must be an integer of at least 1"),
+        ("held_out_rows=0", "held_out_rows must be an integer of at least 1"),
     ],
 )
 def test_quickstart_checks_everything_before_it_trains(text, tmp_path, argument, message):

@@ -286,12 +286,12 @@ def test_ctrl_c_names_the_finished_runs(folder, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ("batch_size=0", "batch_size must be at least 1"),
+        ("batch_size=0", "batch_size must be an integer of at least 1"),
         ("tasks=[arc_esy]", "arc_easy"),
         ("kto=nosuch.yaml", "nosuch.yaml"),
         ("teacher=nosuch", "no checkpoint folder nosuch"),
         ("seeds=3", "seeds must be a list of integers"),
-        ("results=3", "results must be a path or null"),
+        ("results=3", "results must be a name or null"),
         ("results=pyproject.toml", "pyproject.toml, line 1 is no record"),
         ("changes=x", "changes must be a list"),
         ("changes=[objective.beta=-1,treshold=1]", "treshold"),

@@ -150,35 +150,60 @@ def test_what_a_number_depends_on_is_run_again(folder, monkeypatch, changed):
     assert result(folder, "a")["key"] != before["key"]
 
 
+def fail_at(monkeypatch, threshold):
+    """Rows with this threshold fail."""
+    distill = study.distill
+
+    def failing(settings, *args, **kwargs):
+        if settings.threshold == threshold:
+            raise RuntimeError("out of luck")
+        return distill(settings, *args, **kwargs)
+
+    monkeypatch.setattr(study, "distill", failing)
+
+
 def test_what_goes_wrong_is_recorded_and_the_rest_goes_on(folder, monkeypatch):
     rows = [
         {"name": "diverges", "training.learning_rate": 1e9, "training.max_steps": 30},
-        {
-            "name": "impossible",
-            "neuron.args.max_spike_count": 4,
-            "training.per_device_train_batch_size": 10_000,
-        },
+        {"name": "impossible", "threshold": 0.125},
         {"name": "fine"},
     ]
+    fail_at(monkeypatch, 0.125)
     rows[0] |= {"training.max_grad_norm": 0.0, "training.logging_steps": 5}
     assert study.study(table(folder, rows)) == 1  # to diverge is a result
     assert result(folder, "diverges")["status"] == "diverged"
     assert result(folder, "impossible")["status"] == "failed"
-    assert "fewer than one batch" in result(folder, "impossible")["error"]
+    assert "out of luck" in result(folder, "impossible")["error"]
     assert result(folder, "fine")["status"] == "done"
     counted = Counted(monkeypatch)
     study.study(table(folder, rows))
     assert len(counted.take()) == 1  # to diverge is a result, to fail is not
 
 
-def test_a_row_that_fails_takes_no_earlier_result_away(folder):
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"training.per_device_train_batch_size": 10_000}, "b: data make .* fewer than one batch"),
+        ({"threshold": [1.0, 1.0, 1.0]}, "b: threshold lists 3 layers"),
+        ({"training.lr_scheduler_type": "cosine_with_min_lr"}, "b: training.lr_scheduler_type"),
+    ],
+)
+def test_mistakes_of_all_rows_are_said_before_the_first(folder, wrong, said):
+    before = sorted(folder.rglob("*"))
+    with pytest.raises(ValueError, match=said):
+        study.study(table(folder, [{"name": "a"}, {"name": "b"} | wrong]))
+    assert sorted(folder.rglob("*")) == before
+
+
+def test_a_row_that_fails_takes_no_earlier_result_away(folder, monkeypatch):
     study.study(table(folder, [{"name": "a"}]))
     before = (folder / "results/small.jsonl").read_text()
-    impossible = {"name": "a", "training.per_device_train_batch_size": 10_000}
+    fail_at(monkeypatch, 0.125)
+    impossible = {"name": "a", "threshold": 0.125}
     assert study.study(table(folder, [impossible])) == 1
     assert (folder / "results/small.jsonl").read_text() == before
     said = json.loads((folder / "runs/small/a-0.failed.json").read_text())
-    assert "fewer than one batch" in said["error"]
+    assert "out of luck" in said["error"]
     # text that is missing is said at once, for all rows
     (folder / "train.txt").unlink()
     with pytest.raises(data.DataError, match=r"train\.txt"):
@@ -268,16 +293,16 @@ def test_two_processes_share_a_table(folder, monkeypatch, capsys):
     [
         ({"rows": [{"name": "a", "treshold": 0.5}]}, "did you mean 'threshold'"),
         ({"rows": [{"name": "a", "loss.sparsty": 0.5}]}, "did you mean 'sparsity'"),
-        ({"rows": [{"name": "a", "checks": ["int4"]}]}, "did you mean 'int8'"),
+        ({"rows": [{"name": "a", "checks": ["int4"]}]}, "must be a list, each 'bf16', 'int8'"),
         ({"rows": [{"name": "a"}, {"name": "a"}]}, "name of its own"),
-        ({"rows": []}, "has no rows"),
+        ({"rows": []}, "rows must be a list"),
         ({"only": "c*"}, "none of the rows"),
         ({"rows": [{"name": "a", "training.learning_rte": 1e-3}]}, "did you mean 'learning_rate'"),
         ({"only": {"a": "b*"}}, "quote one with a colon"),
-        ({"only": 3}, "only takes names"),
-        ({"minutes": "abc"}, "minutes must be a positive number"),
-        ({"minutes": True}, "minutes must be a positive number"),
-        ({"minutes": 0}, "minutes must be a positive number"),
+        ({"only": 3}, "only must be a pattern"),
+        ({"minutes": "abc"}, "minutes must be a number above 0"),
+        ({"minutes": True}, "minutes must be a number above 0"),
+        ({"minutes": 0}, "minutes must be a number above 0"),
         ({"seeds": "abc"}, "seeds must be a list of integers"),
         ({"rows": [{"name": "a", "seeds": 1}]}, "seeds must be a list of integers"),
         ({"claims": [{"claim": "so", "rows": ["c"]}]}, "Unknown key 'c'"),
@@ -289,7 +314,7 @@ def test_two_processes_share_a_table(folder, monkeypatch, capsys):
         ({"findings": [{"text": "{gain[c]:.2f}"}]}, "Unknown key 'c'"),
         ({"findings": [{"text": "{gian[a]:.2f}"}]}, "did you mean 'gain'"),
         ({"claims": [{"claim": "so", "verdict": "{gain[a | c]:.2f}"}]}, "Unknown key 'c'"),
-        ({"findings": [{"text": "so", "rows": "a"}]}, "a list of names"),
+        ({"findings": [{"text": "so", "rows": "a"}]}, "a list of strings"),
         ({"findings": None}, "a list of mappings"),
     ],
 )

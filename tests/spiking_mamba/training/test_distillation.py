@@ -183,11 +183,11 @@ def test_a_batch_of_nothing_but_padding(pair, kind):
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"temperature": 0.0}, "temperature must be positive"),
-        ({"kl": -1.0}, "must not be negative"),
-        ({"kl": 0.0}, "one must be positive"),
-        ({"hidden_kind": "l1"}, "softmax_mse, mse or cosine"),
-        ({"hidden_states": "logits"}, "block or mixer"),
+        ({"temperature": 0.0}, "temperature must be a number above 0"),
+        ({"kl": -1.0}, "kl must be a number of at least 0"),
+        ({"kl": 0.0}, "weights of the loss must be positive"),
+        ({"hidden_kind": "l1"}, "'softmax_mse', 'mse' or 'cosine'"),
+        ({"hidden_states": "logits"}, "'mixer' or 'block'"),
     ],
 )
 def test_bad_losses(fields, message):
@@ -259,8 +259,8 @@ def test_hidden_states_alone(pair):
     [
         ({"sise": 1.0}, "Unknown term 'sise' in loss.weights; known are kl, hidden, ce, spike_size, size"),
         ({"ce": 1.0}, "loss.cross_entropy, not loss.weights.ce"),
-        ({"size": -1.0}, "must not be negative"),
-        (None, "must map names of terms to numbers"),
+        ({"size": -1.0}, "weights must be a mapping to a number of at least 0"),
+        (None, "weights must be a mapping to a number of at least 0"),
     ],
 )
 def test_wrong_weights_of_terms(own_term, weights, message):
