@@ -17,8 +17,7 @@ import torch.nn.functional as F
 
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.progress import Share, Stage, part_of, reporting
-from spiking_mamba.data.benchmarks import BENCHMARK_SETS
-from spiking_mamba.evaluation.tasks import draw_items, undisturbed
+from spiking_mamba.evaluation.tasks import draw_items, main_metric, undisturbed
 from spiking_mamba.model.modes import evaluating
 
 if TYPE_CHECKING:
@@ -68,11 +67,11 @@ def score(
         else:
             items[metric] = [int(value) for value in values]
         metrics[metric] = {"value": value, "stderr": error}
-    benchmark = BENCHMARK_SETS[name]
+    main, chance = main_metric(task, list(metrics))
     return {
         "n": len(samples),
-        "main": benchmark.main,
-        "chance": benchmark.chance,
+        "main": main,
+        "chance": chance,
         "drawn": drawn,
         "metrics": metrics,
         "items": items,

