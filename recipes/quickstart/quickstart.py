@@ -146,7 +146,7 @@ def measure(
             results[name]["zero_shot"] = evaluation.zero_shot(
                 model, tokenizer, tasks, limit=settings.limit, stage=stage, seed=settings.limit_seed
             )
-    teacher, before, after = (results[name]["perplexity"] for name in models)
+    teacher, before, after = (results[name]["nll_per_token"] for name in models)
     student = models["after"]
     prompt = tokenizer(PROMPT, return_tensors="pt").to(student.device)
     torch.manual_seed(settings.seed)

@@ -67,6 +67,11 @@ def _document(results: dict[str, Any], image: Path) -> list[Block]:
 def _quality(results: dict[str, Any]) -> Table:
     models = ("teacher", "before", "after")
     rows = [["perplexity, held-out text", *(f"{results[m]['perplexity']:.2f}" for m in models), ""]]
+    students = [results[m] for m in models[1:]]
+    rows += [
+        ["KL to the teacher, nats a token", "", *(f"{student['kl']:.3f}" for student in students), ""],
+        ["same likeliest token as it", "", *(f"{student['top1_agreement']:.1%}" for student in students), ""],
+    ]
     for task, score in results["after"]["zero_shot"].items():
         cells = [_score(results[m]["zero_shot"][task]) for m in models]
         chance = "" if score["chance"] is None else f"{score['chance']:.3f}"
@@ -80,7 +85,7 @@ def _score(score: dict[str, Any]) -> str:
 
 
 def _closed(results: dict[str, Any]) -> str:
-    return f"Distillation closed {results['gap_closed']:.0%} of the perplexity gap."
+    return f"Distillation closed {results['gap_closed']:.0%} of the gap in nats a token."
 
 
 def _costs(results: dict[str, Any]) -> Table:

@@ -59,9 +59,13 @@ def priced(mean_abs, nonzero):
     }
 
 
+def compared(kl, agreement):
+    return {"kl": kl, "top1_agreement": agreement}
+
+
 @pytest.fixture
 def results():
-    """Those of the README's run, as far as it shows them; spikes by layer are made up."""
+    """Of a run, made up."""
     random = np.random.default_rng(0)
     rows = {}
     for layer in range(LAYERS):
@@ -71,9 +75,9 @@ def results():
             rows[f"backbone.layers.{layer}.mixer.{name}"] = {"histogram": histogram.tolist()}
     return {
         "teacher": {"perplexity": 48.621, "zero_shot": scores(0.26, 0.56, 0.52)},
-        "before": {"perplexity": 101.04, "zero_shot": scores(0.28, 0.52, 0.50)},
-        "after": {"perplexity": 57.699, "zero_shot": scores(0.29, 0.51, 0.53)},
-        "gap_closed": (101.04 - 57.699) / (101.04 - 48.621),
+        "before": {"perplexity": 101.04, "zero_shot": scores(0.28, 0.52, 0.50)} | compared(0.7312, 0.5049),
+        "after": {"perplexity": 57.699, "zero_shot": scores(0.29, 0.51, 0.53)} | compared(0.1429, 0.7851),
+        "gap_closed": math.log(101.04 / 57.699) / math.log(101.04 / 48.621),
         "spikes": {"mean_abs": 0.8596, "nonzero_share": 0.5604, "projections": rows},
         "energy": priced(0.8596, 0.5604),
         "levels": LEVELS,
@@ -89,9 +93,23 @@ def results():
     }
 
 
-def test_the_terminal_shows_the_readmes_tables(results):
+def test_the_readmes_tables_are_those_of_the_recorded_run():
+    results = json.loads((ROOT / "docs/results/quickstart.json").read_text())
+    nats = [results[model]["nll_per_token"] for model in ("before", "after", "teacher")]
+    assert results["gap_closed"] == pytest.approx((nats[0] - nats[1]) / (nats[0] - nats[2]))
     shown = [block for block in re.findall(r"```text\n(.*?)\n```", (ROOT / "README.md").read_text(), re.S)]
     assert report.summary(results) in shown
+
+
+def test_what_is_said_of_the_predictions(results):
+    lines = report.summary(results).splitlines()
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines[3:5]]
+    assert cells == [
+        ["KL to the teacher, nats a token", "", "0.731", "0.143", ""],
+        ["same likeliest token as it", "", "50.5%", "78.5%", ""],
+    ]
+    # ln(101.04 / 57.699) of ln(101.04 / 48.621)
+    assert "Distillation closed 77% of the gap in nats a token." in lines
 
 
 def test_both_reports_have_the_terminals_tables(results, tmp_path):
@@ -118,7 +136,7 @@ def test_both_reports_have_the_terminals_tables(results, tmp_path):
 def test_an_unknown_error_and_a_task_without_chance(results):
     for model in ("teacher", "before", "after"):
         results[model]["zero_shot"] = {"lambada": {"acc": 0.5, "acc_stderr": None, "chance": None, "n": 1}}
-    line = report.summary(results).splitlines()[3]
+    line = report.summary(results).splitlines()[5]
     assert [cell.strip() for cell in line.split("|")[1:-1]] == ["lambada, 1 items", *["0.500 ± ?"] * 3, ""]
 
 

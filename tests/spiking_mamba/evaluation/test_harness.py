@@ -194,21 +194,17 @@ def test_nan_names_the_first_item(dense, tokenizer):
     [task] = zero_shot_tasks("copa").values()
     items = draw_items(task, 20)["items"]
     task.build_all_requests(samples=items)
-    word = tokenizer(" con")["input_ids"][0]
-    hit = [
-        items[instance.doc_id]
-        for instance in task.instances
-        if word in tokenizer("".join(instance.args))["input_ids"][:-1]
-    ]
-    assert min(hit) > items[0]
-    assert len(set(hit)) < 20
+    read = {number: set() for number in items}
+    for instance in task.instances:
+        read[items[instance.doc_id]].update(tokenizer("".join(instance.args))["input_ids"][:-1])
+    word = min(read[items[4]].difference(*(read[number] for number in items[:4])))
     model = load_model(dense)
 
     def poison(module, args, kwargs, output):
         output.logits[(kwargs["input_ids"] == word).any(1)] = math.nan
 
     model.register_forward_hook(poison, with_kwargs=True)
-    with pytest.raises(FloatingPointError, match=rf"NaN in copa, item {min(hit)}\."):
+    with pytest.raises(FloatingPointError, match=rf"NaN in copa, item {items[4]}\."):
         score(SpikingMambaLM(model, tokenizer), task, limit=20)
 
 
