@@ -35,7 +35,8 @@ _LEFT_OUT = {
     *("output_dir", "seed", "data_seed", "resume_from_checkpoint", "do_train", "do_eval", "do_predict"),
     *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
     *("hub_revision", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
-    *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "local_rank", "debug", "label_names"),
+    *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config", "local_rank"),
+    *("debug", "label_names"),
     *("length_column_name", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches"),
     *("eval_use_gather_object", "train_sampling_strategy", "use_liger_kernel", "liger_kernel_config"),
     *("torch_compile", "torch_compile_backend", "torch_compile_mode"),  # a recipe's `compile` does

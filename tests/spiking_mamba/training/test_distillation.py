@@ -556,9 +556,9 @@ def test_a_finished_run_resumes_to_the_same(settings, tmp_path):
         ({"membrane": "x"}, ValueError, "membrane"),
         ({"sgc": {"mode": "x"}}, ValueError, "sgc.mode"),
         ({"loss": {"tempreature": 2.0}}, ValueError, "did you mean 'temperature'"),
-        ({"loss": {"temperature": -2.0}}, ValueError, "must be positive"),
+        ({"loss": {"temperature": -2.0}}, ValueError, "must be a number above 0"),
         ({"training": {"learning_rat": 1}}, ValueError, "did you mean 'learning_rate'"),
-        ({"training": {"max_steps": "abc"}}, ValueError, "max_steps must be a number"),
+        ({"training": {"max_steps": "abc"}}, ValueError, "max_steps must be a positive integer"),
         ({"teacher": "/absent"}, ValueError, "no checkpoint folder"),
         ({"data": "/absent.txt"}, DataError, "No such file"),
         ({"length": 10**6}, DataError, "more text"),
@@ -600,9 +600,10 @@ def test_a_tokenizer_that_is_larger_than_the_teacher_writes_nothing(settings, te
     "model", [{}, {"hidden_size": 32, "neurons": 1}, {"hidden_size": 33, "head_dim": 16}]
 )
 def test_bad_models_write_nothing(model, text, tmp_path):
-    settings = PretrainingSettings(str(tmp_path / "run"), str(text), 16, 300, model=model, training=TRAINING)
-    with pytest.raises(Exception, match=r"must set hidden_size|did you mean 'neuron'|must equal num_heads"):
-        pretrain(settings)
+    with pytest.raises(ValueError, match=r"must set hidden_size|did you mean 'neuron'|must equal num_heads"):
+        pretrain(
+            PretrainingSettings(str(tmp_path / "run"), str(text), 16, 300, model=model, training=TRAINING)
+        )
     assert not (tmp_path / "run").exists()
 
 
