@@ -333,7 +333,8 @@ def test_a_task_of_lm_eval_without_an_entry_here(model, tokenizer, tmp_path, mon
     (tmp_path / "items.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     own = {
         "task": "own_sums", "dataset_path": "json",
-        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}}, "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
+        "dataset_kwargs": {"data_files": {"test": str(tmp_path / "items.jsonl")}},
+        "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
         "doc_to_choice": "{{choices}}", "doc_to_target": "gold",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }  # fmt: skip
