@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-import yaml
-
 from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.yaml_text import load_yaml
 
@@ -74,7 +72,7 @@ def load_costs(path: str | Path) -> dict[str, Costs]:
         raise ValueError(f"There is no file of costs {path}.")
     try:
         tables = load_yaml(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except ValueError as error:  # UnicodeDecodeError is one, too
         raise ValueError(f"{path} is no YAML file: {error}") from None
     if not isinstance(tables, dict) or not tables:
         raise ValueError(f"{path} must map names of tables to their costs, got {tables!r}.")
