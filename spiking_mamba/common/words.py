@@ -102,6 +102,7 @@ def descriptions(cls: type) -> dict[str, str]:
     found: dict[str, str] = {}
     for entry in re.split(r"\n(?=\S)", textwrap.dedent(text)):
         names, colon, about = entry.partition(":")
+        names = " ".join(names.split())  # a long list of them is wrapped
         if colon and re.fullmatch(r"\w+(, \w+)*", names):
             found |= dict.fromkeys(names.split(", "), " ".join(about.split()))
     return found
