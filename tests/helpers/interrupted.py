@@ -11,8 +11,8 @@ import sys
 
 from transformers import Trainer
 
-from spiking_mamba import data
 from spiking_mamba.evaluation import harness
+from spiking_mamba.training import rows
 
 
 def at(owner, name, due=lambda self: True):
@@ -31,7 +31,7 @@ if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell puts in the background ignores it
     moment, _, step = sys.argv[1].partition("-")
     if moment == "data":
-        at(data, "load_text")
+        at(rows, "load_text")
     elif moment == "step":
         at(Trainer, "training_step", lambda trainer: trainer.state.global_step == int(step))
     else:

@@ -216,7 +216,7 @@ def test_a_dry_run_needs_no_network(tmp_path):
 
 @pytest.mark.parametrize(
     ("extra", "message"),
-    [(["dry_run=maybe"], "true, false or full"), (["dry_run=true", "teacher=a/b"], "knows no a/b")],
+    [(["dry_run=maybe"], "true, false or 'full'"), (["dry_run=true", "teacher=a/b"], "knows no a/b")],
 )
 def test_a_dry_run_that_cannot_be(extra, message, tmp_path):
     done = run(RECIPE / "distill.py", RECIPE / "mamba2-130m.yaml", f"output={tmp_path / 'run'}", *extra)
