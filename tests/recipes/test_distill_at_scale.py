@@ -169,7 +169,7 @@ def test_ctrl_c_at_any_moment_says_how_to_go_on(arguments, one_process, tmp_path
     done = run(*command, "resume=true")
     assert done.returncode == 0, done.stderr
     rows = [line.split()[0] for line in done.stdout.splitlines()]
-    assert rows[:4] == ["step", "3", "4", "5"]
+    assert rows[:5] == ["Text", "step", "3", "4", "5"]
     assert_equal(folder, one_process)
 
 

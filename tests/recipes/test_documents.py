@@ -94,4 +94,4 @@ def test_the_command(tmp_path):
     assert set(record["depends"]) == {"text", "teacher", "student"}
     wrong = subprocess.run([*command, "texts=[]"], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert wrong.returncode != 0
-    assert "texts must name a text" in wrong.stderr
+    assert "texts must be a name or a list of names" in wrong.stderr
