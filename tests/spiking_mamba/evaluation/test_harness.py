@@ -83,7 +83,7 @@ def evaluate(model, folder, tasks, monkeypatch, **arguments):
         batch_size=5,
         device="cpu",
         bootstrap_iters=0,
-        task_manager=tasks_module._task_manager(lm_eval.tasks),
+        task_manager=tasks_module._task_manager(lm_eval.tasks, list(tasks)),
     )["samples"]
 
 
