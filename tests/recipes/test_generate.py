@@ -70,7 +70,7 @@ def one_line(found) -> str:
         (f"threads={cores() + 1}", f"threads must be from 1 to {cores()}"),
         ("tokens=0", "tokens must be an integer of at least 1"),
         ("top_p=2", "top_p"),
-        ("prompt=''", "The prompt is empty"),
+        ("prompt=''", "prompt must not be empty"),
         ("model=nowhere", "nowhere"),
         ("temprature=1", "did you mean 'temperature'?"),
     ],
