@@ -65,7 +65,7 @@ def test_a_users_costs_reach_every_table_and_picture(evaluated, drawn):
     # every table of energy has a row of its own for it, beside those of the built-in ones
     rows = [row for table in page.tables for row in table if row[0] == f"student, {OWN} (hypothetical)"]
     builtin = [row for table in page.tables for row in table if row[0] == "student, fp32"]
-    assert len(rows) == len(builtin) == 7
+    assert len(rows) == len(builtin) == 8
     with_neurons = energy["projections_with_neurons"][OWN]["gain"]
     assert [row[6] for row in rows[:2]] == [f"{with_neurons:.2f}x", f"{gain:.2f}x"]
     assert with_neurons < gain
