@@ -205,7 +205,7 @@ def test_quickstart(teacher, text, tmp_path):
     assert all(line.startswith("PyPI ") for line in packages)  # no bar where there is no terminal
     first, *table, summary, stage = done.stdout.splitlines()
     assert first.startswith("1/3")
-    assert [line.split()[0] for line in table] == ["step", "1", "2", "3"]
+    assert [line.split()[0] for line in table] == ["Text", "step", "1", "2", "3"]
     assert summary.startswith("3 steps, 192 tokens in ")
     assert stage.startswith("2/3")
     weights = (folder / "student/model/model.safetensors").read_bytes()
