@@ -115,7 +115,7 @@ def test_a_row_is_run_once(folder, monkeypatch, capsys):
     assert dense["after"]["perplexity"] != dense["teacher"]["perplexity"]
     # what nothing reads stands beside the student, not in the table
     assert not {"log", "mean_abs_by_projection"} & {*found, *found["after"]}
-    assert len(json.dumps(found)) < 3000
+    assert len(json.dumps(found)) < 3500
     (student,) = (folder / "runs/small").glob("a-0-*/model")
     assert (student.parent / "log.json").is_file()
     assert load_model(student).config.max_spike_count == 4
@@ -274,7 +274,7 @@ def test_changed_code_is_said_at_once_and_in_the_record(folder, monkeypatch, cap
     monkeypatch.setattr(provenance, "commit_of", lambda root: commit)
     study.study(table(folder, [{"name": "a", "training.max_steps": 0}]))
     assert result(folder, "a")["commit"] == commit
-    assert ("the page will mark these results" in capsys.readouterr().out) is (commit != "1234567")
+    assert ("mark these results" in capsys.readouterr().out) is (commit != "1234567")
 
 
 def test_two_processes_share_a_table(folder, monkeypatch, capsys):

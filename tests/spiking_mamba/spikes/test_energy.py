@@ -258,7 +258,8 @@ def test_counts_are_what_the_decoder_fetches():
     weights = sum(p.nonzero_macs for p in counts.projections.values()) / 12
     assert model_energy(counts, made.config)["fetched"]["weights_per_token"] == pytest.approx(weights)
     with count_spikes(made) as watched:  # hooks see nothing of compiled code
-        made.generate(ids, max_new_tokens=5, do_sample=False)
+        # with a mask: id 0 among the tokens would be taken for padding
+        made.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
     assert watched.tokens == 12 + 4
 
 
