@@ -154,8 +154,8 @@ def draw_accuracy_energy(models: Sequence[Mapping[str, Any]], path: Path) -> Non
                         marks[name] = _draw_group(panel, rows, scope, look, short(name))
                 panel.axvline(1.0, color="grey", linewidth=0.8, linestyle="--")
                 panel.grid(color="#e5e5e5")
-                what = f"({_called(models, table)}, compute only)"
-                panel.set(title=title, xlabel=f"energy gain over the dense model, times\n{what}")
+                what = f"energy gain over dense, times, compute only\n({_called(models, table)})"
+                panel.set(title=title, xlabel=what)
                 _limit(panel, [point[scope] for point in points], [point["accuracy"] for point in points])
             panels[0].set_ylabel(label)
         handles = [marks[name] for name in looks]
