@@ -23,28 +23,25 @@ __all__ = ["integers", "load_mixers", "pack_mixers", "second_moments", "unpacked
 _INDEX = "mixers.json"
 
 
-_SHRUNK = [
-    k / 20 for k in range(13, 21)
-]  # of the scale at which a group's largest weight is the largest integer
+# of the scale at which a group's largest weight is the largest integer, the largest first: it wins a tie
+_SHARES = [k / 20 for k in range(20, 12, -1)]
 
 
 def scales_of(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     """``[out, in] -> [out, in / group]``, of float16's values: the scale at which a group's largest weight is
     the largest integer, or up to a third less where cutting that weight off lets the others err less."""
     most = 2 ** (bits - 1) - 1
-    parts = weight.unflatten(1, (-1, group))
+    parts = weight.unflatten(1, (-1, group))  # [out, in / group, group]
     whole = parts.abs().amax(-1) / most
-    best, least = None, None
-    for share in _SHRUNK:
-        # rounded up by float16's step: the largest integer must not be exceeded by rounding alone
-        scale = (whole * share * (1 + 2**-11)).clamp(min=2.0**-14).half().float()
-        found = (parts / scale[..., None]).round().clamp(-most, most) * scale[..., None]
-        error = (found - parts).square().sum(-1)
-        better = torch.ones_like(error, dtype=torch.bool) if least is None else error <= least
-        best = scale if best is None else torch.where(better, scale, best)
-        least = error if least is None else torch.where(better, error, least)
-    assert best is not None
-    return best
+    # rounded up by float16's step: the largest integer must not be exceeded by rounding alone
+    scales = torch.stack([(whole * share * (1 + 2**-11)).clamp(min=2.0**-14) for share in _SHARES])
+    scales = scales.half().float()  # [shares, out, in / group]
+    errors = []
+    for scale in scales[..., None]:
+        rounded = (parts / scale).round().clamp(-most, most) * scale
+        errors.append((rounded - parts).square().sum(-1))
+    best = torch.stack(errors).argmin(0, keepdim=True)
+    return scales.gather(0, best)[0]
 
 
 @torch.no_grad()

@@ -115,7 +115,7 @@ def test_a_row_is_run_once(folder, monkeypatch, capsys):
     assert dense["after"]["perplexity"] != dense["teacher"]["perplexity"]
     # what nothing reads stands beside the student, not in the table
     assert not {"log", "mean_abs_by_projection"} & {*found, *found["after"]}
-    assert len(json.dumps(found)) < 6000
+    assert len(json.dumps(found | {"command": ""})) < 3000  # the command is pytest's, as long as may be
     (student,) = (folder / "runs/small").glob("a-0-*/model")
     assert (student.parent / "log.json").is_file()
     assert load_model(student).config.max_spike_count == 4
