@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from spiking_mamba.common.settings import load_yaml
+from spiking_mamba.common.yaml_text import load_yaml
 from spiking_mamba.data.packages import CORPORA, fetch_package
 
 __all__ = ["openings"]

@@ -9,15 +9,10 @@ from spiking_mamba.common.keys import reject_unknown_keys, set_dotted, shown
 from spiking_mamba.common.words import described, hints_of
 from spiking_mamba.common.yaml_text import load_yaml, read_yaml
 
-__all__ = ["is_list_of", "load_yaml", "parse_settings", "reject_unknown_keys", "set_dotted"]
+__all__ = ["parse_settings"]
 
 T = TypeVar("T")
 LONGEST = 500  # characters of an error
-
-
-def is_list_of(value: Any, kind: type) -> bool:
-    """Whether ``value`` is a list or tuple, perhaps empty, of nothing but ``kind``; true is no ``int``."""
-    return isinstance(value, list | tuple) and all(type(each) is kind for each in value)
 
 
 def _overrides(arguments: Sequence[str]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import functools
 import json
 import os
 import time
@@ -13,31 +12,23 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import datasets
 from accelerate import PartialState
-from pydantic import Field
 from transformers import PreTrainedTokenizerBase, TrainingArguments, set_seed
 
 from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
-from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.progress import Stage
 from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.schema import (
     Auto,
     Count,
-    Fraction,
     Name,
-    Positive,
     Seed,
-    SettingsError,
     Source,
     Sources,
     Words,
-    as_list,
     schema,
-    schema_of,
 )
-from spiking_mamba.common.words import hints_of
 from spiking_mamba.data.preferences import Preference, RowReport, read_preferences
 from spiking_mamba.data.text import draw_rows
 from spiking_mamba.evaluation.preferences import compare, judge
@@ -47,6 +38,7 @@ from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.training.arguments import Training, compile_blocks, training_arguments
+from spiking_mamba.training.objective import check_objective
 from spiking_mamba.training.run import finish_run, kept_in, run, run_folder, whole_model
 from spiking_mamba.training.student import Compensation, Length, check_student
 from spiking_mamba.training.trainer import SpikingTrainer
@@ -175,65 +167,6 @@ def pair_rows(preferences: Sequence[Preference], method: str, seed: int = 0) -> 
     return datasets.Dataset.from_list(rows).shuffle(seed=seed).flatten_indices()
 
 
-# What a setting decides, or what trl does to rows that it gets as text.
-_DECIDED = {"max_length", "precompute_ref_log_probs", "model_init_kwargs", "trust_remote_code"}
-_DECIDED |= {"truncation_mode", "dataset_num_proc", "pad_token", "padding_free", "use_liger_kernel"}
-_LOSSES = {
-    "dpo": (
-        *("sigmoid", "hinge", "ipo", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "aot"),
-        *("aot_unpaired", "apo_zero", "apo_down", "discopop", "sft", "sigmoid_norm"),
-    ),
-    "kto": ("kto", "apo_zero_unpaired"),
-}
-_DIVERGENT = {"sigmoid", "sigmoid_norm", "hinge", "ipo", "exo_pair", "robust", "discopop", "sft"}
-_OBJECTIVE: dict[str, Any] = {
-    "f_divergence_type": Literal["reverse_kl", "forward_kl", "js_divergence", "alpha_divergence"],
-    "loss_weights": list[Annotated[float, Field(ge=0)]] | None,
-    "pad_to_multiple_of": Count | Literal["auto"] | None,
-    "beta": Positive,
-    **dict.fromkeys(("desirable_weight", "undesirable_weight", "discopop_tau"), Positive),
-    **dict.fromkeys(("label_smoothing", "ref_model_mixup_alpha", "f_alpha_divergence_coef"), Fraction),
-    **dict.fromkeys(("ld_alpha", "router_aux_loss_coef"), Fraction | None),
-    **dict.fromkeys(("precompute_ref_batch_size",), Count | None),
-    "ref_model_sync_steps": Count,
-}
-
-
-@functools.cache
-def _objective_of(method: str) -> type:
-    """The schema of a method's ``objective``."""
-    config = METHODS[method].config
-    trainers = {f.name for f in dataclasses.fields(TrainingArguments)}
-    own = [f.name for f in dataclasses.fields(config) if f.init and f.name not in _DECIDED | trainers]
-    loss = Literal[_LOSSES[method]]
-    kinds = _OBJECTIVE | {
-        "loss_type": loss if method == "kto" else loss | Annotated[list[loss], Field(min_length=1)]
-    }
-    return schema_of(config, own, kinds, "objective")
-
-
-def _check_objective(method: str, given: dict[str, Any]) -> None:
-    """Raise a ValueError for what trl would refuse later, or pass over."""
-    known = _objective_of(method)
-    reject_unknown_keys(given, hints_of(known), "objective")
-    try:
-        known(**given)
-    except SettingsError as error:
-        raise SettingsError("objective", [each.within("objective") for each in error.problems]) from None
-    losses = as_list(given.get("loss_type"))
-    weights = given.get("loss_weights")
-    if weights is not None and len(weights) != max(1, len(losses)):
-        raise ValueError(f"objective.loss_weights must be one for each loss_type, got {len(weights)}.")
-    if "exo_pair" in losses and not given.get("label_smoothing"):
-        raise ValueError("objective.label_smoothing must be above 0 for the loss_type exo_pair.")
-    if given.get("f_divergence_type", "reverse_kl") != "reverse_kl" and not _DIVERGENT.issuperset(losses):
-        raise ValueError(
-            f"objective.f_divergence_type goes with loss_type {', '.join(sorted(_DIVERGENT))} alone."
-        )
-    if given.get("use_weighting") and {"aot", "aot_unpaired"}.intersection(losses):
-        raise ValueError("objective.use_weighting does not go with the loss_type aot or aot_unpaired.")
-
-
 @schema
 class PreferenceSettings:
     """Settings of one preference optimisation; every field is a key of the YAML file.
@@ -301,7 +234,7 @@ class PreferenceSettings:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
-        _check_objective(self.method, self.objective)
+        check_objective(self.method, METHODS[self.method].config, self.objective)
         if self.sgc is not None:
             check_student({"class": "neurons.SILIFNode"}, self.sgc, "token", 1.0, False)
 

@@ -10,7 +10,7 @@ import yaml
 
 from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.schema import schema
-from spiking_mamba.common.settings import is_list_of, parse_settings
+from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.training.arguments import training_arguments
 from spiking_mamba.training.run import start_run
 
@@ -245,22 +245,3 @@ def test_refused_training_arguments(tmp_path, given, message):
     with pytest.raises(ValueError, match=message):
         training_arguments(tmp_path / "run", given, 0)
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize(
-    ("value", "kind", "is_one"),
-    [
-        ([], int, True),
-        ([1, 2], int, True),
-        ((1,), int, True),
-        ([True], int, False),
-        ([1.0], int, False),
-        (["a", 1], str, False),
-        ("ab", str, False),
-        ({"a": 1}, str, False),
-        (None, int, False),
-        (3, int, False),
-    ],
-)
-def test_lists_of_one_kind(value, kind, is_one):
-    assert is_list_of(value, kind) is is_one
