@@ -65,8 +65,8 @@ pack() { # NAME [key=value ...]: as int8, from which the next stage starts
   python3 recipes/convert/pack.py recipes/convert/pack.yaml state=$base/run/$name/state.pt output=$base/run/$name/packed "$@"
 }
 
-results() { # NAME: mixers in 4 bits, logs and scores, to OUT; what is small goes into one file
-  pack "$1" bits=4 group=32 calibration="$base/data/package_text.bin" output="$base/run/$1/packed4"
+results() { # NAME [key=value ...]: mixers in 4 bits, logs and scores, to OUT; what is small goes into one file
+  pack "$1" bits=4 group=32 output="$base/run/$1/packed4" "${@:2}"
   cp "$base/run/$1/packed4"/* "$OUT/" && small
 }
 

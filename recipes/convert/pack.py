@@ -4,7 +4,7 @@ from typing import Annotated
 
 import torch
 from conversion import convert, mixers_of
-from flat import FlatParameters
+from flat import load_state
 from llama import Llama
 from packing import pack_mixers, second_moments
 from pydantic import Field
@@ -24,7 +24,7 @@ class PackSettings:
 
     Attributes:
         source: the Transformer, see ``source.load_source``.
-        state: a stage's ``state.pt``.
+        state: a stage's ``state.pt``; what it learned in few bits is packed in as many without a loss.
         output: folder for the packed mixers.
         bits, group: see ``packing.integers``.
         megabytes: of a file, at most.
@@ -51,17 +51,14 @@ def main() -> None:
     settings = parse_settings(PackSettings, description=__doc__)
     quiet()
     model = convert(Llama.from_transformers(load_source(settings.source)), settings.expand)
-    state = torch.load(settings.state, map_location="cpu", weights_only=True)
-    flat = FlatParameters(mixers_of(model))
-    flat.matrices.data.copy_(state["matrices"])
-    flat.vectors.data.copy_(state["vectors"])
+    progress = load_state(mixers_of(model), settings.state)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device)
     moments = {}
     if settings.calibration is not None:
         stream = Stream(read_tokens([settings.calibration]), settings.length, 0, device)
         moments = second_moments(model, stream.take(0, settings.rows))
-    facts = {"progress": state["progress"], "group": settings.group, "calibration": settings.calibration}
+    facts = {"progress": progress, "group": settings.group, "calibration": settings.calibration}
     paths = pack_mixers(
         model, settings.output, settings.bits, settings.group, moments, settings.megabytes, facts
     )

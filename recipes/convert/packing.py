@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from conversion import mixers_of
+from rounding import scales_of
 from safetensors.torch import load_file, save_file
 
 from spiking_mamba import SpikingMambaForCausalLM
@@ -21,27 +22,6 @@ from spiking_mamba.common.files import refuse_file
 __all__ = ["integers", "load_mixers", "pack_mixers", "second_moments", "unpacked"]
 
 _INDEX = "mixers.json"
-
-
-# of the scale at which a group's largest weight is the largest integer, the largest first: it wins a tie
-_SHARES = [k / 20 for k in range(20, 12, -1)]
-
-
-def scales_of(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """``[out, in] -> [out, in / group]``, of float16's values: the scale at which a group's largest weight is
-    the largest integer, or up to a third less where cutting that weight off lets the others err less."""
-    most = 2 ** (bits - 1) - 1
-    parts = weight.unflatten(1, (-1, group))  # [out, in / group, group]
-    whole = parts.abs().amax(-1) / most
-    # rounded up by float16's step: the largest integer must not be exceeded by rounding alone
-    scales = torch.stack([(whole * share * (1 + 2**-11)).clamp(min=2.0**-14) for share in _SHARES])
-    scales = scales.half().float()  # [shares, out, in / group]
-    errors = []
-    for scale in scales[..., None]:
-        rounded = (parts / scale).round().clamp(-most, most) * scale
-        errors.append((rounded - parts).square().sum(-1))
-    best = torch.stack(errors).argmin(0, keepdim=True)
-    return scales.gather(0, best)[0]
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from conversion import convert, mixers_of
-from flat import FlatParameters
+from flat import load_state
 from llama import Llama
 from packing import load_mixers
 from source import load_source
@@ -187,11 +187,7 @@ def load_scored(settings: ScoreSettings, device: torch.device) -> tuple[Scored, 
     if settings.state or settings.mixers:
         student = convert(source, settings.expand)
         if settings.state:
-            state = torch.load(settings.state, map_location="cpu", weights_only=True)
-            flat = FlatParameters(mixers_of(student))
-            flat.matrices.data.copy_(state["matrices"])
-            flat.vectors.data.copy_(state["vectors"])
-            progress = state["progress"]
+            progress = load_state(mixers_of(student), settings.state)
             facts = {"stage": progress["settings"]["stage"], "step": progress["step"]}
             facts["tokens"] = progress["tokens"]
         else:

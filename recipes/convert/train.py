@@ -49,6 +49,8 @@ class TrainSettings:
         own_text, package_text: files of tokens (uint16), see ``write_text.py`` and ``prepare.py``.
         start: folder of packed mixers to start from, or null: from attention's own weights.
         expand: width of a mixer over the residual stream's.
+        bits, group: to which mixers' matrices are rounded while they learn, groups of inputs sharing a scale:
+            packing them so costs nothing more; bits 0: not rounded.
         rows, length: of a process's batch, and tokens of a row.
         own_share: of the rows that come from its own text.
         steps: of the stage; 0: as many as `budget` allows at the speed of the first steps.
@@ -72,6 +74,8 @@ class TrainSettings:
     package_text: list[Name]
     start: Name | None = None
     expand: Count = 2
+    bits: Annotated[int, Field(ge=0, le=8)] = 0
+    group: Count = 32
     rows: Count = 32
     length: Length = 512
     own_share: Fraction = 2 / 3
@@ -94,6 +98,8 @@ class TrainSettings:
             raise ValueError("own_text or package_text must name files.")
         if self.rows % self.piece:
             raise ValueError(f"piece must divide rows={self.rows}, got {self.piece}.")
+        if self.bits == 1:
+            raise ValueError("bits must be 0 or 2 to 8, got 1.")
 
 
 def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
@@ -146,9 +152,9 @@ class Stage:
         self.mixers = mixers_of(self.student)
         for mixer in self.mixers:
             mixer.requires_grad_(True)
-        self.flat = FlatParameters(self.mixers)
-        dtype = torch.bfloat16 if self.cuda else torch.float32
         compiles = settings.compiles
+        self.flat = FlatParameters(self.mixers, settings.bits, settings.group, compiles)
+        dtype = torch.bfloat16 if self.cuda else torch.float32
         self.source = replace(source.to(self.device, dtype), compiles=compiles)
         self.optimizer = torch.optim.AdamW(
             [
@@ -203,6 +209,7 @@ class Stage:
         with torch.no_grad():
             self.flat.matrices.copy_(state["matrices"])
             self.flat.vectors.copy_(state["vectors"])
+        self.flat.round()
         self.optimizer.load_state_dict(state["optimizer"])
         self.say(f"goes on at step {self.progress.step} of {self.progress.steps}")
 
@@ -263,10 +270,11 @@ class Stage:
             torch.distributed.init_process_group("nccl" if self.cuda else "gloo", **where)
             for flat in self.flat.tensors():
                 torch.distributed.broadcast(flat.data, 0)
+            self.flat.round()
         return step
 
     def _update(self, number: int) -> torch.Tensor:
-        """All-reduce, clip, step, clear."""
+        """All-reduce, clip, step, round, clear."""
         if self.world > 1:
             for flat in self.flat.tensors():
                 torch.distributed.all_reduce(flat.grad)
@@ -276,6 +284,7 @@ class Stage:
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
+        self.flat.round()
         self.flat.clear_gradients()
         return norm
 

@@ -327,6 +327,43 @@ def test_packed_mixers_come_back(convert, model, tmp_path, bits):
         convert.packing.load_mixers(other, tmp_path / "none")
 
 
+def test_modules_see_rounded_matrices_and_gradients_pass_straight_through(convert):
+    def layers():
+        torch.manual_seed(0)
+        return [torch.nn.Sequential(torch.nn.Linear(32, 5), torch.nn.Linear(5, 3)) for _ in range(2)]
+
+    with pytest.raises(ValueError, match="Groups of 32 do not divide the 5 inputs of 1"):
+        convert.flat.FlatParameters(layers(), bits=4, group=32)
+    modules, plain = ([layer[:1] for layer in layers()] for _ in range(2))
+    flat = convert.flat.FlatParameters(modules, bits=4, group=16)
+    x = torch.randn(7, 32)
+    for module, other in zip(modules, plain, strict=True):
+        found, scale = convert.packing.integers(other[0].weight, 4, 16)
+        wanted = found.float() * scale.repeat_interleave(16, 1)
+        assert torch.equal(module[0].weight, wanted)
+        assert 0 < (wanted - other[0].weight).abs().max() < 0.1
+        other[0].weight.data = wanted
+        module(x).square().sum().backward()
+        other(x).square().sum().backward()
+        assert torch.equal(module[0].weight.grad, other[0].weight.grad)
+    # a step of the trained matrices shows once they are rounded again
+    before = modules[0][0].weight.clone()
+    with torch.no_grad():
+        flat.matrices -= flat.matrices.grad
+    assert torch.equal(modules[0][0].weight, before)
+    flat.round()
+    assert not torch.equal(modules[0][0].weight, before)
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_what_is_rounded_is_rounded_to_itself(convert, bits):
+    weight = torch.randn(50, 64) * torch.logspace(-6, 3, 50)[:, None]
+    once = convert.rounding.rounded(weight.view(-1, 32), bits)
+    assert torch.equal(convert.rounding.rounded(once, bits), once)
+    scales = convert.rounding.scales_of(weight, bits, 32)
+    assert torch.equal(scales.half().float(), scales)
+
+
 def test_errors_fed_back_help_what_the_layer_says(convert):
     torch.manual_seed(0)
     x = torch.randn(2000, 24) @ torch.randn(24, 96) + 0.1 * torch.randn(2000, 96)
@@ -352,7 +389,7 @@ def test_second_moments_are_of_what_projections_are_given(convert, model):
     assert not any(m._forward_pre_hooks for m in student.modules())
 
 
-def settings(convert, folder, **changed):
+def make_settings(convert, folder, **changed):
     defaults = {
         "output": str(folder / "layers"),
         "stage": "layers",
@@ -377,13 +414,16 @@ def run(convert, settings):
     return stage
 
 
-@pytest.mark.parametrize("name", ["layers", "logits"])
-def test_a_stage_learns_and_goes_on_as_if_never_stopped(convert, folder, tmp_path, monkeypatch, name):
-    whole = run(convert, settings(convert, folder, stage=name, output=str(tmp_path / "whole")))
+@pytest.mark.parametrize(("name", "bits"), [("layers", 0), ("logits", 0), ("logits", 4)])
+def test_a_stage_learns_and_goes_on_as_if_never_stopped(convert, folder, tmp_path, monkeypatch, name, bits):
+    def settings(convert, folder, **changed):
+        return make_settings(convert, folder, stage=name, bits=bits, group=16, **changed)
+
+    whole = run(convert, settings(convert, folder, output=str(tmp_path / "whole")))
     lines = [json.loads(line) for line in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert lines[-1]["step"] == 12
-    halves = settings(convert, folder, stage=name, output=str(tmp_path / "halves"))
+    halves = settings(convert, folder, output=str(tmp_path / "halves"))
     monkeypatch.setattr(convert.train.Stage, "_over", lambda self, *_: self.progress.step == 6)
     assert run(convert, halves).progress.step == 6
     monkeypatch.undo()
@@ -391,7 +431,19 @@ def test_a_stage_learns_and_goes_on_as_if_never_stopped(convert, folder, tmp_pat
     assert torch.equal(stage.flat.matrices, whole.flat.matrices)
     assert torch.equal(stage.flat.vectors, whole.flat.vectors)
     with pytest.raises(convert.train.RunError, match="other settings of rows"):
-        convert.train.Stage(settings(convert, folder, stage=name, output=str(tmp_path / "halves"), rows=4))
+        convert.train.Stage(settings(convert, folder, output=str(tmp_path / "halves"), rows=4))
+    if not bits:
+        return
+    # what was learned in few bits is packed as it is
+    source = convert.llama.Llama.from_transformers(convert.source.load_source(str(folder / "model")))
+    models = [convert.conversion.convert(source) for _ in range(2)]
+    convert.flat.load_state(convert.conversion.mixers_of(models[0]), tmp_path / "whole" / "state.pt")
+    convert.packing.pack_mixers(models[0], tmp_path / "packed", bits, group=16)
+    convert.packing.load_mixers(models[1], tmp_path / "packed")
+    for model in models:
+        for mixer, trained in zip(convert.conversion.mixers_of(model), whole.mixers, strict=True):
+            for one, two in zip(mixer.parameters(), trained.parameters(), strict=True):
+                assert torch.equal(one, two)
 
 
 def test_text_is_written_again_from_its_seeds(convert, folder, tmp_path):
