@@ -9,12 +9,13 @@ decays a head, a fast and a slow one, take their place.
 import math
 
 import torch
-from llama import Layer, Llama, NotLlamaError, Shape
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
 from spiking_mamba.model.block import SpikingMambaMixer
+from spiking_mamba.model.converted import kept_weights, mixers_of
+from spiking_mamba.model.llama import Layer, LlamaWeights, NotLlamaError, Shape
 
-__all__ = ["convert", "mixers_of", "start_mixer", "student_config"]
+__all__ = ["convert", "start_mixer", "student_config"]
 
 _GATE = 1.2785  # SiLU(1.2785) = 1: the gate starts open
 _TIME_STEPS = 0.003, 0.3  # of a head's copies, slowest and fastest; A is -1
@@ -89,28 +90,15 @@ def start_mixer(
     mixer.dt_bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
 
 
-def mixers_of(model: SpikingMambaForCausalLM) -> list[SpikingMambaMixer]:
-    """The Mamba2 mixers of a model, first to last."""
-    return [block.mixer for block in model.backbone.layers if isinstance(block.mixer, SpikingMambaMixer)]
-
-
 @torch.no_grad()
-def convert(source: Llama, expand: int = 2, seed: int = 0) -> SpikingMambaForCausalLM:
+def convert(source: LlamaWeights, expand: int = 2, seed: int = 0) -> SpikingMambaForCausalLM:
     """A dense model whose MLPs, norms and embeddings are the source's and whose mixers start from its
     attention, in float32 on the CPU, in evaluation mode."""
     shape = source.shape
     tied = source.head is source.embedding
     model = SpikingMambaForCausalLM(student_config(shape, len(source.layers), tied, expand))
+    model.load_state_dict(kept_weights(source), strict=False)
     generator = torch.Generator().manual_seed(seed)
-    model.backbone.embeddings.weight.copy_(source.embedding)
-    model.lm_head.weight.copy_(source.head)
-    model.backbone.norm_f.weight.copy_(source.norm)
-    blocks = iter(model.backbone.layers)
-    for layer in source.layers:
-        attention, mlp = next(blocks), next(blocks)
-        attention.norm.weight.copy_(layer.attention_norm)
-        start_mixer(attention.mixer, Layer(*(t if t is None else t.cpu() for t in layer)), shape, generator)
-        mlp.norm.weight.copy_(layer.mlp_norm)
-        mlp.mixer.in_proj.weight.copy_(layer.gate_up)
-        mlp.mixer.out_proj.weight.copy_(layer.down)
+    for mixer, layer in zip(mixers_of(model), source.layers, strict=True):
+        start_mixer(mixer, Layer(*(t if t is None else t.cpu() for t in layer)), shape, generator)
     return model.eval()

@@ -9,42 +9,14 @@ key-value heads shared by groups of heads.
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
-__all__ = ["Layer", "Llama", "NotLlamaError", "Shape", "attend", "rms_norm", "rotate"]
+from spiking_mamba.model.llama import Layer, LlamaWeights, NotLlamaError, Shape, read_llama
 
-
-class NotLlamaError(ValueError):
-    """A model has a part that these functions do not know."""
-
-
-class Shape(NamedTuple):
-    """Widths of a model; ``eps`` is of its norms."""
-
-    hidden_size: int
-    heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate_size: int
-    vocab_size: int
-    eps: float
-
-
-class Layer(NamedTuple):
-    """Weights of one layer, as ``F.linear`` takes them: query, key and value rows are stacked in ``qkv``,
-    gate and up rows in ``gate_up``."""
-
-    attention_norm: torch.Tensor
-    qkv: torch.Tensor
-    qkv_bias: torch.Tensor | None
-    out: torch.Tensor
-    out_bias: torch.Tensor | None
-    mlp_norm: torch.Tensor
-    gate_up: torch.Tensor
-    down: torch.Tensor
+__all__ = ["Llama", "attend", "rms_norm", "rotate"]
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -99,20 +71,14 @@ def _compiled_layer() -> Callable[..., Any]:
 
 
 @dataclass(frozen=True)
-class Llama:
-    """A model's weights.
+class Llama(LlamaWeights):
+    """A model that runs.
 
     Attributes:
-        embedding, head: ``[vocab_size, C]``; one tensor where they are tied. norm: ``[C]``, the last one.
         frequencies: ``[P / 2]`` float32, radians a position. scale: of ``cos`` and ``sin``.
         compiles: run layers through ``torch.compile``.
     """
 
-    shape: Shape
-    embedding: torch.Tensor
-    layers: tuple[Layer, ...]
-    norm: torch.Tensor
-    head: torch.Tensor
     frequencies: torch.Tensor
     scale: float = 1.0
     compiles: bool = False
@@ -124,10 +90,12 @@ class Llama:
         Raises:
             NotLlamaError: the model has other parts, or answers otherwise than these functions do.
         """
-        try:
-            found = _read(model)
-        except AttributeError as error:
-            raise NotLlamaError(f"{type(model).__name__} is not built like a Llama: {error}.") from None
+        weights = read_llama(model)
+        rotary = getattr(model.model, "rotary_emb", None)
+        if rotary is None:
+            raise NotLlamaError(f"{type(model).__name__} has no rotary positions.")
+        frequencies, scale = rotary.inv_freq.float().cpu(), float(rotary.attention_scaling)
+        found = cls(**vars(weights), frequencies=frequencies, scale=scale)
         ids = torch.arange(24)[None] * 7 % found.shape.vocab_size
         with torch.no_grad():
             theirs = model.model(input_ids=ids, use_cache=False).last_hidden_state.float()
@@ -172,44 +140,3 @@ class Llama:
         for x, _, _ in self.run(ids):  # noqa: B007
             pass
         return rms_norm(x, self.norm, self.shape.eps)
-
-
-def _read(model: Any) -> Llama:
-    config, backbone = model.config, model.model
-    if config.hidden_act not in ("silu", "swish"):
-        raise NotLlamaError(f"The MLP's activation is {config.hidden_act}, not SiLU.")
-    layers = tuple(_read_layer(layer) for layer in backbone.layers)
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    shape = Shape(
-        config.hidden_size,
-        config.num_attention_heads,
-        getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
-        head_dim,
-        layers[0].down.shape[1],
-        config.vocab_size,
-        config.rms_norm_eps,
-    )
-    embedding, head = backbone.embed_tokens.weight.data, model.lm_head.weight.data
-    if head.data_ptr() == embedding.data_ptr():
-        head = embedding
-    rotary = backbone.rotary_emb
-    frequencies, scale = rotary.inv_freq.float().cpu(), float(rotary.attention_scaling)
-    return Llama(shape, embedding, layers, backbone.norm.weight.data, head, frequencies, scale)
-
-
-def _read_layer(layer: Any) -> Layer:
-    attention, mlp = layer.self_attn, layer.mlp
-    heads = (attention.q_proj, attention.k_proj, attention.v_proj)
-    biases = [projection.bias for projection in heads]
-    if any(projection.bias is not None for projection in (mlp.gate_proj, mlp.up_proj, mlp.down_proj)):
-        raise NotLlamaError("The MLP has biases.")
-    return Layer(
-        layer.input_layernorm.weight.data,
-        torch.cat([projection.weight.data for projection in heads]),
-        None if biases[0] is None else torch.cat([bias.data for bias in biases]),
-        attention.o_proj.weight.data,
-        None if attention.o_proj.bias is None else attention.o_proj.bias.data,
-        layer.post_attention_layernorm.weight.data,
-        torch.cat([mlp.gate_proj.weight.data, mlp.up_proj.weight.data]),
-        mlp.down_proj.weight.data,
-    )

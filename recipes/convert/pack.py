@@ -3,18 +3,19 @@
 from typing import Annotated
 
 import torch
-from conversion import convert, mixers_of
+from conversion import convert
 from flat import load_state
 from llama import Llama
 from packing import pack_mixers, second_moments
 from pydantic import Field
-from source import load_source
 from tokens import Stream, read_tokens
 
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Count, Name, Natural, Positive, schema
 from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.model.converted import mixers_of
+from spiking_mamba.model.source import load_source
 from spiking_mamba.training.student import Length
 
 
@@ -60,7 +61,14 @@ def main() -> None:
         moments = second_moments(model, stream.take(0, settings.rows))
     facts = {"progress": progress, "group": settings.group, "calibration": settings.calibration}
     paths = pack_mixers(
-        model, settings.output, settings.bits, settings.group, moments, settings.megabytes, facts
+        model,
+        settings.output,
+        settings.source,
+        settings.bits,
+        settings.group,
+        moments,
+        settings.megabytes,
+        facts,
     )
     for path in paths:
         print(f"{path} {path.stat().st_size:,} bytes")

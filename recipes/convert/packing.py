@@ -12,16 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from conversion import mixers_of
 from rounding import scales_of
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
 from spiking_mamba import SpikingMambaForCausalLM
-from spiking_mamba.common.files import refuse_file
+from spiking_mamba.common.checkpoint_files import MIXERS
+from spiking_mamba.common.files import refuse_file, write_whole
+from spiking_mamba.model.converted import mixers_of
 
-__all__ = ["integers", "load_mixers", "pack_mixers", "second_moments", "unpacked"]
-
-_INDEX = "mixers.json"
+__all__ = ["integers", "pack_mixers", "second_moments"]
 
 
 @torch.no_grad()
@@ -71,11 +70,6 @@ def _nibbles(values: torch.Tensor) -> torch.Tensor:
     """Two integers of 4 bits in a byte, the first in the lower half."""
     shifted = (values.flatten() + 8).to(torch.uint8)
     return shifted[::2] | (shifted[1::2] << 4)
-
-
-def _from_nibbles(packed: torch.Tensor, shape: list[int]) -> torch.Tensor:
-    pairs = torch.stack([packed & 15, packed >> 4], dim=-1)
-    return (pairs.flatten().to(torch.int8) - 8).view(shape)
 
 
 def _packed(
@@ -133,15 +127,18 @@ def second_moments(
 def pack_mixers(
     model: SpikingMambaForCausalLM,
     folder: str | Path,
+    source: str,
     bits: int = 8,
     group: int = 0,
     moments: dict[str, torch.Tensor] | None = None,
     megabytes: float = 15.0,
     facts: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """Write a model's mixers into files of at most so many megabytes, and an index.
+    """Write a model's mixers into files of at most so many megabytes, its configuration, and an index, as
+    :func:`spiking_mamba.model.converted.read_converted` reads them.
 
     Args:
+        source: of everything else, see :func:`spiking_mamba.model.source.load_source`.
         bits, group: see :func:`integers`; at most 4 bits are stored two in a byte.
         moments: inputs' second moments by projection, "0.in_proj" and so on, see :func:`integers`.
         facts: more to stand in the index.
@@ -166,52 +163,7 @@ def pack_mixers(
         draft = path.with_suffix(".part")
         save_file(shard, draft)
         draft.replace(path)
-    index = {"bits": bits, "files": [path.name for path in paths]} | (facts or {})
-    (folder / _INDEX).write_text(json.dumps(index, indent=1))
-    return [folder / _INDEX, *paths]
-
-
-def unpacked(tensors: dict[str, torch.Tensor], shapes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    """Float32 tensors by their own names, of what :func:`pack_mixers` wrote."""
-    found = {}
-    for name, shape in shapes.items():
-        if name in tensors:
-            found[name] = tensors[name].float()
-            continue
-        scale = tensors[f"{name}:scale"].float()
-        if f"{name}:nibbles" in tensors:
-            whole = _from_nibbles(tensors[f"{name}:nibbles"], list(shape))
-        else:
-            whole = tensors[f"{name}:integers"]
-        found[name] = whole.float() * scale.repeat_interleave(shape[1] // scale.shape[1], dim=1)
-    return found
-
-
-@torch.no_grad()
-def load_mixers(model: SpikingMambaForCausalLM, folder: str | Path) -> dict[str, Any]:
-    """Put packed mixers into a model; returns the index.
-
-    Raises:
-        ValueError: the folder holds no mixers, or those of another model.
-    """
-    folder = Path(folder)
-    if not (folder / _INDEX).is_file():
-        raise ValueError(f"{folder} holds no packed mixers: it has no {_INDEX}.")
-    index = json.loads((folder / _INDEX).read_text())
-    tensors: dict[str, torch.Tensor] = {}
-    for name in index["files"]:
-        tensors |= load_file(folder / Path(name).name)
-    parameters = {
-        f"{number}.{name}": parameter
-        for number, mixer in enumerate(mixers_of(model))
-        for name, parameter in mixer.named_parameters()
-    }
-    try:
-        values = unpacked(tensors, {name: p.shape for name, p in parameters.items()})
-    except KeyError as error:
-        raise ValueError(f"{folder} holds the mixers of another model: it lacks {error}.") from None
-    for name, parameter in parameters.items():
-        if values[name].shape != parameter.shape:
-            raise ValueError(f"{folder} holds the mixers of another model: {name} differs in shape.")
-        parameter.copy_(values[name])
-    return index
+    model.config.save_pretrained(folder)
+    index = {"source": source, "bits": bits, "files": [path.name for path in paths]} | (facts or {})
+    write_whole(folder / MIXERS, json.dumps(index, indent=1) + "\n")
+    return [folder / MIXERS, *paths]

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 import numpy as np
 from openings import openings
 from pydantic import Field
-from source import load_source_tokenizer
 from tokens import END
 
 from spiking_mamba.common.errors import RunError, fail_clearly
@@ -24,6 +23,7 @@ from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 from spiking_mamba.data.contamination import EVALUATED, evaluated_texts
 from spiking_mamba.data.packages import read_corpus
 from spiking_mamba.evaluation.tasks import undisturbed, zero_shot_tasks
+from spiking_mamba.model.source import load_source_tokenizer
 
 
 @schema

@@ -11,11 +11,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from conversion import convert, mixers_of
+from conversion import convert
 from flat import load_state
 from llama import Llama
-from packing import load_mixers
-from source import load_source
 from tokens import END
 from torch.nn import functional as F
 
@@ -25,6 +23,8 @@ from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Count, Name, Natural, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+from spiking_mamba.model.converted import load_mixers, mixers_of
+from spiking_mamba.model.source import load_source
 
 PASSAGES = {"openwebtext-passages": "web", "wikipedia-passages": "wiki"}
 

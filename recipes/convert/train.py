@@ -14,13 +14,11 @@ from typing import Annotated, Any, Literal
 
 import torch
 from capture import captured
-from conversion import convert, mixers_of
+from conversion import convert
 from flat import FlatParameters
 from llama import Llama
 from matching import LayerMatching, LogitMatching
-from packing import load_mixers
 from pydantic import Field
-from source import load_source
 from tokens import Mixture, Stream, read_tokens
 
 from spiking_mamba.common.errors import RunError, fail_clearly
@@ -28,6 +26,8 @@ from spiking_mamba.common.files import refuse_file
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Count, Fraction, Name, Natural, Positive, Seed, schema
 from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.model.converted import load_mixers, mixers_of
+from spiking_mamba.model.source import load_source
 from spiking_mamba.training.student import Length
 
 STARTED = time.monotonic()

@@ -16,13 +16,13 @@ from decode import Openings, Writer
 from filters import Evaluated, Filter
 from llama import Llama
 from pydantic import Field
-from source import load_source
 from tokens import END
 
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Count, Name, Natural, Positive, Seed, schema
 from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.model.source import load_source
 from spiking_mamba.training.student import Length
 
 STARTED = time.monotonic()

@@ -19,15 +19,8 @@ from typing import Literal
 from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.files import file_sha256
-from spiking_mamba.data.packages import (
-    DAMAGE,
-    DOWNLOADS,
-    LARGEST,
-    Package,
-    cache_folder,
-    check_size,
-    fetch_package,
-)
+from spiking_mamba.common.packages import DOWNLOADS, Package, cache_folder, fetch_package
+from spiking_mamba.data.packages import DAMAGE, LARGEST, check_size
 
 _TOOLS = {"pypi": (), "npm": ("npm",), "debian": ("apt-get", "dpkg-deb")}
 

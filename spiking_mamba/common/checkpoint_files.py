@@ -19,6 +19,7 @@ from spiking_mamba.common.errors import CheckpointError
 
 __all__ = [
     "INDEX",
+    "MIXERS",
     "WEIGHTS",
     "Header",
     "Weights",
@@ -36,6 +37,7 @@ Weights = dict[str, torch.Tensor]
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 INDEX = ".index.json"  # behind the name of weights that are in shards
+MIXERS = "mixers.json"  # the index of a converted model's mixers, whose other weights lie elsewhere
 _READ = (".json", ".safetensors", ".bin", ".model", ".txt", ".jinja")  # files that a checkpoint is read from
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d{1,9})\.")
 
@@ -219,6 +221,8 @@ def locate(name: str | Path) -> tuple[Path, dict[str, Any]]:
     if not (path := folder / "config.json").is_file():
         raise CheckpointError(f"{folder} is no checkpoint: it has no config.json.")
     settings = read_mapping(path)
+    if (folder / MIXERS).is_file():
+        return folder, settings
     weight_files(folder)  # whose names are checked before any reader follows them
     check_layers(folder, settings)
     return folder, settings

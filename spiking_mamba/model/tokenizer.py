@@ -7,6 +7,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spiking_mamba.common.checkpoint_files import check_links
 from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.model.converted import is_converted, read_index
+from spiking_mamba.model.source import load_source_tokenizer
 
 __all__ = ["check_vocabulary", "has_tokenizer", "load_tokenizer"]
 
@@ -19,12 +21,15 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, or the one named by ``tokenizer``: a folder or a hub name.
+    """The tokenizer of a checkpoint, or the one named by ``tokenizer``: a folder or a hub name. That of a
+    converted model is its source's.
 
     Raises:
         CheckpointError: there is none.
     """
     name = str(tokenizer or checkpoint)
+    if is_converted(Path(name)):
+        return load_source_tokenizer(read_index(Path(name))["source"])
     # without its files transformers would make up an empty one for the type of the model
     if Path(name).is_dir() and not has_tokenizer(Path(name)):
         raise CheckpointError(

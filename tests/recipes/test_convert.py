@@ -12,6 +12,11 @@ import torch
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.model.converted import load_mixers, mixers_of
+from spiking_mamba.model.llama import NotLlamaError
+from spiking_mamba.model.source import load_source
+
 FOLDER = Path(__file__).parents[2] / "recipes" / "convert"
 MODULES = [path.stem for path in FOLDER.glob("*.py")]
 
@@ -102,11 +107,11 @@ def test_attention_is_what_the_layer_is_asked_and_answers(convert, model):
 
 
 def test_what_is_no_llama_is_refused(convert, model):
-    with pytest.raises(convert.llama.NotLlamaError, match="not built like a Llama"):
+    with pytest.raises(NotLlamaError, match="not built like a Llama"):
         convert.llama.Llama.from_transformers(torch.nn.Linear(2, 2))
     model.config.hidden_act, kept = "gelu", model.config.hidden_act
     try:
-        with pytest.raises(convert.llama.NotLlamaError, match="gelu"):
+        with pytest.raises(NotLlamaError, match="gelu"):
             convert.llama.Llama.from_transformers(model)
     finally:
         model.config.hidden_act = kept
@@ -119,7 +124,7 @@ def test_all_but_the_mixers_is_the_source_s(convert, model):
     assert student.config.layers_block_type == ["mamba", "mlp"] * 2
     ids = torch.randint(96, (2, 20), generator=torch.Generator().manual_seed(2))
     cos, sin = source.angles(torch.arange(20))
-    for mixer, layer in zip(convert.conversion.mixers_of(student), source.layers, strict=True):
+    for mixer, layer in zip(mixers_of(student), source.layers, strict=True):
         mixer.forward = lambda h, *_, layer=layer: convert.llama.attend(h, layer, source.shape, cos, sin)
     with torch.no_grad():
         torch.testing.assert_close(student(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
@@ -130,7 +135,7 @@ def test_a_mixer_starts_as_attention_without_softmax(convert, model):
     source = convert.llama.Llama.from_transformers(model)
     shape, layer = source.shape, source.layers[0]
     student = convert.conversion.convert(source)
-    mixer = convert.conversion.mixers_of(student)[0]
+    mixer = mixers_of(student)[0]
     h = torch.randn(1, 5, 48, generator=torch.Generator().manual_seed(0))
     query, key, value = convert.llama.split_heads(F.linear(h, layer.qkv), shape)
     projected = F.linear(h, mixer.in_proj.weight, mixer.in_proj.bias)
@@ -173,7 +178,7 @@ def test_flat_parameters_are_the_modules_own(convert):
 def test_layers_learn_without_position_0(convert, model):
     source = convert.llama.Llama.from_transformers(model)
     student = convert.conversion.convert(source)
-    mixers = convert.conversion.mixers_of(student)
+    mixers = mixers_of(student)
     flat = convert.flat.FlatParameters(mixers)
     ids = torch.randint(96, (2, 16), generator=torch.Generator().manual_seed(3))
     errors = convert.matching.LayerMatching(source, mixers, compiles=False)(ids)
@@ -189,7 +194,7 @@ def test_layers_learn_without_position_0(convert, model):
 def test_logits_learn_without_position_0(convert, model):
     source = convert.llama.Llama.from_transformers(model)
     student = convert.conversion.convert(source).requires_grad_(False).train()
-    mixers = convert.conversion.mixers_of(student)
+    mixers = mixers_of(student)
     for mixer in mixers:
         mixer.requires_grad_(True)
     convert.flat.FlatParameters(mixers)
@@ -303,15 +308,15 @@ def test_loops_copies_and_what_is_evaluated_go(convert):
 def test_packed_mixers_come_back(convert, model, tmp_path, bits):
     source = convert.llama.Llama.from_transformers(model)
     student = convert.conversion.convert(source)
-    for mixer in convert.conversion.mixers_of(student):
+    for mixer in mixers_of(student):
         for parameter in mixer.parameters():
             torch.nn.init.normal_(parameter)
-    paths = convert.packing.pack_mixers(student, tmp_path, bits, group=16, megabytes=0.02)
+    paths = convert.packing.pack_mixers(student, tmp_path, "a source", bits, group=16, megabytes=0.02)
     assert all(path.stat().st_size < 0.03 * 2**20 for path in paths)
     assert len(paths) > 2
     other = convert.conversion.convert(source)
-    convert.packing.load_mixers(other, tmp_path)
-    mixers = [convert.conversion.mixers_of(m) for m in (student, other)]
+    load_mixers(other, tmp_path)
+    mixers = [mixers_of(m) for m in (student, other)]
     for one, two in zip(*mixers, strict=True):
         for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
             if p.ndim != 2:
@@ -323,8 +328,8 @@ def test_packed_mixers_come_back(convert, model, tmp_path, bits):
             error = (q.detach().unflatten(1, (-1, 16)) - parts).square().sum(-1)
             assert error.sum() <= plain.sum() * 1.01, name  # scales are float16's: a little off at 8 bits
             assert (error.sqrt() <= step[..., 0] * 2.02).all(), name  # half a step each, of sixteen
-    with pytest.raises(ValueError, match="holds no packed mixers"):
-        convert.packing.load_mixers(other, tmp_path / "none")
+    with pytest.raises(CheckpointError, match="holds no packed mixers"):
+        load_mixers(other, tmp_path / "none")
 
 
 def test_modules_see_rounded_matrices_and_gradients_pass_straight_through(convert):
@@ -384,7 +389,7 @@ def test_second_moments_are_of_what_projections_are_given(convert, model):
     with torch.no_grad():
         x = first.norm(student.backbone.embeddings(ids))[:, 1:].flatten(0, 1)
     torch.testing.assert_close(moments["0.in_proj"], x.T @ x / len(x), atol=1e-5, rtol=1e-4)
-    mixers = convert.conversion.mixers_of(student)
+    mixers = mixers_of(student)
     assert set(moments) == {f"{k}.{n}" for k in range(len(mixers)) for n in ("in_proj", "out_proj")}
     assert not any(m._forward_pre_hooks for m in student.modules())
 
@@ -435,13 +440,13 @@ def test_a_stage_learns_and_goes_on_as_if_never_stopped(convert, folder, tmp_pat
     if not bits:
         return
     # what was learned in few bits is packed as it is
-    source = convert.llama.Llama.from_transformers(convert.source.load_source(str(folder / "model")))
+    source = convert.llama.Llama.from_transformers(load_source(str(folder / "model")))
     models = [convert.conversion.convert(source) for _ in range(2)]
-    convert.flat.load_state(convert.conversion.mixers_of(models[0]), tmp_path / "whole" / "state.pt")
-    convert.packing.pack_mixers(models[0], tmp_path / "packed", bits, group=16)
-    convert.packing.load_mixers(models[1], tmp_path / "packed")
+    convert.flat.load_state(mixers_of(models[0]), tmp_path / "whole" / "state.pt")
+    convert.packing.pack_mixers(models[0], tmp_path / "packed", "a source", bits, group=16)
+    load_mixers(models[1], tmp_path / "packed")
     for model in models:
-        for mixer, trained in zip(convert.conversion.mixers_of(model), whole.mixers, strict=True):
+        for mixer, trained in zip(mixers_of(model), whole.mixers, strict=True):
             for one, two in zip(mixer.parameters(), trained.parameters(), strict=True):
                 assert torch.equal(one, two)
 

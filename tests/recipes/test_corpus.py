@@ -13,8 +13,8 @@ from corpus_builder import CorpusSettings, build_corpus
 from near_duplicates import near_duplicates
 from plain_text import READERS, is_prose, keep_prose
 
+from spiking_mamba.common import packages
 from spiking_mamba.common.errors import DataError, RunError
-from spiking_mamba.data import packages
 from spiking_mamba.data.contamination import WordHashes, ngram_hashes
 
 NOUNS = [f"{a}{b}" for a in ("river", "garden", "engine", "letter", "window") for b in "abcdefghijklmnop"]

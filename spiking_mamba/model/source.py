@@ -1,4 +1,4 @@
-"""The Transformer that is converted: a hub name, a folder, or a package that carries its weights."""
+"""The Transformer that a model is converted from: a hub name, a folder, or a package with its weights."""
 
 import contextlib
 import copy
@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from spiking_mamba.common.errors import RunError
-from spiking_mamba.data.packages import Package, cache_folder, fetch_package
+from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.common.packages import Package, cache_folder, fetch_package
 
 __all__ = ["PACKAGES", "load_source", "load_source_tokenizer"]
 
@@ -64,7 +64,7 @@ def _named(name: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError) as error:
-        raise RunError(f"source={name} cannot be loaded: {error}") from error
+        raise CheckpointError(f"source={name} cannot be loaded: {error}") from error
 
 
 def _unpacked(name: str) -> Path:

@@ -1,0 +1,158 @@
+"""Models converted from a Transformer: packed mixers in a folder, everything else from the Transformer.
+
+``recipes/convert`` writes such folders: ``config.json``, ``mixers.json`` (the index, which names the source)
+and the mixers' matrices as integers of few bits with a scale for every group of inputs.
+"""
+
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+from spiking_mamba.common.checkpoint_files import MIXERS, one_line, read_mapping
+from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.model.block import SpikingMambaMixer
+from spiking_mamba.model.configuration import SpikingMambaConfig
+from spiking_mamba.model.llama import LlamaWeights, read_llama
+from spiking_mamba.model.source import load_source
+
+__all__ = ["is_converted", "kept_weights", "load_mixers", "mixers_of", "read_converted", "read_index"]
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+def is_converted(folder: Path) -> bool:
+    """Whether a folder holds packed mixers."""
+    return (folder / MIXERS).is_file()
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of packed mixers: ``source``, the Transformer's name; ``files``; what else was written there.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    if not is_converted(folder):
+        raise CheckpointError(f"{folder} holds no packed mixers: it has no {MIXERS}.")
+    index = read_mapping(folder / MIXERS)
+    files = index.get("files")
+    if (
+        not isinstance(index.get("source"), str)
+        or not isinstance(files, list)
+        or not all(isinstance(name, str) and name == Path(name).name for name in files)
+    ):
+        raise CheckpointError(f"{folder / MIXERS} does not name a source, and files beside it.")
+    return index
+
+
+def read_converted(folder: Path, cls: type[Model]) -> Model:
+    """A dense model of packed mixers and of the source's embeddings, norms and MLPs, which are fetched.
+
+    Args:
+        folder: as ``recipes/convert/pack.py`` writes it.
+        cls: the class of the model, whose configuration is a :class:`SpikingMambaConfig`.
+
+    Returns:
+        The model on the CPU, in float32, in evaluation mode.
+
+    Raises:
+        CheckpointError: the folder is damaged, or was converted from another source.
+    """
+    config = SpikingMambaConfig.from_pretrained(folder)
+    weights = _read_mixers(folder)
+    source = load_source(read_index(folder)["source"])
+    weights |= kept_weights(read_llama(source))
+    layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("backbone.layers."))
+    if config.num_hidden_layers != layers:  # before they take memory
+        raise CheckpointError(f"{folder}: {config.num_hidden_layers} layers, but weights of {layers}.")
+    with torch.device("meta"):
+        model = cls(config)
+    try:
+        model.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} does not fit its source: {one_line(error)}") from error
+    model.tie_weights()
+    model.generation_config.eos_token_id = source.generation_config.eos_token_id
+    return model.eval()
+
+
+def mixers_of(model: PreTrainedModel) -> list[SpikingMambaMixer]:
+    """The Mamba2 mixers of a model, first to last."""
+    return [block.mixer for block in model.backbone.layers if isinstance(block.mixer, SpikingMambaMixer)]
+
+
+def kept_weights(source: LlamaWeights) -> dict[str, torch.Tensor]:
+    """What conversion keeps, all but attention, by the names of a model of mixers and MLPs in turn."""
+    kept = {
+        "backbone.embeddings.weight": source.embedding,
+        "backbone.norm_f.weight": source.norm,
+        "lm_head.weight": source.head,
+    }
+    for number, layer in enumerate(source.layers):
+        mlp = f"backbone.layers.{2 * number + 1}"
+        kept[f"backbone.layers.{2 * number}.norm.weight"] = layer.attention_norm
+        kept[f"{mlp}.norm.weight"] = layer.mlp_norm
+        kept[f"{mlp}.mixer.in_proj.weight"] = layer.gate_up
+        kept[f"{mlp}.mixer.out_proj.weight"] = layer.down
+    return kept
+
+
+def load_mixers(model: PreTrainedModel, folder: str | Path) -> dict[str, Any]:
+    """Put packed mixers into a model; returns the index.
+
+    Raises:
+        CheckpointError: the folder holds no mixers, or those of another model.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    weights = _read_mixers(folder)
+    own = {id(parameter) for mixer in mixers_of(model) for parameter in mixer.parameters()}
+    lacking = {name for name, parameter in model.named_parameters() if id(parameter) in own} - weights.keys()
+    try:
+        unexpected = model.load_state_dict(weights, strict=False).unexpected_keys
+    except RuntimeError as error:
+        raise CheckpointError(f"{folder} holds the mixers of another model: {one_line(error)}") from error
+    if wrong := sorted(lacking) + unexpected:
+        raise CheckpointError(f"{folder} holds the mixers of another model: {', '.join(wrong[:3])}.")
+    return index
+
+
+def _read_mixers(folder: Path) -> dict[str, torch.Tensor]:
+    """Float32 tensors of a folder's mixers, by the names that they have in a model."""
+    packed: dict[str, torch.Tensor] = {}
+    try:
+        for name in read_index(folder)["files"]:
+            packed |= load_file(folder / name)
+        return {
+            f"backbone.layers.{2 * int(number)}.mixer.{name}": value
+            for key, value in _unpacked(packed).items()
+            for number, name in [key.split(".", 1)]
+        }
+    except CheckpointError:
+        raise
+    except Exception as error:  # readers of damaged files raise what they please
+        raise CheckpointError(
+            f"{folder} holds damaged mixers: {type(error).__name__}: {one_line(error)}"
+        ) from error
+
+
+def _unpacked(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Float32 tensors by their own names; a packed one is in parts: ``NAME:scale`` ``[out, in / group]``, and
+    ``NAME:integers`` int8 ``[out, in]``, or ``NAME:nibbles`` uint8, two integers in a byte."""
+    found = {}
+    for key, value in packed.items():
+        name, _, part = key.partition(":")
+        if not part:
+            found[name] = value.float()
+        elif part != "scale":
+            scale = packed[f"{name}:scale"].float()
+            whole = (_from_nibbles(value) if part == "nibbles" else value).view(len(scale), -1)
+            found[name] = whole.float() * scale.repeat_interleave(whole.shape[1] // scale.shape[1], dim=1)
+    return found
+
+
+def _from_nibbles(packed: torch.Tensor) -> torch.Tensor:
+    """Integers of 4 bits, int8, of which the lower half of a byte holds the first."""
+    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten().to(torch.int8) - 8
