@@ -19,7 +19,9 @@ from torch.nn import functional as F
 
 from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.common.errors import RunError, fail_clearly
+from spiking_mamba.common.files import file_sha256
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.schema import Count, Name, Natural, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
@@ -176,6 +178,7 @@ def passages(scored: Scored, data: Any, count: int, most: int, length: int = 512
         found[f"perplexity_{short}"] = round(float(np.exp(nll / max(1, n))), 3)
         found[f"kl_{short}"] = round(kl / max(1, n), 4)
         found[f"agreement_{short}"] = round(same / max(1, n), 4)
+        found[f"passages_{short}"] = len(ids)
     return found
 
 
@@ -192,7 +195,8 @@ def load_scored(settings: ScoreSettings, device: torch.device) -> tuple[Scored, 
             facts["tokens"] = progress["tokens"]
         else:
             facts = {"mixers": str(settings.mixers)} | load_mixers(student, settings.mixers)
-            facts.pop("files", None)
+            files = facts.pop("files")
+            facts["sha256"] = {name: file_sha256(Path(settings.mixers, name)) for name in files}
         student = student.to(device).eval()
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     return Scored(source.to(device, dtype), student), facts
@@ -218,8 +222,13 @@ def main() -> None:
     found = tasks(right)
     rest = passages(scored, data, settings.passages, settings.tokens)
     mains = [values[BENCHMARK_SETS[name].main] for name, values in found.items()]
-    entry = {"scored": facts or "source", "limit": settings.limit, "mean": round(float(np.mean(mains)), 4)}
-    entry |= {"tasks": found} | rest
+    entry = {
+        "scored": facts or "source",
+        "items": settings.items,
+        "limit": settings.limit,
+        "mean": round(float(np.mean(mains)), 4),
+    }
+    entry |= {"tasks": found} | rest | {"provenance": provenance(settings)}
     with Path(settings.log).open("a") as file:
         file.write(json.dumps(entry) + "\n")
     print(f"scored in {time.monotonic() - begun:.0f} s: {facts or 'source'}, mean {entry['mean']}, {rest}")

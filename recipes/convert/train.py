@@ -329,6 +329,7 @@ class Stage:
         self.reported = now, progress.tokens
         entry = {
             "stage": self.settings.stage,
+            "processes": self.world,
             "step": progress.step,
             "tokens": progress.tokens,
             "seconds": round(progress.seconds, 1),
@@ -343,7 +344,7 @@ class Stage:
         if not math.isfinite(entry["loss"]):
             raise RunError(f"The loss of step {progress.step} is {entry['loss']}: the stage has diverged.")
         self.log(entry)
-        shown = {key: value for key, value in entry.items() if key not in ("stage", "layers")}
+        shown = {key: value for key, value in entry.items() if key not in ("stage", "processes", "layers")}
         self.say(" ".join(f"{key} {value:,}" for key, value in shown.items()))
 
 

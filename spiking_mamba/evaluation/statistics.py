@@ -2,6 +2,7 @@
 
 interval([0.46, 0.47, 0.45])["low"]
 paired_gap({"piqa": reference_items}, {"piqa": model_items})["gap"]
+kept_share({"piqa": reference_items}, {"piqa": model_items}, {"piqa": 0.5})["share"]
 """
 
 import math
@@ -13,7 +14,7 @@ from scipy.special import stdtrit
 
 from spiking_mamba.data.benchmarks import SOURCE_TASKS
 
-__all__ = ["gaps", "groups", "interval", "paired_gap"]
+__all__ = ["gaps", "groups", "interval", "kept_share", "paired_gap"]
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
@@ -80,6 +81,48 @@ def paired_gap(
         items += len(ours)
     low, high = np.quantile(draws, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return {"gap": gap, "low": float(low), "high": float(high), "items": items}
+
+
+def kept_share(
+    reference: Mapping[str, Sequence[float]],
+    model: Mapping[str, Sequence[float]],
+    chance: Mapping[str, float],
+    resamples: int = 10_000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> dict[str, float]:
+    """What a model keeps of a reference's ability: the sum over tasks of its mean score above chance, over the
+    reference's, with a bootstrap interval of items in pairs as in :func:`paired_gap`.
+
+    Args:
+        reference, model: the scores of every item by task, both in the dataset's order.
+        chance: the mean score of guessing, by task.
+        resamples, confidence, seed: of the bootstrap.
+
+    Returns:
+        ``share``, ``low`` and ``high``.
+
+    Raises:
+        ValueError: the tasks or numbers of items differ, or the reference is no better than guessing.
+    """
+    if not reference or reference.keys() != model.keys():
+        raise ValueError(f"The same tasks are wanted, got {sorted(reference)} and {sorted(model)}.")
+    random = np.random.default_rng(seed)
+    above, drawn_above = np.zeros(2), np.zeros((resamples, 2))
+    for task in sorted(reference):
+        if not len(reference[task]) or len(reference[task]) != len(model[task]):
+            raise ValueError(f"{task} has {len(reference[task])} and {len(model[task])} items.")
+        pairs = np.stack([np.asarray(reference[task], float), np.asarray(model[task], float)], axis=1)
+        values, counts = np.unique(pairs, axis=0, return_counts=True)
+        drawn = random.multinomial(len(pairs), counts / len(pairs), size=resamples)  # [resamples, values]
+        above += pairs.mean(0) - chance[task]
+        drawn_above += drawn @ values / len(pairs) - chance[task]
+    if above[0] <= 0:
+        raise ValueError("The reference is no better than guessing: there is nothing to keep.")
+    low, high = np.quantile(
+        drawn_above[:, 1] / drawn_above[:, 0], [0.5 - confidence / 2, 0.5 + confidence / 2]
+    )
+    return {"share": float(above[1] / above[0]), "low": float(low), "high": float(high)}
 
 
 def _quantities(model: Mapping[str, Any]) -> dict[str, float]:

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.converted import load_mixers, mixers_of
 from spiking_mamba.model.llama import NotLlamaError
 from spiking_mamba.model.source import load_source
@@ -492,3 +493,84 @@ def test_scores_by_hand(convert, folder, model):
         log_p = model(ids).logits[:, 1:-1].log_softmax(-1)
     nll = -log_p.gather(2, ids[:, 2:, None]).mean()
     assert rest["perplexity_web"] == pytest.approx(math.exp(nll), rel=1e-3)
+
+
+def test_the_recipe_runs_from_its_commands(convert, folder, tmp_path, monkeypatch, capsys):
+    """Text, both stages, packing and scoring, then the model loads in one line and answers."""
+    source, data = str(folder / "model"), folder / "data"
+
+    def command(name, config, **changed):
+        arguments = [f"{key}={value}" for key, value in {"source": source, **changed}.items()]
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", str(FOLDER / config), *arguments])
+        getattr(convert, name).main()
+
+    run = tmp_path / "run"
+    plain = {"compiles": "false", "length": 64, "rows": 8}
+    command("write_text", "write_text.yaml", data=data, output=run / "own.bin", parts=2, every=16, **plain)
+    texts = {"own_text": f"[{run}/own-0.bin]", "package_text": f"[{data}/package_text.bin]"}
+    train = plain | texts | {"steps": 6, "warmup": 2, "piece": 4, "log_every": 2}
+    command("train", "layers.yaml", output=run / "layers", **train)
+    command("pack", "pack.yaml", state=run / "layers/state.pt", output=run / "packed")
+    few = {"bits": 4, "group": 16}
+    command("train", "logits.yaml", output=run / "logits", start=run / "packed", **train | few)
+    command("pack", "pack.yaml", state=run / "logits/state.pt", output=run / "model", **few)
+    scores = {"data": data, "log": run / "scores.jsonl", "limit": 0, "passages": 2}
+    command("score", "score.yaml", state=run / "logits/state.pt", items=run / "state.npz", **scores)
+    command("score", "score.yaml", mixers=run / "model", items=run / "packed.npz", **scores)
+    state, packed = (json.loads(line) for line in (run / "scores.jsonl").read_text().splitlines())
+    assert packed["tasks"] == state["tasks"]
+    assert packed["kl_web"] == state["kl_web"] > 0
+    assert state["scored"]["tokens"] == 6 * 8 * 64
+    assert set(packed["scored"]["sha256"]) == {"mixers-00.safetensors"}
+    items = convert.card.items_of(run / "packed.npz")
+    assert {name: len(found) for name, found in items.items()} == {"piqa": 6, "lambada_openai": 5}
+    assert items["piqa"].mean() == pytest.approx(packed["tasks"]["piqa"]["acc"], abs=1e-4)
+    model = load_dense(run / "model")
+    ids = torch.randint(3, 96, (1, 9))
+    assert model.generate(ids, max_new_tokens=4, min_new_tokens=4).shape == (1, 13)
+    with pytest.raises(SystemExit, match="no folder"):
+        command("score", "score.yaml", mixers=run / "model", **scores | {"log": run / "none/scores.jsonl"})
+    capsys.readouterr()
+
+
+CARD = FOLDER.parents[1] / "weights/smollm2-mamba2/README.md"
+
+
+def test_the_shipped_card_is_of_its_records(convert):
+    """Every number of the card that can be had without the source's weights, worked out anew."""
+    text = CARD.read_text()
+    records = FOLDER.parents[1] / "docs/results/smollm2"
+    sides = [np.load(records / f"{name}.npz") for name in ("source", "packed")]
+    means = {}
+    for name, metric, chance in (
+        ("arc_easy", "acc", 0.25), ("piqa", "acc", 0.5), ("hellaswag", "acc_norm", 0.25),
+        ("sciq", "acc", 0.25), ("lambada_openai", "acc", 0), ("arc_challenge", "acc_norm", 0.25),
+        ("openbookqa", "acc_norm", 0.25),
+        ("boolq", "acc", 0.5), ("winogrande", "acc", 0.5), ("copa", "acc", 0.5),
+    ):  # fmt: skip
+        count = int(sides[0][f"{name}/items"])
+        means[name] = [np.unpackbits(side[f"{name}/{metric}"])[:count].mean() - chance for side in sides]
+        row = next(line for line in text.splitlines() if line.startswith(f"| {name} "))
+        cells = [cell.strip() for cell in row.strip("|").split("|")]
+        assert cells[1:3] == [metric, f"{count:,}"]
+        assert [cell.split(" ± ")[0] for cell in cells[4:6]] == [
+            f"{100 * (mean + chance):.1f}" for mean in means[name]
+        ]
+        difference = 100 * (means[name][1] - means[name][0])
+        assert float(cells[6].split()[0]) == pytest.approx(difference, abs=0.0501)
+    theirs, ours = (sum(means[n][k] for n in ("arc_easy", "piqa", "hellaswag", "sciq")) for k in range(2))
+    assert f"**{100 * ours / theirs:.1f}% (" in text
+    theirs, ours = means["lambada_openai"]
+    assert f"{100 * ours / theirs:.1f}% (" in text
+    index = json.loads(CARD.with_name("mixers.json").read_text())
+    last = [json.loads(line) for line in CARD.with_name("log.jsonl").read_text().splitlines()][-1]
+    assert [last[key] for key in ("step", "tokens")] == [index["progress"][key] for key in ("step", "tokens")]
+    written = [json.loads(line) for line in (records / "text.jsonl").read_text().splitlines()]
+    own = sum(each["counts"]["kept tokens"] for each in written) / 1e6
+    assert f"The text: {own:.0f} million tokens" in text
+    assert all(path.stat().st_size <= 16 * 2**20 for path in CARD.parent.glob("*"))
+    assert sum(path.stat().st_size for path in CARD.parent.glob("*.safetensors")) <= 48e6
+    for question in convert.card.parse_settings(
+        convert.card.CardSettings, [str(FOLDER / "card.yaml")]
+    ).questions:
+        assert f"**{question}**" in text

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spiking_mamba.evaluation.statistics import SOURCE_TASKS, gaps, groups, interval, paired_gap
+from spiking_mamba.evaluation.statistics import SOURCE_TASKS, gaps, groups, interval, kept_share, paired_gap
 from tests.helpers.evaluations import evaluation_model, seeds
 
 # Student's t, two-sided 95 %: any printed table
@@ -233,3 +233,26 @@ def test_other_items_are_an_error():
     student["tasks"]["piqa"]["data"]["sha256"] = "other"
     with pytest.raises(ValueError, match="checksums"):
         gaps([teacher, student])
+
+
+def test_the_share_of_ability_that_is_kept():
+    reference = {"a": [1] * 70 + [0] * 30, "b": [1] * 60 + [0] * 40}
+    model = {"a": [1] * 60 + [0] * 40, "b": [0] * 5 + [1] * 55 + [0] * 40}
+    chance = {"a": 0.5, "b": 0.25}
+    found = kept_share(reference, model, chance, resamples=4000)
+    assert found["share"] == pytest.approx((0.10 + 0.30) / (0.20 + 0.35))
+    # by the delta method: the ratio of two sums of means, items in pairs
+    variance, above = 0.0, np.array([0.55, 0.40])
+    for task in reference:
+        pairs = np.array([reference[task], model[task]], float)
+        variance += np.var(pairs[1] / above[0] - pairs[0] * above[1] / above[0] ** 2) / 100
+    half = 1.96 * np.sqrt(variance)
+    assert found["high"] - found["low"] == pytest.approx(2 * half, rel=0.15)
+    assert found["low"] < found["share"] < found["high"]
+    assert kept_share(reference, reference, chance) == {"share": 1, "low": 1, "high": 1}
+    with pytest.raises(ValueError, match="no better than guessing"):
+        kept_share({"a": [0, 1]}, {"a": [1, 1]}, {"a": 0.5})
+    with pytest.raises(ValueError, match="a has 2 and 3 items"):
+        kept_share({"a": [1, 1]}, {"a": [1, 1, 1]}, {"a": 0.5})
+    with pytest.raises(ValueError, match="same tasks"):
+        kept_share({"a": [1, 1]}, {"b": [1, 1]}, {"a": 0.5})
