@@ -14,10 +14,14 @@ def blocks(language: str) -> list[str]:
 
 
 @pytest.mark.parametrize("code", blocks("python"))
-def test_python_blocks_run(code, tmp_path, monkeypatch):
-    (tmp_path / "recipes").symlink_to(ROOT / "recipes")  # whose models it loads
+def test_python_blocks_run(code, tmp_path, monkeypatch, capsys):
+    for folder in ("recipes", "weights"):  # whose models it loads
+        (tmp_path / folder).symlink_to(ROOT / folder)
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "README.md", "exec"), {"__name__": "readme"})
+    printed = capsys.readouterr().out
+    for promised in re.findall(r"^print\(.*\)  # (.*)$", code, flags=re.MULTILINE):
+        assert promised in printed
 
 
 def test_make_targets_exist():
