@@ -222,6 +222,10 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         self.mixer = _MIXERS[config.block_type(layer_idx)](config, layer_idx)
         self.compiles = False
 
+    def __call__(self, *args, **kwargs):
+        # gradient checkpointing computes again, when those who watched have gone, what was computed here
+        return super().__call__(*args, **{"watched": self._is_watched()} | kwargs)
+
     @takes_any_cache_name
     def forward(
         self,
@@ -229,11 +233,12 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         cache: Cache | None = None,
         packing: Packing | None = None,
         output_accumulations: bool = False,
+        watched: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """``[B, L, hidden_size] -> [B, L, hidden_size]``, and if asked for, how many accumulations the spikes
-        of each token cost, float32 ``[B, L]``."""
+        of each token cost, float32 ``[B, L]``. One whose inside is watched runs uncompiled."""
         run = self._run
-        if self.compiles and cache is None and not self._is_watched():
+        if self.compiles and cache is None and not watched:
             run = functools.partial(_compiled_block(), self)
         return run(hidden_states, cache, packing, output_accumulations)
 

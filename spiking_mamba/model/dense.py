@@ -91,7 +91,8 @@ def student_of(dense: PreTrainedModel, cls: type[Model], **choices: Any) -> Mode
         ValueError: the weights are not those of such a model.
     """
     fields = {k: v for k, v in dense.config.to_dict().items() if k not in ("model_type", "architectures")}
-    model = cls(SpikingMambaConfig.from_dict(fields | choices)).to(dense.device)
+    with dense.device:  # where there is a GPU, what is drawn before the weights replace it takes no time
+        model = cls(SpikingMambaConfig.from_dict(fields | choices)).to(dense.device)
     for name, parameter in model.named_parameters():
         if not name.endswith("log_threshold"):
             parameter.data = parameter.data.to(dense.dtype)

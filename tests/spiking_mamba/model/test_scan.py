@@ -133,6 +133,31 @@ def test_who_counts_spikes_sees_all_of_them():
     assert counts[0] == counts[1] > 0
 
 
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_a_watched_block_is_computed_again_as_it_was(monkeypatch):
+    """By gradient checkpointing, which asks for as many tensors as before when nobody watches any more."""
+    from spiking_mamba.model import block
+    from spiking_mamba.spikes.counting import count_spikes
+
+    compiled = []
+
+    def run(*args):
+        compiled.append(args[0].layer_idx)
+        return block.SpikingMambaBlock._run(*args)
+
+    monkeypatch.setattr(block, "_compiled_block", lambda: run)
+    model = tiny_model(neuron=INTEGER).train()
+    model.compile_blocks()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    with count_spikes(model, histogram=False):
+        loss = model(tokens(2, 24)).logits.sum()
+    loss.backward()
+    assert compiled == []
+    model(tokens(2, 24)).logits.sum().backward()
+    layers = list(range(model.config.num_hidden_layers))
+    assert compiled == [*layers, *reversed(layers)]
+
+
 def test_compiled_blocks_decode():
     model = tiny_model(neuron=INTEGER)
     expected = model.generate(tokens(1, 5), max_new_tokens=6, do_sample=False)
