@@ -34,7 +34,8 @@ from spiking_mamba.common.records import put_record, read_records
 
 ROOT = Path(__file__).parents[2]
 PROCESS = Path(__file__).with_name("distilling_process.py")
-RECORDS = "distilling.jsonl"
+RECORDS, LOG = "distilling.jsonl", "log.txt"
+PATIENCE = 15  # seconds for processes to end that have nothing left to do
 FINAL = ("done", "killed", "failed", "took too long", "left out")
 
 
@@ -50,7 +51,8 @@ class Running:
     def __init__(self, launch: Launch, args: argparse.Namespace, deadline: float, number: str) -> None:
         self.launch, self.args, self.deadline, self.number = launch, args, deadline, number
         self.records = args.out / RECORDS
-        self.starts, self.compile_ahead = 0, max(1, cores() // (2 * args.gpus))
+        self.starts, self.compile_ahead = 0, max(1, cores() // args.gpus)
+        self.over: float | None = None  # since when there is nothing left to do
         self.start()
 
     def start(self) -> None:
@@ -60,7 +62,7 @@ class Running:
         about = {"parts": [asdict(part) for part in self.left()], "records": str(self.records)}
         about |= {"runs": str(self.args.runs), "deadline": self.deadline, "rehearse": self.args.rehearse}
         about["compile_ahead"] = self.compile_ahead if torch.cuda.is_available() else 0
-        file = self.args.out / f"plan-{name}.json"
+        file = self.args.runs / f"plan-{name}.json"
         file.write_text(json.dumps(about))
         script = [*self.args.through, str(PROCESS), str(file)]
         processes = max(part.gpus for part in self.launch.parts)
@@ -69,7 +71,7 @@ class Running:
             elastic = ["-m", "torch.distributed.run", "--nnodes", "1", "--nproc-per-node", str(processes)]
             elastic += ["--rdzv-backend", "static", "--master-addr", "127.0.0.1"]
             command = [sys.executable, *elastic, "--master-port", str(free_port()), *script]
-        with (self.args.out / f"log-{name}.txt").open("w") as log:
+        with (self.args.out / LOG).open("a") as log:
             self.began = time.time()
             self.process = subprocess.Popen(
                 command, stdout=log, stderr=log, cwd=ROOT, env=self.environment(), start_new_session=True
@@ -112,7 +114,8 @@ class Running:
         now, known, left = time.time(), self.states(), self.left()
         ended = self.process.poll() is not None
         if not left:
-            if ended or now > self.deadline:
+            self.over = self.over or now
+            if ended or now > min(self.deadline, self.over + PATIENCE):
                 self.stop()
                 return False
             return True
@@ -137,7 +140,9 @@ def measure(args: argparse.Namespace) -> None:
         running: list[Running] = []
         try:
             for beside, launch in enumerate(stage, 1):
-                running.append(Running(launch, args, deadline, f"{number}-{beside}"))
+                launch.parts = [part for part in launch.parts if args.only is None or part.name in args.only]
+                if launch.parts:
+                    running.append(Running(launch, args, deadline, f"{number}-{beside}"))
             while running:
                 time.sleep(0.5)
                 running = [each for each in running if each.goes_on()]
@@ -157,6 +162,7 @@ def main() -> None:
     parser.add_argument("--short", type=int, default=12, help="steps of every other run")
     parser.add_argument("--out", type=Path, default=Path("runs/distilling"), help="new or empty folder")
     parser.add_argument("--runs", type=Path, help="folder for a checkpoint, 16 GB; by default in --out")
+    parser.add_argument("--only", nargs="+", help="of the parts, those with these names")
     parser.add_argument("--rehearse", action="store_true", help="small models, short rows")
     parser.add_argument("--through", nargs="+", default=[], help="a script that runs the processes' own")
     parser.add_argument("--report", type=Path, help="measure nothing: print the tables of this folder")
@@ -171,8 +177,12 @@ def main() -> None:
         raise ValueError("--steps must be at least 20, and --short at least 10.")
     if args.out.exists() and any(args.out.iterdir()):
         raise ValueError(f"{args.out} already holds files.")
-    args.out.mkdir(parents=True, exist_ok=True)
+    names = [part.name for stage in plan(args.gpus, 20, 10) for launch in stage for part in launch.parts]
+    if unknown := set(args.only or []) - set(names):
+        raise ValueError(f"--only knows no {', '.join(sorted(unknown))}: {', '.join(names)}.")
     args.runs = args.runs or args.out / "runs"
+    for folder in (args.out, args.runs):
+        folder.mkdir(parents=True, exist_ok=True)
     with interruptible(lambda: measured_so_far(read_records(args.out / RECORDS), args.out, RECORDS)):
         measure(args)
     print(report(read_records(args.out / RECORDS), args.speeds))

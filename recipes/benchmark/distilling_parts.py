@@ -107,6 +107,6 @@ def plan(gpus: int, steps: int, short: int) -> list[list[Launch]]:
         Part("2.7b", "2.7b", "fsdp2", gpus, short, limit=120),
         Part("2.7b ddp", "2.7b", "ddp", gpus, short, limit=120),
         Part("ddp filled", "1.3b", "ddp", gpus, short, profiled=True, **_FILLED),
-        Part("2.7b filled", "2.7b", "fsdp2", gpus, short, **_FILLED),
+        Part("2.7b filled", "2.7b", "fsdp2", gpus, short, rows=4, accumulated=2, checkpointing=False),
     ]
     return [[Launch(every, first)], second, [Launch(every, last)]]

@@ -197,7 +197,6 @@ def shard(sharding: str) -> None:
 def run_part(part: Part, teacher: SpikingMambaForCausalLM, plan: dict[str, Any]) -> None:
     records, rehearse = Path(plan["records"]), plan["rehearse"]
     shard(part.sharding)
-    torch.compiler.reset()  # or a second shape would be compiled for shapes that change, which a run's do not
     settings = settings_of(part, Path(plan["runs"]), rehearse)
     count = part.steps * part.rows * part.accumulated * part.gpus
     ids = torch.randint(
@@ -236,6 +235,7 @@ def main() -> None:
             teacher, size = None, part.size
             teacher = teacher_of(part.size, plan["rehearse"])
         run_part(part, teacher, plan)
+        torch.compiler.reset()  # or a second shape would be compiled for shapes that change
         gc.collect()
         if CUDA:
             torch.cuda.empty_cache()

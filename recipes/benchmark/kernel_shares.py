@@ -16,6 +16,10 @@ KINDS = {
     "copies and fills": r"mem(?:cpy|set)|copy|fill|split_with_sizes|chunk_cat|direct_copy",
 }
 OTHER = "other"
+# Marks of a profile on the GPU's line that are no work of it.
+MARKS = re.compile(
+    r"(?:FSDP|nccl|DistributedDataParallel|Optimizer|ProfilerStep|## )[:#. ]|(?:Context|Event|Stream) \w+"
+)
 
 
 class Kernel(NamedTuple):
@@ -67,9 +71,9 @@ def kernel_shares(kernels: Sequence[Kernel], seconds: float) -> dict[str, float 
 
 
 def kernels_of(events: Iterable) -> list[Kernel]:
-    """The kernels among the events of ``torch.profiler.profile``."""
+    """The kernels, copies and fills among the events of ``torch.profiler.profile``."""
     return [
         Kernel(event.name, event.time_range.start / 1e6, event.time_range.end / 1e6)
         for event in events
-        if event.device_type.name == "CUDA"
+        if event.device_type.name == "CUDA" and not event.is_user_annotation and not MARKS.match(event.name)
     ]
