@@ -11,6 +11,7 @@ from spiking_mamba.reports.document import markdown_table
 __all__ = ["agreement", "rate", "report", "tables"]
 
 EVERY = 10  # steps that the recipe logs once
+RECIPE_TOKENS = 20_000 * 8 * 8 * 2048  # steps, GPUs, rows, tokens of a row: mamba2-1.3b.yaml's
 TITLE = "{} GPUs#{}"
 NUMBERS = {2: "Two", 4: "Four", 8: "Eight"}
 Record = dict[str, Any]
@@ -31,18 +32,24 @@ def _alone(record: Record, records: dict[str, Record]) -> Record | None:
     return next((r for r in found if all(r["settings"][k] == record["settings"][k] for k in same)), None)
 
 
+def _broken(settings: Record) -> bool:
+    """Whether that is a run that is killed, or resumed."""
+    return bool(settings["kill_at"] or settings["resumes"])
+
+
 def _kind(settings: Record) -> str:
     sharding = {"alone": "one GPU", "ddp": "DDP", "fsdp2": "FSDP2"}[settings["sharding"]]
     gpus = "" if settings["gpus"] == 1 else f" on {settings['gpus']}"
     batch = f"{settings['accumulated']} x {settings['rows']} rows"
-    return f"{settings['size'].upper()}, {sharding}{gpus}, {batch}"
+    kept = "" if settings["checkpointing"] else ", activations kept"
+    return f"{settings['size'].upper()}, {sharding}{gpus}, {batch}{kept}"
 
 
 def speeds(records: dict[str, Record]) -> Table:
     header = ["distilling", "tokens/s", "over one GPU", "ms a step", "ms a logged step", "peak GiB a GPU"]
     rows = []
     for record in records.values():
-        if "step_seconds" not in record or record["settings"]["kill_at"] or record["settings"]["resumes"]:
+        if "step_seconds" not in record or _broken(record["settings"]):
             continue
         alone = _alone(record, records)
         over = "-" if alone is None else f"{rate(record) / rate(alone):.2f}"
@@ -100,22 +107,37 @@ def profiles(records: dict[str, Record]) -> Table | None:
     return header, rows
 
 
-def tables(records: list[Record]) -> list[Table]:
+def cost(records: dict[str, Record]) -> Table:
+    """What the recipe's tokens would take on all the GPUs, were there no checkpoints."""
+    gpus = max((r["settings"]["gpus"] for r in records.values()), default=0)
+    header = [f"{RECIPE_TOKENS / 1e9:.2f} billion tokens", "hours", "GPU-hours"]
+    rows = []
+    for record in records.values():
+        settings = record["settings"]
+        if "step_seconds" in record and settings["gpus"] == gpus and not _broken(settings):
+            hours = RECIPE_TOKENS / rate(record) / 3600
+            rows.append([_kind(settings), f"{hours:.2f}", f"{gpus * hours:.1f}"])
+    return header, rows
+
+
+def tables(records: list[Record]) -> dict[int, Table]:
+    """By the numbers that they have among the records."""
     named = {record["part"]: record for record in records}
-    return [t for t in (speeds(named), profiles(named), resumption(named)) if t is not None]
+    found = {1: speeds(named), 2: cost(named), 3: profiles(named), 4: resumption(named)}
+    return {number: table for number, table in found.items() if table is not None and table[1]}
 
 
 def report(records: list[Record], file: Path | None = None) -> str:
     """The tables, and what did not come about; with a file, the tables are put into it, too."""
     gpus = max((r["settings"]["gpus"] for r in records), default=0)
     made = tables(records)
-    for number, (header, rows) in enumerate(made, 1):
+    for number, (header, rows) in made.items():
         if file is not None:
             record = {"table": TITLE.format(NUMBERS.get(gpus, gpus), number)}
             record["command"] = f"python recipes/benchmark/distilling.py --gpus {gpus}"
             record["record"] = "docs/results/distilling.jsonl"
             put_record(file, record | {"header": header, "rows": rows}, ("table",))
-    texts = [markdown_table(*table) for table in made if table[1]]
+    texts = [markdown_table(*table) for table in made.values()]
     others = [f"{r['part']}: {r['state']}" for r in records if r["state"] not in ("done", "killed")]
     starts = [
         f"{r['part']}: {r['start_seconds']} s before the first step, {r['seconds'].get('1', '?')} s in it"

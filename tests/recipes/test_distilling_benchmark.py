@@ -114,15 +114,18 @@ def test_tables(tmp_path):
     file = tmp_path / "speeds.jsonl"
     text = report(records, file)
     assert "ddp: failed" in text
-    first, second = read_records(file)
+    first, second, third = read_records(file)
     assert first["table"] == "Four GPUs#1"
     assert first["rows"] == [
         ["1.3B, FSDP2 on 4, 4 x 2 rows", "59578", "3.64", "1000", "2000", "30.2"],
         ["1.3B, one GPU, 4 x 2 rows", "16384", "1.00", "900", "1900", "30.2"],
     ]
-    assert second["rows"] == [["loss", "5.0e-04"], ["KL", "4.0e-04"]]
+    hours = 20_000 * 131_072 / (4 * 16384 / 1.1) / 3600
+    assert second["rows"] == [["1.3B, FSDP2 on 4, 4 x 2 rows", f"{hours:.2f}", f"{4 * hours:.1f}"]]
+    assert third["table"] == "Four GPUs#4"
+    assert third["rows"] == [["loss", "5.0e-04"], ["KL", "4.0e-04"]]
     report(records, file)
-    assert len(read_records(file)) == 2
+    assert len(read_records(file)) == 3
 
 
 def test_a_part_that_works_and_one_that_fails(tmp_path):
