@@ -88,25 +88,30 @@ def plan(gpus: int, steps: int, short: int) -> list[list[Launch]]:
     """
     every, saved = list(range(gpus)), steps // 2
     killed = "killed"
+    # Blocks of one size and batch are compiled once a launch; those of the first launch for the first time.
     first = [
-        # the kernels' first compilation falls in here
         Part(WHOLE, "1.3b", "fsdp2", gpus, steps, profiled=True, limit=240, least=90),
-        Part("filled", "1.3b", "fsdp2", gpus, short, profiled=True, **_FILLED),
         Part("ddp", "1.3b", "ddp", gpus, short),
         Part(killed, "1.3b", "fsdp2", gpus, steps, save_at=saved, kill_at=saved + LOGGED_EVERY - 1),
     ]
     singles = [
-        Part("one", "1.3b", "alone", 1, short),
-        Part("one filled", "1.3b", "alone", 1, short, **_FILLED),
+        [Part("one", "1.3b", "alone", 1, short)],
+        [Part("one 2.7b", "2.7b", "alone", 1, short, limit=120)],
+        [Part("one filled", "1.3b", "alone", 1, short, **_FILLED)],
     ]
-    second = [Launch([0], singles), Launch([1], [Part("one 2.7b", "2.7b", "alone", 1, short)])]
-    if gpus >= 4:
-        second.append(Launch([2, 3], [Part("half", "1.3b", "fsdp2", 2, short)]))
+    # one beside the other as far as there are GPUs
+    second = [Launch([n], parts) for n, parts in enumerate(singles[:gpus])]
+    for parts in singles[gpus:]:
+        second[0].parts += parts
     last = [
         Part("resumed", "1.3b", "fsdp2", gpus, steps, save_at=saved, resumes=killed),
         Part("2.7b", "2.7b", "fsdp2", gpus, short, limit=120),
+        Part("filled", "1.3b", "fsdp2", gpus, short, profiled=True, **_FILLED),
         Part("2.7b ddp", "2.7b", "ddp", gpus, short, limit=120),
-        Part("ddp filled", "1.3b", "ddp", gpus, short, profiled=True, **_FILLED),
+        Part("ddp filled", "1.3b", "ddp", gpus, short, **_FILLED),
         Part("2.7b filled", "2.7b", "fsdp2", gpus, short, rows=4, accumulated=2, checkpointing=False),
     ]
-    return [[Launch(every, first)], second, [Launch(every, last)]]
+    stages = [[Launch(every, first)], second, [Launch(every, last)]]
+    if gpus >= 4:
+        stages.append([Launch([0, 1], [Part("two", "1.3b", "fsdp2", 2, short)])])
+    return stages

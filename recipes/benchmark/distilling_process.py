@@ -225,17 +225,19 @@ def main() -> None:
 
         compile_ahead(plan["compile_ahead"])
     PartialState(cpu=not CUDA)
-    teacher, size = None, ""
+    teacher, shape = None, ("", 0)
     for part in [Part(**each) for each in plan["parts"]]:
         left = broadcast_object_list([plan["deadline"] - time.time()])[0]
         if left < part.least:
             note({"part": part.name, "state": "left out", "settings": asdict(part)}, Path(plan["records"]))
             continue
-        if teacher is None or size != part.size:
-            teacher, size = None, part.size
+        if (part.size, part.rows) != shape:
+            torch.compiler.reset()  # or a second shape would be compiled for shapes that change
+        if teacher is None or part.size != shape[0]:
+            teacher = None  # there may be no room for two
             teacher = teacher_of(part.size, plan["rehearse"])
+        shape = part.size, part.rows
         run_part(part, teacher, plan)
-        torch.compiler.reset()  # or a second shape would be compiled for shapes that change
         gc.collect()
         if CUDA:
             torch.cuda.empty_cache()

@@ -82,9 +82,9 @@ def resumption(records: dict[str, Record]) -> Table | None:
     found = agreement(records)
     if found is None:
         return None
-    header = ["killed and resumed", "largest relative difference"]
+    header = ["killed and resumed", "largest relative difference, thousandths"]
     names = {"loss": "loss", "kl": "KL", "spike_size": "spike size", "grad_norm": "norm of the gradient"}
-    return header, [[title, f"{found[name]:.1e}"] for name, title in names.items() if name in found]
+    return header, [[title, f"{1e3 * found[name]:.3f}"] for name, title in names.items() if name in found]
 
 
 def profiles(records: dict[str, Record]) -> Table | None:
