@@ -21,7 +21,7 @@ EDGE_TESTS ?= tests/neurons $(addprefix tests/spiking_mamba/, \
 .PHONY: help test storm test-gpu test-edges lint lock quickstart gpu clean
 
 help:
-	@echo "make quickstart   distil a spiking Mamba2 on real text and report (under 10 minutes, no GPU needed)"
+	@echo "make quickstart   distil a spiking Mamba2 on real text and report (minutes on a CPU, no GPU needed)"
 	@echo "make test         lint, types, and all tests that need no GPU"
 	@echo "make storm        thousands of wrong settings, and kills at hundreds of moments: nothing may be lost"
 	@echo "make test-gpu     the tests that need an NVIDIA GPU"

@@ -4,6 +4,7 @@ import copy
 import importlib.util
 import json
 import math
+import re
 import warnings
 from pathlib import Path
 
@@ -90,6 +91,18 @@ def results():
         "device": "2 CPU threads",
         "versions": {"torch": "2.14.1", "lm-eval": "0.4.13"},
     }
+
+
+def test_the_readmes_tables_are_those_of_the_recorded_run():
+    results = json.loads((ROOT / "docs/results/quickstart.json").read_text())
+    readme = (ROOT / "README.md").read_text()
+    nats = [results[model]["nll_per_token"] for model in ("before", "after", "teacher")]
+    assert results["gap_closed"] == pytest.approx((nats[0] - nats[1]) / (nats[0] - nats[2]))
+    assert report.summary(results) in re.findall(r"```text\n(.*?)\n```", readme, re.S)
+    assert f"took {results['seconds'] / 60:.0f} minutes after the installation" in readme
+    scores = results["teacher"]["zero_shot"].items()
+    clear = [task for task, of in scores if of["acc"] - of["chance"] > 3 * of["acc_stderr"]]
+    assert clear == ["sciq"]  # "SciQ alone lies more than three standard errors above chance"
 
 
 def test_what_is_said_of_the_predictions(results):
