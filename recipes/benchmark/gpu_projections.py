@@ -4,8 +4,8 @@ python recipes/benchmark/gpu_projections.py --size 1.3b [--shares 0.63 0.42 --ba
 
 Weights are random, every layer has its own, and a token's projections are one CUDA graph; figures are medians
 of replays, in turn. `in_proj` and `out_proj` have the same share of inputs that fire. "Of copy bandwidth":
-bytes of weights fetched over the time, beside a copy measured in the same run. Joules are NVML's, of the whole
-GPU, with its idle power and without.
+bytes of weights fetched over the time, beside a copy measured in the same run. Joules are NVML's, of the
+whole GPU, with its idle power and without.
 """
 
 import argparse
