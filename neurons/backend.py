@@ -9,7 +9,7 @@ from torch import nn
 __all__ = ["set_backend"]
 
 BACKENDS = ("torch", "cupy")  # of the nodes
-EVENT_BACKENDS = ("torch", "numba")  # of the event-driven layers
+EVENT_BACKENDS = ("torch", "numba", "cupy")  # of the event-driven layers
 
 
 def set_backend(
@@ -19,7 +19,7 @@ def set_backend(
 
     Args:
         net: a module; its own backend is set too if it has one.
-        backend: 'torch', 'cupy' (nodes) or 'numba' (layers). Whether it can run is checked when a module is
+        backend: 'torch', 'cupy', or 'numba' (layers only). Whether it can run is checked when a module is
             called.
         instance: set it for modules of this class only; ``None`` means all that have backends.
 

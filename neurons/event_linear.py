@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from . import functional
-from .backend import EVENT_BACKENDS, check_numba
+from .backend import EVENT_BACKENDS, check_cupy, check_numba
 
 __all__ = ["EventDrivenLinear", "int4_weights", "int8_weights"]
 
@@ -85,8 +85,9 @@ class EventDrivenLinear(nn.Module):
         in_features, out_features: as in ``nn.Linear``.
         bias: whether there is one, float32.
         weights: 'int8', with one scale an output, or 'int4', with one for every 32 inputs of an output too.
-        backend: 'torch', or 'numba' on the CPU: rows of inputs that do not fire stay where they are. A choice
-            that cannot run raises when the layer is called, never silently runs something else.
+        backend: 'torch'; 'numba' on the CPU or 'cupy' on CUDA: rows of inputs that do not fire stay where
+            they are. A choice that cannot run raises when the layer is called, never silently runs something
+            else.
 
     Attributes:
         weight: int8 ``[in, out]``; 4-bit weights, plus 8, two outputs a byte: uint8 ``[in, ceil(out / 2)]``.
@@ -190,6 +191,8 @@ class EventDrivenLinear(nn.Module):
         spikes = self._as_int8(spikes)
         if self.backend == "numba":
             return self._numba_sums(spikes)
+        if self.backend == "cupy":
+            return self._cupy_sums(spikes)
         return self._torch_sums(spikes)
 
     def forward(self, spikes: torch.Tensor) -> torch.Tensor:
@@ -237,6 +240,33 @@ class EventDrivenLinear(nn.Module):
         threads = torch.get_num_threads() if work > 2**23 else 1  # starting them takes a while
         sums = torch.from_numpy(packed.sums(flat.numpy(), threads))  # type: ignore[attr-defined]
         return sums.reshape(*spikes.shape[:-1], self.out_features)
+
+    def _cupy_sums(self, spikes: torch.Tensor) -> torch.Tensor:
+        """A few rows of spikes event by event; many, which leave no weight alone, as a dense product."""
+        check_cupy()
+        from .cupy import launcher
+        from .cupy.event_linear.ops import LARGEST_BATCH, Call, event_driven_linear
+
+        launcher.check_input(spikes, (torch.int8,))
+        if self.weight.device != spikes.device:
+            raise RuntimeError(f"The spikes are on {spikes.device}, the weights on {self.weight.device}.")
+        flat = spikes.reshape(math.prod(spikes.shape[:-1]), self.in_features)
+        if len(flat) > LARGEST_BATCH and self._has_dense_product():
+            padded = nn.functional.pad(flat, (0, 0, 0, max(0, 32 - len(flat))))  # it wants more than 16
+            sums = torch._int_mm(padded, self.weight)[: len(flat)]
+        else:
+            call = Call(8 if self.group_scale is None else 4, self.out_features)
+            parts = [
+                event_driven_linear(part, self.weight, self.group_scale, call)
+                for part in flat.split(LARGEST_BATCH)
+            ]
+            sums = torch.cat(parts) if parts else flat.new_zeros((0, self.out_features), dtype=torch.int32)
+        return sums.reshape(*spikes.shape[:-1], self.out_features)
+
+    def _has_dense_product(self) -> bool:
+        """Whether torch's product of int8 matrices takes these weights: on CUDA, of sizes by eights."""
+        sizes = self.in_features, self.out_features
+        return self.weight.is_cuda and self.group_scale is None and not any(n % 8 for n in sizes)
 
     def _pack(self, spikes: torch.Tensor) -> object:
         """The weights as the kernels read them, made anew after a weight has changed."""

@@ -91,8 +91,8 @@ def kept_share(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, float]:
-    """What a model keeps of a reference's ability: the sum over tasks of its mean score above chance, over the
-    reference's, with a bootstrap interval of items in pairs as in :func:`paired_gap`.
+    """What a model keeps of a reference's ability: the sum over tasks of its mean score above chance, over
+    the reference's, with a bootstrap interval of items in pairs as in :func:`paired_gap`.
 
     Args:
         reference, model: the scores of every item by task, both in the dataset's order.

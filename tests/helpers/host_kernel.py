@@ -1,4 +1,4 @@
-"""Runs ``neurons/cupy/si_lif/kernel.cu`` on the CPU: by the host's C++ compiler and ctypes."""
+"""Runs the sources of ``neurons/cupy`` on the CPU: by the host's C++ compiler and ctypes."""
 
 import ctypes
 import functools
@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from neurons.cupy import launcher
+from neurons.cupy.event_linear import ops as event_linear
 from neurons.cupy.si_lif import kernel
 
 COMPILER = shutil.which("c++") or shutil.which("g++")
@@ -25,13 +26,14 @@ def _folder() -> tempfile.TemporaryDirectory:
 
 
 @functools.cache
-def _library(options: tuple[str, ...]) -> ctypes.CDLL:
+def _library(driver: str, source: launcher.Source, options: tuple[str, ...]) -> ctypes.CDLL:
     assert COMPILER is not None
     defines = [o for o in options if o.startswith("-D")]
-    out = Path(_folder().name) / (hashlib.sha256(repr(defines).encode()).hexdigest()[:16] + ".so")
+    name = hashlib.sha256(repr((driver, defines)).encode()).hexdigest()[:16]
+    out = Path(_folder().name) / f"{name}.so"
     flags = ["-O1", "-std=c++17", "-ffp-contract=off", "-fno-strict-aliasing", "-shared", "-fPIC", "-w"]
-    source = Path(__file__).with_name("host_cuda.cpp")
-    command = [COMPILER, *flags, f"-I{kernel.SOURCE.path.parent}", *defines, str(source), "-o", str(out)]
+    file = Path(__file__).with_name(driver)
+    command = [COMPILER, *flags, f"-I{source.path.parent}", *defines, str(file), "-o", str(out)]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return ctypes.CDLL(str(out))
 
@@ -46,11 +48,15 @@ def launch(
     args: tuple[np.generic, ...],
 ) -> None:
     """Stands in for ``launcher.launch``."""
-    assert source is kernel.SOURCE
     assert device.type == "cpu"
-    direction, family = name.split("_")
     typed = [C_TYPES[a.dtype.str[1:]](a.item()) for a in args]
-    library = _library(tuple(o for o in options if "ONLY" not in o))
+    if source is event_linear.SOURCE:
+        library = _library("host_event_linear.cpp", source, options)
+        library.run_event_linear(*grid, *block, *typed)
+        return
+    assert source is kernel.SOURCE
+    direction, family = name.split("_")
+    library = _library("host_cuda.cpp", source, tuple(o for o in options if "ONLY" not in o))
     if family == "compensated":
         getattr(library, f"run_{name}")(*grid, *block, *typed)
     else:

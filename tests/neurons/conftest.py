@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from neurons import si_lif
+from neurons import event_linear, si_lif
 from neurons.cupy import launcher
 from tests.helpers import host_kernel
 
@@ -61,4 +61,5 @@ def host(monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.skip("no C++ compiler")
     monkeypatch.setattr(launcher, "launch", host_kernel.launch)
     monkeypatch.setattr(launcher, "DEVICE_TYPES", ("cpu",))
-    monkeypatch.setattr(si_lif, "check_cupy", lambda: None)
+    for module in (si_lif, event_linear):
+        monkeypatch.setattr(module, "check_cupy", lambda: None)
