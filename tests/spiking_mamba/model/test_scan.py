@@ -12,7 +12,7 @@ from tests.helpers.tiny import INTEGER, tiny_model, tokens
 
 def _forward(x, dt, A, B, C, chunk_size, **options):
     assert options.pop("dt_softplus")
-    return ssd._scan_torch(x, dt, A, B, C, chunk_size, document=options.pop("seq_idx"), **options)
+    return ssd.scan_torch(x, dt, A, B, C, chunk_size, document=options.pop("seq_idx"), **options)
 
 
 def _chunk_scan(*inputs, return_final_states, **options):
