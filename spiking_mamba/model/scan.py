@@ -1,7 +1,7 @@
 """The state-space-dual scan and the causal convolution, chosen per device when they are called.
 
 On CUDA they are mamba-ssm's Triton kernels (and causal-conv1d's, when installed), elsewhere, or when
-those packages are missing, torch functions. Under ``torch.compile`` Triton's scan is an
+those packages are missing, torch functions. Under ``torch.compile`` the scan is an
 operator, and the convolution a sum of shifted products that the compiler fuses with its neighbours.
 Triton's kernels multiply float32 in TF32: on an H100 their float32 results differ from torch's by up to
 1e-3 of the largest value.
@@ -21,7 +21,7 @@ import torch
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
 
-from spiking_mamba.model.scan_torch import scan_torch, time_steps
+from spiking_mamba.model.scan_torch import scan_torch, scan_torch_backward, time_steps
 
 __all__ = ["causal_conv1d", "causal_conv1d_update", "chunk_scan", "state_update"]
 
@@ -133,22 +133,20 @@ def _scan_operator(
     dt_min: float,
     dt_max: float,
 ) -> torch.Tensor:
-    """mamba-ssm's scan from a fresh state, as ``torch.compile`` takes it; arguments: :func:`chunk_scan`."""
-    kernels = _triton_kernels()
-    assert kernels is not None
-    options = {
-        "D": D,
-        "dt_bias": dt_bias,
-        "dt_softplus": True,
-        "dt_limit": (dt_min, dt_max),
-        "seq_idx": document,
-    }
-    return kernels.forward(x, dt, A, B, C, chunk_size, **options)[0].contiguous()
+    """The scan from a fresh state, as ``torch.compile`` takes it; arguments: :func:`chunk_scan`.
+
+    In torch functions, too: with a length that varies, the compiler would be at their sizes for minutes.
+    """
+    if not _on_triton(x):
+        limit = dt_min, dt_max
+        return scan_torch(x, dt, A, B, C, chunk_size, D, dt_bias, limit, document=document)[0].contiguous()
+    options = _options(D, dt_bias, document, dt_min, dt_max)
+    return _triton_kernels().forward(x, dt, A, B, C, chunk_size, **options)[0].contiguous()
 
 
 @_scan_operator.register_fake
 def _(x, dt, A, B, C, D, dt_bias, document, chunk_size, dt_min, dt_max):
-    return x.new_empty(x.shape)
+    return x.new_empty(x.shape, dtype=x.dtype if _on_triton(x) else torch.float32)
 
 
 @torch.library.custom_op("spiking_mamba::chunk_scan_backward", mutates_args=())
@@ -167,18 +165,16 @@ def _scan_backward_operator(
     dt_min: float,
     dt_max: float,
 ) -> list[torch.Tensor]:
-    kernels = _triton_kernels()
-    assert kernels is not None
-    options = {
-        "D": D,
-        "dt_bias": dt_bias,
-        "dt_softplus": True,
-        "dt_limit": (dt_min, dt_max),
-        "seq_idx": document,
-    }
-    dx, ddt, dA, dB, dC, dD, _, ddt_bias, _ = kernels.backward(grad, x, dt, A, B, C, y, chunk_size, **options)
-    found = zip((dx, ddt, dA, dB, dC, dD, ddt_bias), (x, dt, A, B, C, D, dt_bias), strict=True)
-    return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in found]
+    inputs = x, dt, A, B, C, D, dt_bias
+    gradients: Sequence[torch.Tensor]
+    if _on_triton(x):
+        options = _options(D, dt_bias, document, dt_min, dt_max)
+        found = _triton_kernels().backward(grad, x, dt, A, B, C, y, chunk_size, **options)
+        gradients = [*found[:6], found[7]]  # between them is that of a gate, and behind them of first states
+    else:
+        gradients = scan_torch_backward(grad, inputs, chunk_size, (dt_min, dt_max), document)
+    pairs = zip(gradients, inputs, strict=True)
+    return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in pairs]
 
 
 @_scan_backward_operator.register_fake
@@ -227,14 +223,15 @@ def chunk_scan(
     Returns:
         ``y`` of the shape of ``x``, and the last states ``[B, H, P, N]`` if asked for.
     """
+    fresh = real is None and initial_states is None and not return_final_states
+    if torch.compiler.is_compiling() and fresh:
+        return _scan_operator(x, dt, A, B, C, D, dt_bias, document, chunk_size, *map(float, dt_limit))
     if not _on_triton(x):
         y, last = scan_torch(x, dt, A, B, C, chunk_size, D, dt_bias, dt_limit, initial_states, document, real)
         return (y, last) if return_final_states else y
     softplus = real is None
     if not softplus:  # the kernel knows no padding
         dt, dt_bias, dt_limit = time_steps(dt, dt_bias, dt_limit, real), None, (0.0, math.inf)
-    elif torch.compiler.is_compiling() and initial_states is None and not return_final_states:
-        return _scan_operator(x, dt, A, B, C, D, dt_bias, document, chunk_size, *map(float, dt_limit))
     return _triton_kernels().chunk_scan(
         x,
         dt,

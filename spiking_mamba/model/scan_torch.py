@@ -2,12 +2,13 @@
 
 import math
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
 
-__all__ = ["scan_torch", "time_steps"]
+__all__ = ["scan_torch", "scan_torch_backward", "time_steps"]
 
 
 def _segment_sums(a: torch.Tensor) -> torch.Tensor:
@@ -101,8 +102,7 @@ def scan_torch(
     length, groups = x.shape[1], B.shape[2]
     # padded to whole chunks, and 24 tokens in one of 64 take 1.8 times as long as in one of 32; rounded to
     # 16, so that a few tokens more seldom change how sums are cut
-    if not torch.compiler.is_compiling():  # or every length would be code of its own
-        chunk_size = min(chunk_size, 16 * max(1, -(-length // 16)))
+    chunk_size = min(chunk_size, 16 * max(1, -(-length // 16)))
 
     def chunks(tensor: torch.Tensor) -> torch.Tensor:
         padded = F.pad(tensor, (0,) * (2 * tensor.ndim - 3) + (-length % chunk_size,))
@@ -130,3 +130,29 @@ def scan_torch(
 
     y = y.flatten(1, 2)[:, :length].flatten(2, 3) + D.float()[:, None] * x
     return y, states[:, -1].flatten(1, 2)
+
+
+def scan_torch_backward(
+    grad: torch.Tensor,
+    inputs: Sequence[torch.Tensor],
+    chunk_size: int,
+    dt_limit: Sequence[float],
+    document: torch.Tensor | None,
+) -> tuple[torch.Tensor, ...]:
+    """Gradients of a fresh scan, which is computed once more.
+
+    Args:
+        grad: of ``y``. inputs: ``x``, ``dt``, ``A``, ``B``, ``C``, ``D`` and ``dt_bias``, in that order.
+
+    Returns:
+        The inputs' gradients.
+    """
+
+    def differentiate() -> tuple[torch.Tensor, ...]:
+        leaves = [tensor.detach().requires_grad_() for tensor in inputs]
+        *scanned, D, dt_bias = leaves
+        y, _ = scan_torch(*scanned, chunk_size, D, dt_bias, dt_limit, document=document)
+        return torch.autograd.grad(y, leaves, grad)
+
+    with ThreadPoolExecutor(1) as thread:  # within an operator this one has no autograd
+        return thread.submit(differentiate).result()
