@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 HELD := torch==2.14.1 torchvision==0.29.1
 # uv writes the lock and makes the edges, from an environment of its own: the lock may be what is broken.
 UV := .venv-uv/bin/uv
+# Processes that share the tests, a file at a time and one thread each; WORKERS=0: none but pytest's own.
+WORKERS ?= 2
 # `make test-edges EDGES=lowest` runs one of them.
 EDGES ?= lowest newest
 # What touches the interfaces of torch, transformers, spikingjelly, datasets, lm-eval and trl, and each recipe once.
@@ -45,7 +47,7 @@ quickstart: $(BIN)/.ready
 	$(BIN)/python recipes/quickstart/quickstart.py recipes/quickstart/quickstart.yaml $(ARGS)
 
 test: lint
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 storm: $(BIN)/.ready
 	$(BIN)/python tests/storm/settings.py $(ARGS)

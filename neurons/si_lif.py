@@ -15,6 +15,14 @@ from .surrogate import SignedSpikeCount, SurrogateFunctionBase
 __all__ = ["SILIFNode"]
 
 
+_OUTSIDE = -1  # of any backward pass
+
+
+def _backward_pass() -> int:
+    """The number of the backward pass that this call is a part of."""
+    return torch._C._current_graph_task_id()
+
+
 @dataclass
 class _Mixture:
     """What a call mixes into its spikes, and the result: beside the output, which hooks see."""
@@ -51,9 +59,13 @@ class SILIFNode(BaseNode):
     Precision: the potential is float32 whatever the input; spikes have the input's dtype, or autocast's
     inside ``torch.autocast``. The input is never modified.
 
+    Within ``torch.utils.checkpoint`` a node runs again in the backward pass, and must begin there as it began
+    at first: reset it in the function that is checkpointed, or give it its potential there.
+
     Raises:
         TypeError: a parameter, or at the call the input, has the wrong type.
         ValueError: a parameter is out of its range.
+        RuntimeError: it runs again in a backward pass, from the potential that its first run left.
     """
 
     supports_stateless_step = True  # it has `stateless_step`
@@ -63,6 +75,7 @@ class SILIFNode(BaseNode):
     tau: float
     stateless: bool
     v: float | torch.Tensor  # [N, *]; the number 0 before the first step
+    _v_is_of = _OUTSIDE  # the backward pass in which v was set last
 
     def __init__(
         self,
@@ -210,7 +223,24 @@ class SILIFNode(BaseNode):
             return spike
         if stateless or self.stateless:
             return self._signed_spike_count(x)
-        return super().forward(x, *args, **kwargs)
+        if torch.compiler.is_compiling():
+            return super().forward(x, *args, **kwargs)
+        now = _backward_pass()
+        if now != _OUTSIDE and self._v_is_of != now and isinstance(self.v, torch.Tensor):
+            raise RuntimeError(
+                f"A {type(self).__name__} runs again in a backward pass, as torch.utils.checkpoint makes it, "
+                "from the potential that its first run left; gradients would be wrong. Begin the function "
+                "that is checkpointed with functional.reset_net, or pass the potential in and out of it, see "
+                "multi_step_functional_forward."
+            )
+        spike = super().forward(x, *args, **kwargs)
+        self.__dict__["_v_is_of"] = now
+        return spike
+
+    def __setattr__(self, name: str, value: object) -> None:
+        super().__setattr__(name, value)
+        if name == "v" and not torch.compiler.is_compiling():
+            self.__dict__["_v_is_of"] = _backward_pass()
 
     def stateless_step(self, x: torch.Tensor) -> torch.Tensor:
         """The spikes of fresh neurons for one step: a call as if ``stateless`` were set.

@@ -25,6 +25,7 @@ from spiking_mamba.common.provenance import provenance, refuse_changed_code
 from spiking_mamba.common.records import put_record
 from spiking_mamba.common.schema import Count, Name, Names, schema
 from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.evaluation.scoring import compared
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.model.modes import evaluating
 from spiking_mamba.model.tokenizer import load_tokenizer
@@ -95,16 +96,18 @@ def compare(
         for start in range(0, len(ids), batch_size):
             batch = torch.as_tensor(ids[start : start + batch_size]).long()
             theirs, ours = (
-                model(input_ids=batch, use_cache=False).logits[:, :-1].float().log_softmax(-1)
-                for model in (teacher, student)
+                model(input_ids=batch, use_cache=False).logits[:, :-1].float() for model in (teacher, student)
             )  # [batch, length - 1, vocabulary]
-            nats = [-logs.gather(-1, batch[:, 1:, None]).squeeze(-1).double() for logs in (theirs, ours)]
+            nats = [
+                F.cross_entropy(logits.transpose(1, 2), batch[:, 1:], reduction="none").double()
+                for logits in (theirs, ours)
+            ]
             of = owner[start : start + batch_size, 1:].reshape(-1)
             columns = (torch.ones_like(nats[0]), *nats)
             for column, values in enumerate(columns):
                 np.add.at(sums[:, column], of, values.reshape(-1).numpy())
-            kl += F.kl_div(ours, theirs, log_target=True, reduction="none").double().sum().item()
-            same += int((theirs.argmax(-1) == ours.argmax(-1)).sum())
+            found = compared(ours, theirs)
+            kl, same = kl + found[0], same + found[1]
             share((start + len(batch)) / len(ids))
     tokens = int(sums[:, 0].sum())
     documents = [[int(n), round(a, 4), round(b, 4)] for n, a, b in sums.tolist() if n]

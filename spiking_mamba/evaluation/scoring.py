@@ -8,6 +8,7 @@ perplexity(model, rows)["perplexity"]
 import contextlib
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
 
-__all__ = ["perplexity", "score", "zero_shot"]
+__all__ = ["compared", "perplexity", "score", "zero_shot"]
 
 
 def score(
@@ -142,61 +143,85 @@ def perplexity(
     if device is not None:
         model.to(device)
     device = next(model.parameters()).device
-    total, predicted, spelled = 0.0, 0, 0
-    divergence, agreed = 0.0, 0
-    if reference is not None:
-        reference.to(device)
+    models = [model] if reference is None else [model, reference.to(device)]
+    sums = _Sums()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(evaluating(model))
-        if reference is not None:
-            stack.enter_context(evaluating(reference))
+        for each in models:
+            stack.enter_context(evaluating(each))
         share = stack.enter_context(reporting(progress, "perplexity"))
         for start in range(0, len(dataset), batch_size):
-            rows = dataset[start : start + batch_size]
-            if len(lengths := set(map(len, rows["input_ids"]))) != 1 or min(lengths) < 2:
-                raise DataError(
-                    f"Rows must be equally long, with at least 2 tokens; among those from row {start} on are "
-                    f"lengths {sorted(lengths)}."
-                )
-            ids = torch.as_tensor(rows["input_ids"], dtype=torch.long, device=device)  # [batch, length]
-            labels = torch.as_tensor(rows["labels"], device=device).long() if "labels" in rows else ids
-            logits = model(input_ids=ids, use_cache=False).logits  # [batch, length, vocabulary]
-            theirs = None if reference is None else reference(input_ids=ids, use_cache=False).logits
-            if theirs is not None and theirs.shape != logits.shape:
+            ids, labels = _tensors(dataset[start : start + batch_size], start, device)
+            every = [each(input_ids=ids, use_cache=False).logits for each in models]
+            if every[0].shape != every[-1].shape:
                 raise ValueError("The model's vocabulary and its reference's are of different sizes.")
             for offset in range(len(ids)):  # one row at a time: float32 logits are large
-                target = labels[offset, 1:]
-                nll = F.cross_entropy(logits[offset, :-1].float(), target, reduction="none")
-                loss = nll.double().sum().item()
-                if math.isnan(loss):
-                    raise FloatingPointError(f"The model's logits are NaN in row {start + offset}.")
-                total += loss
-                predicted += int((target != -100).sum())
-                spelled += int((labels[offset] != -100).sum())
-                if theirs is not None:
-                    kl, same = _compared(logits[offset, :-1], theirs[offset, :-1], target != -100)
-                    divergence, agreed = divergence + kl, agreed + same
+                sums.add(labels[offset], [logits[offset] for logits in every], start + offset)
             share((start + len(ids)) / len(dataset))
-    if not predicted:
-        raise DataError("No token is to be predicted: every label is -100.")
-    mean = total / predicted
-    with np.errstate(over="ignore"):  # infinite, and said to be
-        result = {"perplexity": float(np.exp(mean)), "nll_per_token": mean, "tokens": predicted}
-    if bytes is not None:
-        result["bits_per_byte"] = mean / math.log(2) * spelled / bytes
-    if reference is not None:
-        result |= {"kl": divergence / predicted, "top1_agreement": agreed / predicted}
-    return result
+    return sums.result(bytes, reference is not None)
 
 
-def _compared(logits: torch.Tensor, theirs: torch.Tensor, counts: torch.Tensor) -> tuple[float, int]:
-    """KL(theirs || logits) in nats, summed, and how many likeliest tokens are the same.
+def _tensors(rows: Any, start: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and labels of rows from ``start`` on, int64 ``[batch, length]`` each."""
+    if len(lengths := set(map(len, rows["input_ids"]))) != 1 or min(lengths) < 2:
+        raise DataError(
+            f"Rows must be equally long, with at least 2 tokens; among those from row {start} on are "
+            f"lengths {sorted(lengths)}."
+        )
+    ids = torch.as_tensor(rows["input_ids"], dtype=torch.long, device=device)
+    return ids, torch.as_tensor(rows["labels"], device=device).long() if "labels" in rows else ids
+
+
+@dataclass
+class _Sums:
+    """Over all rows so far.
+
+    Attributes:
+        nats, divergence: in float64, see :func:`perplexity`. agreed: tokens with the same likeliest one.
+        predicted, spelled: tokens that are predicted, and those with a row's first one.
+    """
+
+    nats: float = 0.0
+    predicted: int = 0
+    spelled: int = 0
+    divergence: float = 0.0
+    agreed: int = 0
+
+    def add(self, labels: torch.Tensor, logits: Sequence[torch.Tensor], row: int) -> None:
+        """A row: labels ``[length]``, and logits ``[length, vocabulary]`` of one or two models."""
+        target = labels[1:]
+        nats = F.cross_entropy(logits[0][:-1].float(), target, reduction="none").double().sum().item()
+        if math.isnan(nats):
+            raise FloatingPointError(f"The model's logits are NaN in row {row}.")
+        counts = target != -100
+        self.nats += nats
+        self.predicted += int(counts.sum())
+        self.spelled += int((labels != -100).sum())
+        if len(logits) > 1:
+            kl, same = compared(*(each[:-1][counts] for each in logits))
+            self.divergence, self.agreed = self.divergence + kl, self.agreed + same
+
+    def result(self, bytes: int | None, compares: bool) -> dict[str, float]:
+        """What :func:`perplexity` returns."""
+        if not self.predicted:
+            raise DataError("No token is to be predicted: every label is -100.")
+        mean = self.nats / self.predicted
+        with np.errstate(over="ignore"):  # infinite, and said to be
+            found = {"perplexity": float(np.exp(mean)), "nll_per_token": mean, "tokens": self.predicted}
+        if bytes is not None:
+            found["bits_per_byte"] = mean / math.log(2) * self.spelled / bytes
+        if compares:
+            found["kl"] = self.divergence / self.predicted
+            found["top1_agreement"] = self.agreed / self.predicted
+        return found
+
+
+def compared(logits: torch.Tensor, theirs: torch.Tensor) -> tuple[float, int]:
+    """KL(theirs || logits) in nats, summed in float64, and how many likeliest tokens are the same.
 
     Args:
-        logits, theirs: ``[n, vocabulary]``. counts: bool ``[n]``, the positions that count.
+        logits, theirs: ``[..., vocabulary]``.
     """
-    logits, theirs = logits[counts].float(), theirs[counts].float()
-    log_q, log_p = logits.log_softmax(-1), theirs.log_softmax(-1)
+    log_q, log_p = logits.float().log_softmax(-1), theirs.float().log_softmax(-1)
     kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum().item()
     return kl, int((logits.argmax(-1) == theirs.argmax(-1)).sum())

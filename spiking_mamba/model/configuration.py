@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Any
+from typing import Any, ClassVar
 
 from huggingface_hub.dataclasses import strict
 from spikingjelly.activation_based.base import MemoryModule
@@ -64,6 +64,7 @@ class SpikingMambaConfig(PretrainedConfig):
     """
 
     model_type = "spiking_mamba"
+    auto_map: ClassVar[dict[str, str]] = {}  # trl asks for it, and there is no code in a checkpoint
 
     num_heads: int = 128
     head_dim: int = 64

@@ -6,10 +6,13 @@ less than to wait for one another, and computes its own part of the outputs.
 """
 
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+import neurons.cpu
+from neurons.cpu.disk_cache import keep_on_disk
 from neurons.cpu.events import compiled
 from neurons.cpu.programs import program
 from neurons.cpu.threads import GONE, STATE, WORK, barrier, cycles, exchange, wait_for_work
@@ -19,6 +22,10 @@ from spiking_mamba.model.cpu_recurrence import recurrence, state_bytes
 __all__ = ["call_helper", "token_functions"]
 
 f32, i8, i32 = np.float32, np.int8, np.int32
+_SOURCES = (  # of what is compiled
+    *Path(neurons.cpu.__file__).parent.glob("*.py"),
+    *Path(__file__).parent.glob("cpu_*.py"),
+)
 
 
 @compiled
@@ -362,4 +369,6 @@ def token_functions(kind: Kind) -> tuple[Any, Any]:
         while wait_for_work(state):
             token(me, threads, s.token[0], w, s, local)
 
+    for function in (token, serve):
+        keep_on_disk(function, kind, _SOURCES)
     return token, serve

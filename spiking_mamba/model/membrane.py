@@ -37,7 +37,9 @@ def drive(node: MemoryModule, x_seq: torch.Tensor, states: list) -> torch.Tensor
         return spike_seq
     private = object.__new__(type(node))
     private.__dict__.update(node.__dict__)
-    private.__dict__["_memories"] = dict(zip(node._memories, given, strict=True))
+    private.__dict__["_memories"] = dict(node._memories)
+    for name, state in zip(node._memories, given, strict=True):
+        setattr(private, name, state)
     private.step_mode = "m"
     spike_seq = private(x_seq)
     states[:] = private._memories.values()

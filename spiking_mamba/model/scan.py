@@ -1,7 +1,7 @@
 """The state-space-dual scan and the causal convolution, chosen per device when they are called.
 
 On CUDA they are mamba-ssm's Triton kernels (and causal-conv1d's, when installed), elsewhere, or when
-those packages are missing, the torch functions of this module. Under ``torch.compile`` Triton's scan is an
+those packages are missing, torch functions. Under ``torch.compile`` the scan is an
 operator, and the convolution a sum of shifted products that the compiler fuses with its neighbours.
 Triton's kernels multiply float32 in TF32: on an H100 their float32 results differ from torch's by up to
 1e-3 of the largest value.
@@ -15,11 +15,13 @@ import sys
 import types
 import warnings
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 from transformers.activations import ACT2FN
+
+from spiking_mamba.model.scan_torch import scan_torch, scan_torch_backward, time_steps
 
 __all__ = ["causal_conv1d", "causal_conv1d_update", "chunk_scan", "state_update"]
 
@@ -131,22 +133,20 @@ def _scan_operator(
     dt_min: float,
     dt_max: float,
 ) -> torch.Tensor:
-    """mamba-ssm's scan from a fresh state, as ``torch.compile`` takes it; arguments: :func:`chunk_scan`."""
-    kernels = _triton_kernels()
-    assert kernels is not None
-    options = {
-        "D": D,
-        "dt_bias": dt_bias,
-        "dt_softplus": True,
-        "dt_limit": (dt_min, dt_max),
-        "seq_idx": document,
-    }
-    return kernels.forward(x, dt, A, B, C, chunk_size, **options)[0].contiguous()
+    """The scan from a fresh state, as ``torch.compile`` takes it; arguments: :func:`chunk_scan`.
+
+    In torch functions, too: with a length that varies, the compiler would be at their sizes for minutes.
+    """
+    if not _on_triton(x):
+        limit = dt_min, dt_max
+        return scan_torch(x, dt, A, B, C, chunk_size, D, dt_bias, limit, document=document)[0].contiguous()
+    options = _options(D, dt_bias, document, dt_min, dt_max)
+    return _triton_kernels().forward(x, dt, A, B, C, chunk_size, **options)[0].contiguous()
 
 
 @_scan_operator.register_fake
 def _(x, dt, A, B, C, D, dt_bias, document, chunk_size, dt_min, dt_max):
-    return x.new_empty(x.shape)
+    return x.new_empty(x.shape, dtype=x.dtype if _on_triton(x) else torch.float32)
 
 
 @torch.library.custom_op("spiking_mamba::chunk_scan_backward", mutates_args=())
@@ -165,18 +165,16 @@ def _scan_backward_operator(
     dt_min: float,
     dt_max: float,
 ) -> list[torch.Tensor]:
-    kernels = _triton_kernels()
-    assert kernels is not None
-    options = {
-        "D": D,
-        "dt_bias": dt_bias,
-        "dt_softplus": True,
-        "dt_limit": (dt_min, dt_max),
-        "seq_idx": document,
-    }
-    dx, ddt, dA, dB, dC, dD, _, ddt_bias, _ = kernels.backward(grad, x, dt, A, B, C, y, chunk_size, **options)
-    found = zip((dx, ddt, dA, dB, dC, dD, ddt_bias), (x, dt, A, B, C, D, dt_bias), strict=True)
-    return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in found]
+    inputs = x, dt, A, B, C, D, dt_bias
+    gradients: Sequence[torch.Tensor]
+    if _on_triton(x):
+        options = _options(D, dt_bias, document, dt_min, dt_max)
+        found = _triton_kernels().backward(grad, x, dt, A, B, C, y, chunk_size, **options)
+        gradients = [*found[:6], found[7]]  # between them is that of a gate, and behind them of first states
+    else:
+        gradients = scan_torch_backward(grad, inputs, chunk_size, (dt_min, dt_max), document)
+    pairs = zip(gradients, inputs, strict=True)
+    return [gradient.to(tensor.dtype).contiguous() for gradient, tensor in pairs]
 
 
 @_scan_backward_operator.register_fake
@@ -195,113 +193,6 @@ def _scan_autograd(ctx: Any, grad: torch.Tensor):
 
 
 _scan_operator.register_autograd(_scan_autograd, setup_context=_scan_setup)
-
-
-def _segment_sums(a: torch.Tensor) -> torch.Tensor:
-    """``[..., Q] -> [..., Q, Q]``: ``a[s + 1] + ... + a[l]`` at ``[l, s]``, and -inf where s > l.
-
-    Each is summed by itself: as a difference of two sums from the start it would lose what they share.
-    """
-    lower = torch.ones(a.shape[-1], a.shape[-1], dtype=torch.bool, device=a.device).tril()
-    columns = a[..., :, None].expand(*a.shape, a.shape[-1])
-    return columns.masked_fill(~lower.tril(-1), 0.0).cumsum(-2).masked_fill(~lower, -math.inf)
-
-
-class _Documents(NamedTuple):
-    """Which parts of a chunked scan stay within one document: bool, of tokens ``[b, c, l, s]``, from the
-    start of a chunk and to its end ``[b, c, l]``, and from end to end ``[b, c]``."""
-
-    pairs: torch.Tensor
-    from_start: torch.Tensor
-    to_end: torch.Tensor
-    whole: torch.Tensor
-
-
-def _documents_in_chunks(document: torch.Tensor | None, chunk_size: int) -> _Documents | None:
-    if document is None:
-        return None
-    padded = torch.cat([document, document[:, -1:].expand(-1, -document.shape[1] % chunk_size)], 1)
-    chunks = padded.unflatten(1, (-1, chunk_size))  # [b, c, l]
-    last = chunks[..., -1]
-    before = F.pad(last[:, :-1], (1, 0), value=0)  # the state that comes in belongs to document 0
-    return _Documents(
-        chunks[..., :, None] == chunks[..., None, :],
-        chunks == before[..., None],
-        chunks == last[..., None],
-        last == before,
-    )
-
-
-def _time_steps(
-    dt: torch.Tensor, dt_bias: torch.Tensor, dt_limit: Sequence[float], real: torch.Tensor | None
-) -> torch.Tensor:
-    """``[B, L, H]``, float32; 0 at padding, where the state then stays as it is."""
-    dt = F.softplus(dt.float() + dt_bias.float()).clamp(*dt_limit)
-    return dt if real is None else dt.masked_fill(~real[..., None], 0.0)
-
-
-def _scan_torch(
-    x: torch.Tensor,
-    dt: torch.Tensor,
-    A: torch.Tensor,
-    B: torch.Tensor,
-    C: torch.Tensor,
-    chunk_size: int,
-    D: torch.Tensor,
-    dt_bias: torch.Tensor,
-    dt_limit: Sequence[float],
-    initial_states: torch.Tensor | None = None,
-    document: torch.Tensor | None = None,
-    real: torch.Tensor | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """:func:`chunk_scan` in float32, whatever comes in: ``y`` and the last states.
-
-    Letters of the sums: b batch, c chunk, l and s tokens of a chunk, g group, r head of a group, p channel of
-    a head, n state.
-    """
-    length, groups = x.shape[1], B.shape[2]
-    # padded to whole chunks, and 24 tokens in one of 64 take 1.8 times as long as in one of 32; rounded to
-    # 16, so that a few tokens more seldom change how sums are cut
-    chunk_size = min(chunk_size, 16 * max(1, -(-length // 16)))
-
-    def chunks(tensor: torch.Tensor) -> torch.Tensor:
-        padded = F.pad(tensor, (0,) * (2 * tensor.ndim - 3) + (-length % chunk_size,))
-        return padded.unflatten(1, (-1, chunk_size))
-
-    dt = _time_steps(dt, dt_bias, dt_limit, real)  # [b, L, h]
-    x, B, C = x.float(), chunks(B.float()), chunks(C.float())
-    inputs = chunks(x * dt[..., None]).unflatten(3, (groups, -1))  # [b, c, l, g, r, p]
-    a = chunks(A.float() * dt).unflatten(3, (groups, -1)).permute(0, 1, 3, 4, 2)  # [b, c, g, r, l]
-    a_sums = a.cumsum(-1)
-
-    # what the tokens of a chunk give one another
-    scores = torch.einsum("bclgn,bcsgn->bcgls", C, B)[:, :, :, None] * _segment_sums(a).exp()
-    within = _documents_in_chunks(document, chunk_size)
-    if within is not None:
-        scores = scores * within.pairs[:, :, None, None]
-    y = torch.einsum("bcgrls,bcsgrp->bclgrp", scores, inputs)
-
-    # what every chunk adds to the state by its end, and the states at the start of each and behind the last
-    to_end = (a_sums[..., -1:] - a_sums).exp().permute(0, 1, 4, 2, 3)[..., None]  # [b, c, l, g, r, 1]
-    if within is not None:
-        to_end = to_end * within.to_end[..., None, None, None]
-    added = torch.einsum("bclgn,bclgrp->bcgrpn", B, inputs * to_end)
-    first = torch.zeros_like(added[:, 0]) if initial_states is None else initial_states.float()
-    added = torch.cat([first.view_as(added[:, 0])[:, None], added], 1)
-    whole = a_sums[..., -1].movedim(1, -1)  # [b, g, r, c]
-    if within is not None:
-        whole = whole.masked_fill(~within.whole[:, None, None], -math.inf)
-    across = _segment_sums(F.pad(whole, (1, 0))).exp()  # [b, g, r, c + 1, c + 1]
-    states = torch.einsum("bgrdc,bcgrpn->bdgrpn", across, added)
-
-    # what the tokens before a chunk give it
-    from_start = a_sums.exp().permute(0, 1, 4, 2, 3)[..., None]
-    if within is not None:
-        from_start = from_start * within.from_start[..., None, None, None]
-    y = y + torch.einsum("bclgn,bcgrpn->bclgrp", C, states[:, :-1]) * from_start
-
-    y = y.flatten(1, 2)[:, :length].flatten(2, 3) + D.float()[:, None] * x
-    return y, states[:, -1].flatten(1, 2)
 
 
 def chunk_scan(
@@ -332,16 +223,15 @@ def chunk_scan(
     Returns:
         ``y`` of the shape of ``x``, and the last states ``[B, H, P, N]`` if asked for.
     """
+    fresh = real is None and initial_states is None and not return_final_states
+    if torch.compiler.is_compiling() and fresh:
+        return _scan_operator(x, dt, A, B, C, D, dt_bias, document, chunk_size, *map(float, dt_limit))
     if not _on_triton(x):
-        y, last = _scan_torch(
-            x, dt, A, B, C, chunk_size, D, dt_bias, dt_limit, initial_states, document, real
-        )
+        y, last = scan_torch(x, dt, A, B, C, chunk_size, D, dt_bias, dt_limit, initial_states, document, real)
         return (y, last) if return_final_states else y
     softplus = real is None
     if not softplus:  # the kernel knows no padding
-        dt, dt_bias, dt_limit = _time_steps(dt, dt_bias, dt_limit, real), None, (0.0, math.inf)
-    elif torch.compiler.is_compiling() and initial_states is None and not return_final_states:
-        return _scan_operator(x, dt, A, B, C, D, dt_bias, document, chunk_size, *map(float, dt_limit))
+        dt, dt_bias, dt_limit = time_steps(dt, dt_bias, dt_limit, real), None, (0.0, math.inf)
     return _triton_kernels().chunk_scan(
         x,
         dt,

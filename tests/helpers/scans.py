@@ -38,7 +38,7 @@ def largest_difference(length: int, dtype: torch.dtype) -> float:
     options = {"dt_limit": (0.0, float("inf")), "initial_states": state} | fixed
     for function, others in (
         (kernel, {"dt_softplus": True, "return_final_states": True}),
-        (ssd._scan_torch, {}),
+        (ssd.scan_torch, {}),
     ):
         x, dt, Bm, C = (t.clone().requires_grad_() for t in inputs)
         y, last = function(x, dt, A, Bm, C, chunk_size=64, **options, **others)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from spikingjelly.activation_based import base, functional, neuron, surrogate
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import neurons
 from neurons import SignedSpikeCount, SILIFNode, TILIFNode
@@ -591,3 +592,55 @@ def test_stateless_steps_are_windows_of_their_own(v_threshold):
     (expected_grad,) = torch.autograd.grad(torch.stack(expected), x, grad)
     (actual_grad,) = torch.autograd.grad(actual, x, grad)
     assert torch.equal(actual_grad, expected_grad)
+
+
+# --- gradient checkpointing ---
+
+
+def _gradient(node, x, function):
+    x = x.clone().requires_grad_()
+    functional.reset_net(node)
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(3))
+    (function(x) * weights).sum().backward()
+    return x.grad
+
+
+@both_modes
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_checkpointed_begins_with_a_reset(cls, mode, reentrant):
+    node, x = make(cls, step_mode=mode), inputs()
+
+    def run(x_seq):
+        functional.reset_net(node)
+        return node(x_seq) if mode == "m" else torch.stack([node(x) for x in x_seq])
+
+    def again(x_seq):
+        return checkpoint(run, x_seq, use_reentrant=reentrant)
+
+    torch.testing.assert_close(_gradient(node, x, again), _gradient(node, x, run))
+    node(x if mode == "m" else x[0])  # afterwards it goes on as ever
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_checkpointed_may_set_the_potential(cls, reentrant):
+    node, x, start = make(cls, step_mode="m"), inputs(), torch.full((4, 5), 0.2)
+
+    def run(x_seq):
+        node.v = start
+        return node(x_seq)
+
+    def again(x_seq):
+        return checkpoint(run, x_seq, use_reentrant=reentrant)
+
+    torch.testing.assert_close(_gradient(node, x, again), _gradient(node, x, run))
+
+
+@both_modes
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_a_potential_that_would_move_on_twice_is_refused(cls, mode, reentrant):
+    """Its gradients would be wrong by as much as they are large."""
+    node, x = make(cls, step_mode=mode), inputs() if mode == "m" else inputs()[0]
+    with pytest.raises(RuntimeError, match=rf"{cls.__name__} runs again.*functional\.reset_net"):
+        _gradient(node, x, lambda x: checkpoint(node, x, use_reentrant=reentrant))
+    functional.reset_net(node)
+    node(x)  # nothing is left of it

@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -14,6 +12,7 @@ import torch
 
 from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.evaluation.scoring import perplexity
+from tests.helpers.commands import run
 from tests.helpers.tiny import INTEGER, tiny_model, tokens
 
 ROOT = Path(__file__).parents[2]
@@ -81,9 +80,9 @@ def test_the_command(tmp_path):
     ]
     text.write_text("".join(json.dumps({"text": passage}) + "\n" for passage in passages))
     results = tmp_path / "found.jsonl"
-    command = [sys.executable, ROOT / "recipes/ablate/documents.py", ROOT / "recipes/ablate/documents.yaml"]
+    command = [ROOT / "recipes/ablate/documents.py", ROOT / "recipes/ablate/documents.yaml"]
     command += [f"texts=[{text}]", "length=32", f"results={results}"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = run(*command)
     assert done.returncode == 0, done.stderr
     (record,) = [json.loads(line) for line in results.read_text().splitlines()]
     ratio = documents.perplexity_ratio(record["documents"])
@@ -92,6 +91,6 @@ def test_the_command(tmp_path):
     assert 0 < record["spikes"]["signed_digits"] <= record["spikes"]["mean_abs"]
     assert record["commit"]
     assert set(record["depends"]) == {"text", "teacher", "student"}
-    wrong = subprocess.run([*command, "texts=[]"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    wrong = run(*command, "texts=[]")
     assert wrong.returncode != 0
     assert "texts must be a name or a list of names" in wrong.stderr

@@ -3,13 +3,12 @@
 import copy
 import importlib.util
 import json
-import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
+from typing import Any
 
 import jsonschema
 import pytest
@@ -21,32 +20,30 @@ from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import train_tokenizer
 from spiking_mamba.evaluation import evaluator
 from spiking_mamba.evaluation.settings import Checkpoint
+from tests.helpers import commands
 
 ROOT = Path(__file__).parents[2]
-SCRIPT = [sys.executable, ROOT / "recipes/evaluate/evaluate.py", ROOT / "recipes/evaluate/evaluate.yaml"]
+SCRIPT = [ROOT / "recipes/evaluate/evaluate.py", ROOT / "recipes/evaluate/evaluate.yaml"]
 SCHEMA = json.loads((Path(spiking_mamba.__file__).parent / "evaluation/evaluation.schema.json").read_text())
 SIX = ["hellaswag", "piqa", "arc_easy", "arc_challenge", "boolq", "winogrande"]
 SMALL = ["limit=3", "length=32", "tasks=[copa, lambada_openai]", "corpora=[openwebtext-passages]"]
 
 
-def run(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    command = [*SCRIPT, *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=300, env=os.environ | environment, cwd=ROOT
-    )
+def run(*arguments: object, **more: Any) -> subprocess.CompletedProcess:
+    return commands.run(*SCRIPT, *arguments, **more)
 
 
 @pytest.fixture
 def call(monkeypatch, capsys):
     """The same without a process of its own, which takes seconds to import everything."""
-    spec = importlib.util.spec_from_file_location("evaluate_recipe", SCRIPT[1])
+    spec = importlib.util.spec_from_file_location("evaluate_recipe", SCRIPT[0])
     recipe = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(recipe)
     monkeypatch.setattr(recipe, "keep_freed_memory", lambda: None)
     monkeypatch.setattr(recipe, "quiet", lambda: None)
 
     def call(*arguments: object) -> subprocess.CompletedProcess:
-        monkeypatch.setattr(sys, "argv", [*map(str, SCRIPT[1:]), *map(str, arguments)])
+        monkeypatch.setattr(sys, "argv", [*map(str, SCRIPT), *map(str, arguments)])
         code: int | str | None = 0
         try:
             recipe.main()
@@ -222,13 +219,8 @@ def test_a_killed_run_goes_on(checkpoints, tmp_path, call):
     output = tmp_path / "killed"
     models = json.dumps([f"{checkpoints}/student0/model", f"{checkpoints}/teacher/model"])
     arguments = [f"models={models}", f"output={output}", *SMALL]
-    command = [*map(str, SCRIPT), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=ROOT)
-    deadline = time.monotonic() + 120
-    while not (kept := list((output / "cache").glob("*.json"))) and time.monotonic() < deadline:
-        time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    killed = run(*arguments, kill_when=lambda: bool(list((output / "cache").glob("*.json"))))
+    assert killed.returncode == -signal.SIGKILL
     kept = list((output / "cache").glob("*.json"))
     assert 0 < len(kept) < 6
     assert not (output / "results.json").exists()

@@ -1,12 +1,12 @@
 """No number is typed: pages written by hand say what the records say."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import figures
 import pytest
+
+from tests.helpers.commands import run
 
 ROOT = Path(__file__).parents[2]
 KNOWN = {"gain": 4.3081, "tokens": 75.5, "over": 4.1464}
@@ -22,8 +22,7 @@ def value(name, form):
 
 
 def test_the_pages_are_those_of_the_records():
-    command = [sys.executable, ROOT / "recipes/ablate/figures.py", ROOT / "recipes/ablate/figures.yaml"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=240)
+    done = run(ROOT / "recipes/ablate/figures.py", ROOT / "recipes/ablate/figures.yaml")
     assert done.returncode == 0, done.stderr
 
 

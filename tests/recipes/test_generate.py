@@ -71,7 +71,7 @@ def one_line(found) -> str:
         ("tokens=0", "tokens must be an integer of at least 1"),
         ("top_p=2", "top_p"),
         ("prompt=''", "prompt must not be empty"),
-        ("model=nowhere", "nowhere"),
+        ("model=./nowhere", "nowhere"),
         ("temprature=1", "did you mean 'temperature'?"),
     ],
 )

@@ -5,10 +5,8 @@ import importlib.util
 import json
 import math
 import shutil
-import signal
 import subprocess
 import sys
-import time
 import warnings
 from pathlib import Path
 
@@ -19,6 +17,7 @@ from transformers import AutoTokenizer
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, data, evaluation
 from spiking_mamba.evaluation.outliers import replace_outliers
 from spiking_mamba.model.checkpoint import export, export_dense, load_model
+from tests.helpers import commands
 
 ROOT = Path(__file__).parents[2]
 SCRIPT, YAML = ROOT / "recipes/ablate/outliers.py", ROOT / "recipes/ablate/outliers.yaml"
@@ -58,8 +57,7 @@ def arguments(model: Path, text: Path, output: Path, *more: str) -> list[str]:
 
 
 def run(*given) -> subprocess.CompletedProcess:
-    command = [sys.executable, *arguments(*given)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    return commands.run(*arguments(*given))
 
 
 @pytest.fixture
@@ -107,15 +105,8 @@ def test_a_killed_run_goes_on_where_it_was(checkpoints, text, tmp_path, recipe, 
     """A finished row is not measured again: what a marked one says stays."""
     output = tmp_path / "run"
     given = arguments(checkpoints / "spiking", text, output, "fractions=[0.05, 0.2]")
-    started = subprocess.Popen(
-        [sys.executable, *given], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
     path = output / "results.json"
-    deadline = time.monotonic() + 120
-    while not path.is_file() and started.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    started.send_signal(signal.SIGKILL)
-    started.wait()
+    commands.run(*given, kill_when=path.is_file)
     results = json.loads(path.read_text())  # whole, whenever it was killed
     kept = results["rows"][:3]
     for row in kept:

@@ -3,11 +3,11 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.helpers import commands
 from tests.helpers.commands import HELPERS, ROOT
 
 WORDS = "the quick brown fox jumps over a lazy dog while seven small mice watch from under an old tree"
@@ -22,8 +22,7 @@ SMALL = [
 
 
 def run(script: str, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, ROOT / "recipes" / script, *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900)
+    return commands.run(ROOT / "recipes" / script, *arguments, timeout=900)
 
 
 @pytest.fixture(scope="module")
@@ -83,9 +82,7 @@ def test_teacher_and_student_load_with_the_auto_classes(teacher, text, tmp_path)
         "    print(ids.shape[1] - prompt['input_ids'].shape[1])\n"
     )
     folders = [teacher / "model", tmp_path / "student/model"]
-    loaded = subprocess.run(
-        [sys.executable, "-c", code, *folders], capture_output=True, text=True, cwd=tmp_path
-    )
+    loaded = commands.run("-c", code, *folders, cwd=tmp_path, fresh=True)
     assert loaded.stdout.split() == ["3", "3"], loaded.stderr
     exported = json.loads((tmp_path / "student/model/config.json").read_text())
     assert exported["sgc"] is None

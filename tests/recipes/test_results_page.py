@@ -3,8 +3,6 @@
 import json
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import frontier
@@ -20,6 +18,7 @@ from table import Table, settings_recorded
 
 from spiking_mamba.common.records import put_record, read_records
 from spiking_mamba.common.settings import parse_settings
+from tests.helpers import commands
 
 ROOT = Path(__file__).parents[2]
 
@@ -288,8 +287,9 @@ def test_a_text_may_name_rows_of_another_table_on_the_page(settings, tmp_path):
 
 def test_the_page_in_the_repository_is_that_of_its_files(tmp_path):
     target = tmp_path / "results.md"
-    command = [sys.executable, ROOT / "recipes/ablate/results.py", ROOT / "recipes/ablate/results.yaml"]
-    done = subprocess.run([*command, f"page={target}"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    done = commands.run(
+        ROOT / "recipes/ablate/results.py", ROOT / "recipes/ablate/results.yaml", f"page={target}"
+    )
     assert done.returncode == 0, done.stderr
     assert target.read_text() == (ROOT / "docs/results.md").read_text()
 

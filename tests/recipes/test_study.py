@@ -2,8 +2,6 @@
 
 import json
 import math
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,6 +15,7 @@ from spiking_mamba.common import provenance
 from spiking_mamba.common.records import put_record, read_records
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import export, load_model
+from tests.helpers import commands
 from tests.helpers.commands import HELPERS, ROOT
 
 SCRIPT = ROOT / "recipes/ablate/study.py"
@@ -227,8 +226,7 @@ def test_ctrl_c_in_the_middle_of_a_row_and_continued(folder):
     training = {"training.max_steps": 6, "training.save_strategy": "steps", "training.save_steps": 2}
     path = folder / "small.yaml"
     path.write_text(yaml.safe_dump(content(folder, [{"name": "a"}, {"name": "b"} | training])))
-    command = [sys.executable, HELPERS / "interrupted.py", "step-3", SCRIPT, path]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = commands.run(HELPERS / "interrupted.py", "step-3", SCRIPT, path)
     said = f"1 of 2 rows are finished and kept in {folder / 'results/small.jsonl'}; the same command goes on."
     assert (done.returncode, done.stderr) == (130, f"interrupted: {said}\n")
     assert [record["row"] for record in recorded(folder)] == ["a"]

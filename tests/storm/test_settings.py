@@ -14,7 +14,7 @@ from tests.storm.settings import RECIPES, settings_class
 
 
 def test_a_few_wrong_settings_of_each_recipe_and_kind_are_refused_clearly():
-    done = run(ROOT / "tests/storm/settings.py", "--short")
+    done = run(ROOT / "tests/storm/settings.py", "--short", fresh=True)
     assert done.returncode == 0, done.stderr[-3000:]
     counts = {line[7:].rstrip(): int(line[:5]) for line in done.stdout.splitlines()}
     [number] = [number for kind, number in counts.items() if re.match(r"settings in \d+ s", kind)]

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from spiking_mamba.common.errors import DataError, DivergedError, RunError, fail_clearly
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import ROOT, run
 
 
 def panic():
@@ -129,10 +129,7 @@ with fail_clearly():
 @pytest.mark.parametrize("size", [10, 5_000, 60_000, 110_000])
 def test_a_disk_that_is_full_at_any_file(size, tmp_path):
     """The settings, the weights (Rust), the optimiser's state (C++)."""
-    command = [sys.executable, "-c", LIMITED, str(tmp_path / "run"), str(size)]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    done = run("-c", LIMITED, tmp_path / "run", size)
     assert done.returncode == 1
     lines = [line for line in done.stderr.splitlines() if not line.startswith("Writing model shards")]
     assert lines[-1].startswith("error: "), done.stderr[-2000:]

@@ -1,6 +1,5 @@
 """Tokens of long documents and of much text: those of the whole, without the memory of the whole."""
 
-import os
 import random
 import signal
 import subprocess
@@ -23,7 +22,7 @@ from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import END_OF_TEXT, document_stream, tokenize, train_tokenizer
 from spiking_mamba.training.arguments import training_arguments
 from spiking_mamba.training.rows import check_rows
-from tests.helpers.commands import ROOT
+from tests.helpers.commands import ROOT, run
 
 WORDS = ["the", "quick", "brown", "fox's", "jumps,", "over", "12345", "lazy", "dogs...", "and", "naïve"]
 WORDS += ["café", "ünder", "3,14159", "l'été", "--", "(so)", "<tag>"]
@@ -262,7 +261,7 @@ t.document_stream(t.text_of(int(sys.argv[1])), t.KINDS["byte level"]())
 
 def test_a_killed_process_leaves_nothing_for_ever(tokenizer, much):
     for number in (40, 30):  # the same text as below, and another
-        done = subprocess.run([sys.executable, "-c", KILLED, str(number)], cwd=ROOT, env=os.environ)
+        done = run("-c", KILLED, number)
         assert done.returncode == -signal.SIGKILL
     assert len(list(much.glob("*.part"))) >= 1
     found = document_stream(text_of(), tokenizer)
@@ -308,7 +307,7 @@ batch = collate([rows[n] for n in (0, len(rows) // 2, len(rows) - 1)])
 assert batch["input_ids"].shape == (3, 2048)
 print((pa.total_allocated_bytes() - before) // 2**20)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=ROOT)
+    done = run("-c", script)
     assert done.returncode == 0, done.stderr[-2000:]
     assert int(done.stdout) < 10
 

@@ -20,7 +20,9 @@ from spiking_mamba.evaluation.harness import SpikingMambaLM
 from spiking_mamba.evaluation.scoring import score
 from spiking_mamba.evaluation.tasks import draw_items, zero_shot_tasks
 from spiking_mamba.model.checkpoint import load_model
+from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.spikes.counting import count_spikes
+from tests.helpers.commands import run
 from tests.helpers.tiny import INTEGER
 
 SHAPE = {
@@ -235,3 +237,47 @@ class TestErrors:
     def test_no_checkpoint(self, tmp_path):
         with pytest.raises(CheckpointError, match="nothing"):
             SpikingMambaLM(tmp_path / "nothing")
+
+
+TASK = """
+task: animals
+dataset_path: json
+dataset_kwargs: {data_files: {test: %s}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: "{{question}}"
+doc_to_choice: "{{choices}}"
+doc_to_target: answer
+metric_list: [{metric: acc}]
+"""
+
+
+def test_lm_evals_own_command_line(spiking, tmp_path):
+    items = [
+        {"question": "A cat", "choices": ["sleeps", "flies away"], "answer": 0},
+        {"question": "The old owl", "choices": ["swims", "sees"], "answer": 1},
+    ]
+    (tmp_path / "items.json").write_text("\n".join(map(json.dumps, items)))
+    (tmp_path / "animals.yaml").write_text(TASK % (tmp_path / "items.json"))
+    command = ["-m", "spiking_mamba.evaluation", "run", "--model", "spiking_mamba"]
+    command += ["--tasks", "animals", "--include_path", tmp_path, "--device", "cpu"]
+    output = ["--output_path", tmp_path / "found", "--log_samples"]
+    done = run(*command, "--model_args", f"pretrained={spiking}", *output)
+    assert done.returncode == 0, done.stderr
+    assert "|animals|" in done.stdout
+    [samples] = (tmp_path / "found").rglob("samples_animals_*.jsonl")
+    model, tokenizer = load_model(spiking), load_tokenizer(spiking)
+    for sample in map(json.loads, samples.read_text().splitlines()):
+        for choice, (found, _) in zip(sample["doc"]["choices"], sample["filtered_resps"], strict=True):
+            context, whole = (
+                tokenizer(text)["input_ids"]
+                for text in (sample["doc"]["question"], f"{sample['doc']['question']} {choice}")
+            )
+            with torch.no_grad():
+                logits = model(torch.tensor([whole])).logits[0].log_softmax(-1)
+            by_hand = sum(logits[i - 1, whole[i]] for i in range(len(context), len(whole)))
+            assert float(found) == pytest.approx(float(by_hand), abs=1e-3)
+    wrong = run(*command, "--model_args", "pretrained=no/such")
+    assert wrong.returncode == 1
+    assert wrong.stderr.strip().splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in wrong.stderr

@@ -120,3 +120,24 @@ def test_single_tokens_in_training():
     functional.reset_net(model)
     output = [model(ids[:, t : t + 1], cache=cache).logits for t in (2, 3)]
     torch.testing.assert_close(torch.cat(output, 1), expected[:, 2:], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("membrane", ["token", "sequence"])
+def test_potentials_are_stored_where_that_is_asked(membrane):
+    spec = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4, "tau": 2.0, "store_v_seq": True}}
+    model, seen = tiny_model(neuron=spec, membrane=membrane, threshold=0.5), {}
+    for name, projection in model.projections().items():
+        projection.neuron.register_forward_hook(
+            lambda node, args, spikes, name=name: seen.update({name: (args[0], spikes)})
+        )
+    with torch.no_grad():
+        model(tokens(2, 9))
+    assert len(seen) == 4
+    for name, projection in model.projections().items():
+        x_seq, spike_seq = seen[name]  # [steps, ...], a single step where a token is a window of its own
+        assert len(x_seq) == (1 if membrane == "token" else 9)
+        v, expected = torch.zeros_like(x_seq[0]), []
+        for x, spike in zip(x_seq, spike_seq, strict=True):
+            v = v / 2 + x - spike
+            expected.append(v)
+        torch.testing.assert_close(projection.neuron.v_seq, torch.stack(expected))

@@ -12,7 +12,7 @@ from tests.helpers.tiny import INTEGER, tiny_model, tokens
 
 def _forward(x, dt, A, B, C, chunk_size, **options):
     assert options.pop("dt_softplus")
-    return ssd._scan_torch(x, dt, A, B, C, chunk_size, document=options.pop("seq_idx"), **options)
+    return ssd.scan_torch(x, dt, A, B, C, chunk_size, document=options.pop("seq_idx"), **options)
 
 
 def _chunk_scan(*inputs, return_final_states, **options):
@@ -62,8 +62,10 @@ def _inputs(length=20):
     return [t.requires_grad_() for t in tensors]
 
 
-@pytest.mark.usefixtures("kernels")
-def test_the_operator_is_one():
+@pytest.mark.parametrize("triton", [True, False])
+def test_the_operator_is_one(triton, request):
+    if triton:
+        request.getfixturevalue("kernels")
     document = torch.tensor([0] * 5 + [1] * 9 + [2] * 6, dtype=torch.int32).expand(2, -1).contiguous()
     for which in (None, document):
         arguments = (*_inputs(), which, 8, 0.0, float("inf"))
@@ -103,6 +105,24 @@ def test_blocks_share_what_was_compiled():
         model(tokens(2, 24, seed)).logits.sum().backward()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_lengths_share_what_was_compiled():
+    """A second length took minutes."""
+    torch.compiler.reset()
+    model = tiny_model(neuron=INTEGER).train()
+    parameters = list(model.parameters())
+    for length in (16, 9, 40, 70):
+        ids, found = tokens(2, length), []
+        for compiles in (False, True):
+            model.compile_blocks(compiles)
+            loss = model(ids, labels=ids).loss
+            found.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
+        for one, other in zip(*found, strict=True):
+            assert (one - other).abs().max() <= 1e-4 * one.abs().max()
+        if length == 9:  # from now on for any length
+            torch._dynamo.utils.counters.clear()
+    assert not torch._dynamo.utils.counters["stats"]
 
 
 def test_the_annealing_of_sgc_compiles_nothing_anew():

@@ -2,10 +2,7 @@
 
 import json
 import math
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,6 +26,7 @@ from spiking_mamba.training.distillation_loss import (
 )
 from spiking_mamba.training.pretraining import PretrainingSettings, pretrain
 from spiking_mamba.training.rows import collate
+from tests.helpers.commands import torchrun
 from tests.helpers.tiny import INTEGER, LEAKY, VOCABULARY, recorded_spikes, tiny_config, tiny_model, tokens
 
 REPOSITORY = Path(__file__).parents[3]
@@ -626,23 +624,7 @@ def test_two_processes(settings, tmp_path):
     )
     fields = {**settings.__dict__, "training": TRAINING | {"ddp_backend": "gloo", "max_steps": 2}}
     fields["threshold"] = {"mean_abs": 0.5}
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-    ]
-    environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, json.dumps(fields)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = torchrun(script, json.dumps(fields))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("ended") == 2
     thresholds = [line for line in done.stdout.splitlines() if line.startswith("V_th [{'in_proj': ")]

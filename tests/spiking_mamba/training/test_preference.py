@@ -4,9 +4,11 @@ import copy
 import json
 import math
 
+import datasets
 import pytest
 import torch
 
+from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.common.errors import RunError
 from spiking_mamba.data.preferences import Preference
 from spiking_mamba.evaluation.preferences import compare, completion_log_probs, judge, preference_scores
@@ -370,3 +372,37 @@ def test_held_out_rows_are_pairs(fields, tmp_path):
 
 assert issubclass(SpikingDPOTrainer, trl.DPOTrainer)
 assert issubclass(SpikingKTOTrainer, trl.KTOTrainer)
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_trls_own_trainer(loaded, tokenizer, tmp_path):
+    """By a folder's name alone, and the reference by that of the model that was loaded."""
+    folder = tmp_path / "model"
+    tiny_model(neuron=INTEGER).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    assert "auto_map" not in json.loads((folder / "config.json").read_text())
+    rows = [
+        {"prompt": "A B", "chosen": " C D", "rejected": " E"},
+        {"prompt": "C", "chosen": " B", "rejected": " A"},
+    ]
+    args = trl.DPOConfig(
+        output_dir=str(tmp_path / "run"),
+        max_steps=3,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        bf16=False,
+        use_cpu=True,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    model = SpikingMambaForCausalLM.from_pretrained(folder) if loaded else str(folder)
+    trainer = trl.DPOTrainer(
+        model=model, args=args, train_dataset=datasets.Dataset.from_list(rows), processing_class=tokenizer
+    )
+    trainer.train()
+    losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
+    assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the model is its own reference at first
+    assert losses[-1] < losses[0]
+    assert trainer.model.config.neuron == INTEGER
