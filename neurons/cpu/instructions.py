@@ -56,8 +56,15 @@ class Portable:
             total = w.b.add(total, w.b.sext(product, vector(i32, self.width)))
         return [total]
 
-    def dot_quads(self, w: Writer, total: ir.Value, quads: ir.Value, spikes: ir.Value) -> ir.Value:
-        """``total`` of ``quad_lanes`` outputs with four inputs of each added."""
+    def dot_quads(
+        self, w: Writer, total: ir.Value, quads: ir.Value, spikes: ir.Value, of: str = "any"
+    ) -> ir.Value:
+        """``total`` of ``quad_lanes`` outputs with four inputs of each added.
+
+        Args:
+            of: what is known of the bytes: 'any', nothing; 'nibbles', that weights are from 0 to 15;
+                'rounded', that no input is -128.
+        """
         four = w.splat(self._spike(w, spikes, 0), 4)
         for i in range(1, 4):
             four = w.b.insert_element(four, self._spike(w, spikes, i), i32(i))
@@ -95,12 +102,27 @@ class Avx2(Portable):
                     sums[place] = w.b.add(sums[place], self._madd(w, w.b.sext(part, vector(i16, 16)), s))
         return sums
 
-    def dot_quads(self, w: Writer, total: ir.Value, quads: ir.Value, spikes: ir.Value) -> ir.Value:
+    def dot_quads(
+        self, w: Writer, total: ir.Value, quads: ir.Value, spikes: ir.Value, of: str = "any"
+    ) -> ir.Value:
+        if of != "any":
+            return w.b.add(total, self._four_products(w, quads, spikes, of))
         one, two = (w.part(w.b.bitcast(self._pair(w, spikes, p), vector(i32, 8)), 0, 8) for p in range(2))
         s = w.b.bitcast(w.shuffle(one, two, [0, 8] * 4), vector(i16, 16))
         halves = [self._madd(w, w.b.sext(w.part(quads, 16 * h, 16), vector(i16, 16)), s) for h in range(2)]
         even, odd = (w.shuffle(halves[0], halves[1], range(first, 16, 2)) for first in range(2))
         return w.b.add(total, w.b.add(even, odd))
+
+    def _four_products(self, w: Writer, quads: ir.Value, spikes: ir.Value, of: str) -> ir.Value:
+        """By ``vpmaddubsw``, which multiplies unsigned by signed bytes and adds pairs in 16 bits, where they
+        fit: 15 * 128 * 2 of nibbles, 128 * 127 * 2 of a weight's size times an input that takes its sign."""
+        s = w.b.bitcast(w.splat(spikes, 8), vector(i8, 32))
+        size = quads
+        if of == "rounded":
+            size = w.call("llvm.abs.v32i8", quads.type, quads, ir.Constant(ir.IntType(1), 0))
+            s = w.call("llvm.x86.avx2.psign.b", quads.type, s, quads)
+        pairs = w.call("llvm.x86.avx2.pmadd.ub.sw", vector(i16, 16), size, s)
+        return self._madd(w, pairs, ir.Constant(vector(i16, 16), [1] * 16))
 
     def _pair(self, w: Writer, spikes: ir.Value, pair: int) -> ir.Value:
         low, high = (self._spike(w, spikes, 2 * pair + i) for i in range(2))
@@ -145,7 +167,9 @@ class Vnni(_FourAtOnce):
         # what interleaving within lanes of 16 bytes does to the outputs, undone
         return [self.lanes * (p % 16 // 4) + 4 * (p // 16) + p % 4 for p in range(self.width)]
 
-    def dot_quads(self, w: Writer, total: ir.Value, quads: ir.Value, spikes: ir.Value) -> ir.Value:
+    def dot_quads(
+        self, w: Writer, total: ir.Value, quads: ir.Value, spikes: ir.Value, of: str = "any"
+    ) -> ir.Value:
         kind = vector(i32, self.lanes)
         name = f"llvm.x86.avx512.vpdpbusd.{self.bits}"
         return w.call(name, kind, total, w.b.bitcast(quads, kind), w.splat(spikes, self.lanes))
@@ -158,7 +182,9 @@ class DotProduct(_FourAtOnce):
     width, step = 16, 32
     features = ("dotprod",)
 
-    def dot_quads(self, w: Writer, total: ir.Value, quads: ir.Value, spikes: ir.Value) -> ir.Value:
+    def dot_quads(
+        self, w: Writer, total: ir.Value, quads: ir.Value, spikes: ir.Value, of: str = "any"
+    ) -> ir.Value:
         s = w.b.bitcast(w.splat(spikes, 4), vector(i8, 16))
         return w.call("llvm.aarch64.neon.sdot.v4i32.v16i8", vector(i32, 4), total, quads, s)
 

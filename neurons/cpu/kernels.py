@@ -209,8 +209,12 @@ def tiles(module: ir.Module, kind: Portable, bits: int, floats: bool) -> ir.Func
             places = [w.at(base, quad * size + i * kind.width) for i in range(vectors)]
             values = [w.load(place, vector(i8, kind.width), kind.width) for place in places]
 
-            def add(sums_of: list, read: list, x: ir.Value = x) -> list:
-                return [kind.dot_quads(w, *both, x) for both in zip(sums_of, read, strict=True)]
+            of = "rounded" if floats else "any"
+            if bits == 4 and not kind.offset:
+                of = "nibbles"
+
+            def add(sums_of: list, read: list, x: ir.Value = x, of: str = of) -> list:
+                return [kind.dot_quads(w, *both, x, of) for both in zip(sums_of, read, strict=True)]
 
             if bits == 8:
                 own[0] = add(own[0], values)

@@ -36,6 +36,7 @@ from spiking_mamba import (
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.model.cpu_decoder import CpuDecoder
+from spiking_mamba.model.projection import SpikeEncoder
 from spiking_mamba.model.state_spaces import published_config
 from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.reports.figures import COLOURS, picture
@@ -103,16 +104,16 @@ def set_shares(model: SpikingMambaForCausalLM, shares: tuple[float, float]) -> N
     """Set every V_th so that about this share of a projection's inputs fires, layer after layer."""
 
     def threshold(share: float) -> Callable:
-        def set_it(projection: torch.nn.Module, args: tuple) -> None:
+        def set_it(encoder: SpikeEncoder, args: tuple) -> None:
             size = args[0].abs().flatten()
             # half a quantum does not fire
             smallest = size.kthvalue(max(1, round((1 - share) * size.numel()))).values
-            projection.initial_threshold = 2 * float(smallest)
+            encoder.fix_threshold(2 * float(smallest))
 
         return set_it
 
     hooks = [
-        getattr(block.mixer, name).register_forward_pre_hook(threshold(share))
+        getattr(block.mixer, block.mixer.encoders[name]).register_forward_pre_hook(threshold(share))
         for block in model.backbone.layers
         for name, share in zip(("in_proj", "out_proj"), shares, strict=True)
     ]
