@@ -16,6 +16,7 @@ be typed. Besides those of ``placeholders.py``, with ``table::row``, placeholder
 """
 
 import json
+import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -199,6 +200,7 @@ def of_documents(record: Mapping[str, Any]) -> dict[str, float]:
     )
     found = {name: ratio[name] for name in ("teacher", "student", "documents")}
     found |= {name: 100 * ratio[name] for name in ("over", "low", "high")}
+    found["nats"] = math.log1p(ratio["over"])
     found |= {"kl": record["kl"], "top1": 100 * record["top1"], "tokens": record["tokens"]} | spikes
     found |= {name: function(energy) for name, function in placeholders.ENERGIES.items()}
     found["projections"] = energy["projections"]["fp32"]["gain"]

@@ -151,6 +151,7 @@ def recipes(folder: Path) -> dict[str, Recipe]:
             | {"dpo": str(folder / "dpo.yaml"), "kto": str(folder / "kto.yaml"), "tasks": []}
             | {"corpora": [text], "limit": 2},
         ),
+        "rl choose": Recipe("rl/choose.py", "ChooseSettings", {"runs": ["run"], "results": "c.jsonl"}, False),
         "evaluate": Recipe(
             "evaluate/evaluate.py",
             "EvaluationSettings",
