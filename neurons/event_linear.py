@@ -270,13 +270,13 @@ class EventDrivenLinear(nn.Module):
 
     def _pack(self, spikes: torch.Tensor) -> object:
         """The weights as the kernels read them, made anew after a weight has changed."""
-        from .cpu.linear import CROSSOVER, PackedLinear
+        from .cpu.linear import PackedLinear, layout_for
 
         buffers = [self.weight] if self.group_scale is None else [self.weight, self.group_scale]
         key = [(b.data_ptr(), 0 if b.is_inference() else b._version) for b in buffers]
         if self._packed is None or self._packed[0] != key:
             share = spikes.count_nonzero().item() / max(1, spikes.numel())
-            layout = "tiles" if share > CROSSOVER else "rows"
+            layout = layout_for(share, 8 if self.group_scale is None else 4)
             if self.group_scale is None:
                 packed = PackedLinear(self.weight.numpy(), None, layout)
             else:

@@ -10,10 +10,19 @@ from .memory import aligned
 from .packing import pack
 from .programs import Scratch, part_outputs, program
 
-__all__ = ["CROSSOVER", "PackedLinear"]
+__all__ = ["PackedLinear", "layout_for"]
 
-CROSSOVER = 0.75  # share of inputs that fire from which on reading everything in one stream is faster
 _NO_FACTORS = np.zeros(0, np.float32)
+
+
+def layout_for(share: float, bits: int, instructions: str | None = None) -> str:
+    """'rows' or 'tiles', whichever is faster where this share of the inputs fires.
+
+    Args:
+        instructions: a name of :data:`neurons.cpu.instructions.INSTRUCTIONS`; None: the best there are.
+    """
+    kind = INSTRUCTIONS[best() if instructions is None else instructions]
+    return "rows" if share <= kind.crossover[bits] else "tiles"
 
 
 class PackedLinear:

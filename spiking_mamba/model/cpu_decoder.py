@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from neurons.cpu.instructions import best, runs_here
-from neurons.cpu.linear import CROSSOVER
+from neurons.cpu.linear import layout_for
 from neurons.cpu.memory import Arena
 from neurons.cpu.threads import STATE, register_yield
 from spiking_mamba.model import cache as caches
@@ -121,14 +121,19 @@ class CpuDecoder:
         made._make_buffers(self._buffers.spikes.size > 0)
         return made
 
+    def suits(self, shares: Shares) -> bool:
+        """Whether its layouts are the fastest where these shares of inputs fire."""
+        return self._choose(self._kind.instructions, shares).layouts == self._kind.layouts
+
     def _choose(self, instructions: str, shares: Shares) -> Kind:
         config = self.config
         spiking = config.neuron is not None
         four = shares if len(shares) == 4 else shares * 2
-        layouts = tuple("rows" if spiking and share < CROSSOVER else "tiles" for share in four)
+        bits = {"int8": 8, "int4": 4}[config.weights]
+        layouts = tuple(layout_for(share, bits, instructions) if spiking else "tiles" for share in four)
         return Kind(
             instructions=instructions,
-            bits={"int8": 8, "int4": 4}[config.weights],
+            bits=bits,
             spiking=spiking,
             layouts=layouts,  # type: ignore[arg-type]
             mlps=config.layers_block_type is not None and "mlp" in config.layers_block_type,

@@ -11,7 +11,6 @@ import torch
 from torch.nn import functional as F
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, MaxLengthCriteria
 
-from neurons.cpu.linear import CROSSOVER
 from spiking_mamba.common.machine import cores
 from spiking_mamba.model.cpu_decoder import CpuDecoder, Fetched, cannot_decode
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
@@ -108,7 +107,7 @@ def _measured(model: SpikingMambaForCausalLM, threads: int, prompt: list[int]) -
     for token in prompt[:_MEASURED]:
         decoder.step(token)
     shares = decoder.firing()
-    return decoder if max(shares) < CROSSOVER else CpuDecoder(model, threads, shares)
+    return decoder if decoder.suits(shares) else CpuDecoder(model, threads, shares)
 
 
 class _Text:
