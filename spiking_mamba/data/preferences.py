@@ -153,9 +153,10 @@ def _texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, end: str) ->
         prompt, completions = _split_conversation(prompt, completions)
         _check_completions(completions)
         wholes = tuple(
-            tokenizer.apply_chat_template(prompt + completion, tokenize=False) for completion in completions
+            str(tokenizer.apply_chat_template(prompt + completion, tokenize=False))
+            for completion in completions
         )
-        prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        prompt = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
     try:
         "".join((prompt, *wholes)).encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
