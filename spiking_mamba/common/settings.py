@@ -61,12 +61,13 @@ def parse_settings(cls: type[T], arguments: Sequence[str] | None = None, descrip
         settings = read_yaml(Path(known.config))
         if settings is None:
             settings = {}
+        hints = hints_of(cls)  # type: ignore[arg-type]  # classes are hashable
         if not isinstance(settings, dict):
             raise ValueError(f"{known.config} is no mapping of keys to values.")
-        reject_unknown_keys(settings, hints_of(cls), known.config)
+        reject_unknown_keys(settings, hints, known.config)
         for key, value in _overrides(rest).items():
             set_dotted(settings, key, value)
-        reject_unknown_keys(settings, hints_of(cls), known.config)
+        reject_unknown_keys(settings, hints, known.config)
         return cls(**settings)
     except (ValueError, TypeError) as error:
         said = " ".join(str(error).split())

@@ -21,7 +21,7 @@ class _Loader(yaml.SafeLoader):
     """YAML whose ``1e-3`` is a number, as in YAML 1.2; PyYAML reads a string unless a point is in it."""
 
     # a date is the string that it is in a file's name
-    yaml_implicit_resolvers: ClassVar = {
+    yaml_implicit_resolvers = {  # noqa: RUF012 - the base class's own, which types say is an instance's
         first: [(tag, pattern) for tag, pattern in resolvers if tag != _TIMESTAMP]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
@@ -42,10 +42,8 @@ class _Loader(yaml.SafeLoader):
             raise ValueError(f"it is nested deeper than {DEEPEST} levels.")
         node = super().compose_node(parent, index)
         self.depth -= 1
-        if (
-            id(node) not in self.extents and node.end_mark is not None
-        ):  # an alias within itself has no end yet
-            self.extents[id(node)] = self._extent(node)
+        if node is not None and id(node) not in self.extents and node.end_mark is not None:
+            self.extents[id(node)] = self._extent(node)  # an alias within itself has no end yet
         return node
 
     def _extent(self, node: yaml.Node) -> tuple[int, int]:

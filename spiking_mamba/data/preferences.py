@@ -4,24 +4,16 @@ pairs, report = read_preferences("answer_preference", "train", tokenizer, length
 pairs[0].prompt, pairs[0].completions  # ids; the chosen completion comes first
 """
 
-import hashlib
-import json
-import random
-import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
-import datasets
-import pyarrow as pa
-import pyarrow.parquet
 from transformers import PreTrainedTokenizerBase
 
 from spiking_mamba.common.errors import DataError
-from spiking_mamba.data.answer_preference import NAME, answer_preference
+from spiking_mamba.data.preference_rows import HALVES, draw, half_of, item_of, load_preferences
 
 __all__ = [
     "BAD_ROWS",
@@ -47,7 +39,6 @@ BAD_ROWS = (
     "identical pair",
     "prompt longer than the limit",
 )
-HALVES = ("tune", "report")  # of a source's questions: to choose by, and to report
 _BATCH, _CHARACTERS = 1000, 2**22  # rows, and characters of them, tokenized at a time
 _LONG_ENOUGH = 100_000  # characters that are never cut
 
@@ -94,63 +85,6 @@ class RowReport:
         return text
 
     to_dict = asdict
-
-
-# Reading ------------------------------------------------------------------------------------------------
-
-
-def load_preferences(source: str, split: str) -> tuple[Sequence[dict[str, Any]], dict[str, int]]:
-    """Rows of a source as they are, and how many items were removed as an evaluation asks them.
-
-    Args:
-        source: ``answer_preference`` or ``answer_preference:SET[+SET...]``, see that module; a file,
-            ``.jsonl``, ``.json`` (a list of objects) or ``.parquet``; or ``owner/name[:config]`` on the hub.
-        split: of what has splits; of a file, all rows are taken.
-
-    Raises:
-        DataError: there is no such source, or it cannot be read.
-    """
-    name, _, subset = source.partition(":")
-    if name == NAME:
-        return answer_preference(split, subset.split("+")) if subset else answer_preference(split)
-    if Path(source).is_file():
-        return _read_file(Path(source)), {}
-    if re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) and Path(name).suffix[1:] not in (
-        "json",
-        "jsonl",
-        "parquet",
-    ):
-        try:
-            return datasets.load_dataset(name, subset or None, split=split), {}
-        except (
-            Exception
-        ) as error:  # the hub's client raises many kinds; each is about this name or the network
-            raise DataError(
-                f"Could not load {source} from the hub: {error}. Without it, there is {NAME}."
-            ) from error
-    raise DataError(
-        f"There are no preferences {source!r}: name {NAME}, a .jsonl, .json or .parquet file, or "
-        "owner/name[:config] on the hub."
-    )
-
-
-def _read_file(path: Path) -> list[dict[str, Any]]:
-    try:
-        match path.suffix.lower():
-            case ".parquet":
-                return pyarrow.parquet.read_table(path).to_pylist()
-            case ".json":
-                rows = json.loads(path.read_text(encoding="utf-8-sig"))
-            case ".jsonl":
-                lines = path.read_text(encoding="utf-8-sig").split("\n")
-                rows = [json.loads(line) for line in lines if line.strip()]
-            case _:
-                raise DataError(f"{path}: unknown kind of file; known are .jsonl, .json and .parquet.")
-    except (OSError, ValueError, RecursionError, pa.ArrowException) as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
-    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-        raise DataError(f"{path} does not hold one object a row.")
-    return rows
 
 
 # From rows to texts -------------------------------------------------------------------------------------
@@ -219,9 +153,10 @@ def _texts(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, end: str) ->
         prompt, completions = _split_conversation(prompt, completions)
         _check_completions(completions)
         wholes = tuple(
-            tokenizer.apply_chat_template(prompt + completion, tokenize=False) for completion in completions
+            str(tokenizer.apply_chat_template(prompt + completion, tokenize=False))
+            for completion in completions
         )
-        prompt = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        prompt = str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
     try:
         "".join((prompt, *wholes)).encode()
     except UnicodeEncodeError:  # half a surrogate pair, which JSON can spell
@@ -288,8 +223,30 @@ def _tokenized(
             report.bad["empty completion"] += 1
         else:
             report.truncated += any(len(whole) > length for whole in wholes)
-            task, item = str(text.row.get("task", "all")), _item(text.row, None)
+            task, item = str(text.row.get("task", "all")), item_of(text.row, None)
             yield Preference(prompt, completions, text.label, task, item)
+
+
+def _read(
+    rows: Iterable[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    end: str,
+    report: RowReport,
+) -> Iterator[Preference]:
+    """Usable rows, tokenized some at a time; the report counts what becomes of all of them."""
+    texts: list[_Texts] = []
+    enough = max(_LONG_ENOUGH, (length + 16) * max(map(len, tokenizer.get_vocab())))
+    for row in rows:
+        report.read += 1
+        try:
+            texts.append(_texts(row, tokenizer, end).cut(enough))
+        except _BadRow as bad:
+            report.bad[str(bad)] += 1
+        if len(texts) == _BATCH or sum(text.characters for text in texts) > _CHARACTERS:
+            yield from _tokenized(texts, tokenizer, length, report)
+            texts = []
+    yield from _tokenized(texts, tokenizer, length, report)
 
 
 def read_preferences(
@@ -305,6 +262,7 @@ def read_preferences(
     seed: int = 0,
     half: str | None = None,
     half_seed: int = 0,
+    decontaminate: bool = False,
 ) -> tuple[list[Preference], RowReport]:
     """Rows of a source as token ids, shuffled, and a report of what became of them.
 
@@ -323,6 +281,7 @@ def read_preferences(
         seed: of the order.
         half: one of ``HALVES``, to take the rows of those questions alone, see :func:`half_of`; None: all.
         half_seed: of the division.
+        decontaminate: see :func:`load_preferences`.
 
     Raises:
         DataError: there is no such source, no usable row in it, or a bad one that is not to be skipped.
@@ -335,22 +294,11 @@ def read_preferences(
     end = tokenizer.eos_token if end_of_text else ""
     if end is None:
         raise DataError("The tokenizer has no end-of-text token for the completions to end with.")
-    rows, overlap = load_preferences(source, split)
+    rows, overlap = load_preferences(source, split, decontaminate)
     report = RowReport(bad=dict.fromkeys(BAD_ROWS, 0), overlap=overlap)
-    found: list[Preference] = []
-    texts: list[_Texts] = []
-    enough = max(_LONG_ENOUGH, (length + 16) * max(map(len, tokenizer.get_vocab())))
     chosen = None if half is None else [half_of(row, half_seed) == half for row in rows]
-    for index in _drawn(rows, limit, per_task, seed, chosen):
-        report.read += 1
-        try:
-            texts.append(_texts(rows[index], tokenizer, end).cut(enough))
-        except _BadRow as bad:
-            report.bad[str(bad)] += 1
-        if len(texts) == _BATCH or sum(text.characters for text in texts) > _CHARACTERS:
-            found += _tokenized(texts, tokenizer, length, report)
-            texts = []
-    found += _tokenized(texts, tokenizer, length, report)
+    drawn = (rows[index] for index in draw(rows, limit, per_task, seed, chosen))
+    found = list(_read(drawn, tokenizer, length, end, report))
     report.kept = len(found)
     if bad_rows == "refuse" and any(report.bad.values()):
         raise DataError(f"{source}: {report}. bad_rows: skip leaves the bad rows out.")
@@ -359,44 +307,3 @@ def read_preferences(
     if len(kinds := {preference.label is None for preference in found}) > 1:
         raise DataError(f"{source} mixes pairs and labelled completions: {Counter(kinds)}.")
     return found, report
-
-
-def _item(row: dict[str, Any], otherwise: int | None) -> Any:
-    """What says which rows belong together, where a row has something of the kind."""
-    return item if isinstance(item := row.get("item"), int | str) else otherwise
-
-
-def half_of(row: dict[str, Any], seed: int = 0) -> str:
-    """To which of ``HALVES`` a row's question belongs: a hash of its text decides, so that all answers to a
-    question are in one half, whatever the order and the other rows."""
-    question = row.get("prompt")
-    if question is None:  # a conversation: what comes before the answer
-        chosen = row.get("chosen") or row.get("completion")
-        question = chosen[:-1] if isinstance(chosen, list) else chosen
-    text = json.dumps([row.get("task"), question], sort_keys=True, default=str)
-    return HALVES[hashlib.sha256(f"{seed}\n{text}".encode()).digest()[0] % 2]
-
-
-def _drawn(
-    rows: Sequence[dict[str, Any]],
-    limit: int | None,
-    per_task: bool,
-    seed: int,
-    chosen: Sequence[bool] | None = None,
-) -> list[int]:
-    """Numbers of the rows ``chosen``, in an order drawn by ``seed``; the first, where there is a limit."""
-    order = list(range(len(rows)))
-    random.Random(seed).shuffle(order)
-    if chosen is not None:
-        order = [index for index in order if chosen[index]]
-    if limit is None or not per_task:
-        return order[:limit]
-    items: dict[str, set] = {}  # rather than rows, so that all answers to a question are there
-    drawn = []
-    for index in order:
-        task, item = str(rows[index].get("task", "all")), _item(rows[index], index)
-        known = items.setdefault(task, set())
-        if item in known or len(known) < limit:
-            known.add(item)
-            drawn.append(index)
-    return drawn

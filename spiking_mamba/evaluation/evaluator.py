@@ -238,6 +238,7 @@ class _Measured:
 
         def compare(share: Share) -> dict[str, Any]:
             # passes of their own: those above are the ones whose spikes and joules are measured
+            assert self.reference is not None  # or nobody asks
             size, other = self.settings.batch_size, self.reference.model
             with bf16:
                 found = perplexity(self.lm.model, drawn(), size, progress=share, reference=other)

@@ -82,7 +82,8 @@ class SpikingMambaLM(HFLM):
                 raise ValueError("A model in memory needs a tokenizer.")
             tokenizer = load_tokenizer(pretrained, tokenizer)
         if isinstance(pretrained, str | Path):
-            model = load_model(pretrained).to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+            model = load_model(pretrained)
+            model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         check_vocabulary(tokenizer, model)
         # lengths of inputs whose last token is id 0 itself, by what stands before their last zeros
         self._ending_in_zero: dict[tuple[int, ...], int] = {}

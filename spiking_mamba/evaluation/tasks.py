@@ -167,7 +167,7 @@ def undisturbed() -> Iterator[None]:
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     python, numpy = random.getstate(), np.random.get_state()
-    lm_tasks = sys.modules.get("lm_eval.api.task")
+    lm_tasks: Any = sys.modules.get("lm_eval.api.task")
     bar = getattr(lm_tasks, "tqdm", None)  # which has no switch
     if bar is not None:
         lm_tasks.tqdm = partial(bar, disable=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 import neurons.cpu
 from neurons.cpu.disk_cache import keep_on_disk
-from neurons.cpu.events import compiled
+from neurons.cpu.events import compiled, internal
 from neurons.cpu.programs import program
 from neurons.cpu.threads import GONE, STATE, WORK, barrier, cycles, exchange, wait_for_work
 from spiking_mamba.model.cpu_layout import BLOCK, Kind
@@ -28,14 +28,14 @@ _SOURCES = (  # of what is compiled
 )
 
 
-@compiled
+@internal
 def _copy(source, target):
     # numba's own assignment brings a message about shapes along, which takes seconds to compile
     for i in range(target.size):
         target[i] = source[i]
 
 
-@compiled
+@internal
 def _exp(x):
     # 2**n * e**r with |r| <= ln(2) / 2, by the polynomial of Cephes' expf; a call of libm is no vector
     x = min(max(x, f32(-87.0)), f32(88.0))
@@ -50,12 +50,12 @@ def _exp(x):
     return (p * r * r + r + f32(1.0)) * i32((i32(n) + i32(127)) << i32(23)).view(f32)
 
 
-@compiled
+@internal
 def _silu(x):
     return x / (f32(1.0) + _exp(-x))
 
 
-@compiled
+@internal
 def _mean_square(x):
     total = f32(0.0)
     for i in range(x.size):
@@ -63,7 +63,7 @@ def _mean_square(x):
     return total / f32(x.size)
 
 
-@compiled
+@internal
 def _spikes(x, weight, scale, most, out):
     """The neuron at unit threshold on ``x * scale * weight``: half a quantum does not fire."""
     for i in range(x.size):
@@ -72,7 +72,7 @@ def _spikes(x, weight, scale, most, out):
         out[i] = i8(count if u > f32(0.0) else -count)
 
 
-@compiled
+@internal
 def _rounded(x, weight, scale, out, factors):
     """``x * scale * weight`` as int8 times a factor for every 32."""
     for block in range((x.size + BLOCK - 1) // BLOCK):
@@ -87,7 +87,7 @@ def _rounded(x, weight, scale, out, factors):
             out[i] = i8(np.rint(x[i] * weight[i] * inverse))
 
 
-@compiled
+@internal
 def _convolve(inputs, kept, weight, bias, first, last, out):
     """Channels ``first`` to ``last`` of the convolution over the kept inputs and the new one, then SiLU."""
     newest = kept.shape[0] - 1
@@ -100,7 +100,7 @@ def _convolve(inputs, kept, weight, bias, first, last, out):
         out[c] = _silu(out[c])
 
 
-@compiled
+@internal
 def _shift(inputs, kept, first, last):
     """Keep the new input instead of the oldest."""
     newest = kept.shape[0] - 1
@@ -111,12 +111,12 @@ def _shift(inputs, kept, first, last):
         kept[newest, c] = inputs[c]
 
 
-@compiled
+@internal
 def _softplus(x):
     return x if x > f32(20.0) else f32(np.log1p(np.exp(x)))
 
 
-@compiled
+@internal
 def _gate(y, gate):
     """``y * SiLU(gate)`` in place, and the sum of its squares."""
     squares = f32(0.0)
@@ -127,7 +127,7 @@ def _gate(y, gate):
     return squares
 
 
-@compiled
+@internal
 def _firing(spikes):
     fired = 0
     for i in range(spikes.size):
@@ -141,7 +141,7 @@ def call_helper(state):
     return exchange(state, WORK) == GONE
 
 
-@compiled
+@internal
 def _keep(m, me, threads, local, spikes, sums):
     """Copy a projection's inputs, and this thread's part of its sums."""
     first, last = m.parts * me // threads, m.parts * (me + 1) // threads
@@ -154,9 +154,9 @@ def _keep(m, me, threads, local, spikes, sums):
 def _lap(kind: Kind) -> Any:
     """A stop-watch of the first thread: what has passed since the last call goes to a part; to none, -1."""
     if not kind.timed:
-        return compiled(lambda s, me, part: None)
+        return internal(lambda s, me, part: None)
 
-    @compiled
+    @internal
     def lap(s, me, part):
         if me == 0:
             now = cycles()
@@ -172,7 +172,7 @@ def _projection(kind: Kind, layout: str, spiking: bool, adds: bool, part: int) -
     run = program(kind.instructions, layout, kind.bits, not spiking)
     lap = _lap(kind)
 
-    @compiled
+    @internal
     def project(s, m, layer, x, weight, scale, most, me, threads, local, sums, out):
         if spiking:
             _spikes(x, weight, scale, most, local.integers)
@@ -206,7 +206,7 @@ def _mixing(kind: Kind) -> Any:
     P, N, groups = kind.head_dim, kind.state_size, kind.groups
     head_bytes = N * kind.head_dim * state_bytes(kind.states)
 
-    @compiled
+    @internal
     def mix(w, s, layer, me, threads, local):
         xbc, y, projected = local.xbc, s.y, s.projected
         A, D, dt_bias = w.A[layer], w.D[layer], w.dt_bias[layer]
@@ -248,7 +248,7 @@ def _mixer_block(kind: Kind) -> Any:
     mix, lap = _mixing(kind), _lap(kind)
     groups = kind.groups
 
-    @compiled
+    @internal
     def normalise_groups(w, s, x):
         """Divide each group's values by their root mean square; needs all threads' squares."""
         size = x.size // groups
@@ -260,7 +260,7 @@ def _mixer_block(kind: Kind) -> Any:
             for i in range(g * size, g * size + size):
                 x[i] = s.y[i] * scale
 
-    @compiled
+    @internal
     def block(me, threads, layer, x, scale, w, s, local):
         place, d, bar = w.place[layer], x.size, s.barrier.ctypes.data
         channels, inner = local.xbc.size, s.y.size
@@ -299,7 +299,7 @@ def _mlp_block(kind: Kind) -> Any:
     input_projection = _projection(kind, kind.layouts[2], kind.spiking, False, 1)
     output_projection = _projection(kind, kind.layouts[3], kind.spiking, True, 3)
 
-    @compiled
+    @internal
     def block(me, threads, layer, x, scale, w, s, local):
         place, d, width = -1 - w.place[layer], x.size, w.ones.size
         input_projection(

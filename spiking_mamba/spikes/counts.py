@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -89,6 +89,11 @@ class ProjectionSpikes:
     out_features: int
     max_spike_count: int
     count_levels: bool = True
+    channel_sum: torch.Tensor = field(init=False, repr=False)
+    channel_nonzero: torch.Tensor = field(init=False, repr=False)
+    position_sum: torch.Tensor = field(init=False, repr=False)
+    position_tokens: torch.Tensor = field(init=False, repr=False)
+    _levels: torch.Tensor = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         channels, levels = self.in_features, 2 * self.max_spike_count + 1

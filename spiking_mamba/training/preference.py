@@ -177,6 +177,8 @@ class PreferenceSettings:
         method: dpo or kto.
         data: pairs or labelled completions, see ``spiking_mamba.data.preferences.load_preferences``.
         split: of ``data``, to train on.
+        decontaminate: leave out rows of a file or of the hub that share 13 words in a row with what is
+            evaluated, see ``spiking_mamba.data.contamination``; their number is printed.
         limit: how many of its rows to take at most, drawn by ``seed``; null for all.
         held_out: source of the pairs that the preference accuracy is measured on; null for none.
         held_out_split: of ``held_out``.
@@ -208,6 +210,7 @@ class PreferenceSettings:
     method: Literal["dpo", "kto"]
     data: Name = "answer_preference"
     split: Name = "train"
+    decontaminate: bool = True
     limit: Count | None = None
     held_out: Name | None = "answer_preference"
     held_out_split: Name = "validation"
@@ -240,7 +243,8 @@ class PreferenceSettings:
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Preference], RowReport]:
         """The rows to train on."""
-        return self._read(self.data, self.split, tokenizer, limit=self.limit, seed=self.seed)
+        how = {"limit": self.limit, "seed": self.seed, "decontaminate": self.decontaminate}
+        return self._read(self.data, self.split, tokenizer, **how)
 
     def read_held_out(
         self, tokenizer: PreTrainedTokenizerBase

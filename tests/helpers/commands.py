@@ -24,7 +24,8 @@ from typing import Any, Self
 ROOT = Path(__file__).parents[2]
 HELPERS = ROOT / "tests/helpers"
 OWN = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-LATE = "SPIKING_MAMBA_"  # variables of this name are read when they are wanted, others perhaps in an import
+# variables of these names are read when they are wanted, others perhaps in an import
+LATE = ("SPIKING_MAMBA_", "ACCELERATE_", "FSDP_")
 # as this process found it: libraries set variables when they are imported
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(LATE)} | OWN
 
@@ -53,12 +54,12 @@ def run(
         subprocess.TimeoutExpired: it took longer; it was killed.
     """
     request = {"arguments": list(map(str, command)), "cwd": str(cwd)}
-    late = {name: value for name, value in os.environ.items() if name.startswith(LATE)}
+    late = {name: value for name, value in (os.environ | environment).items() if name.startswith(LATE)}
     pipes = [os.pipe(), os.pipe()]  # files would be subject to a command's own limits of their size
     with ThreadPoolExecutor(2) as pool:
         printed = [pool.submit(_read, reading) for reading, _ in pipes]
         out, err = (writing for _, writing in pipes)
-        if fresh or environment or sys.platform != "linux":
+        if fresh or environment.keys() - late.keys() or sys.platform != "linux":
             process = _started(request, _ENVIRONMENT | late | environment, out, err)
             status = _ended(process.pid, partial(_wait, process), timeout, kill_when)
         else:

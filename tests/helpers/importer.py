@@ -9,18 +9,24 @@ import atexit
 import gc
 import importlib
 import json
+import math
 import os
 import pkgutil
 import random
 import runpy
+import signal
 import socket
+import subprocess
 import sys
 import threading
+import time
 import types
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from torch.distributed.elastic.multiprocessing.subprocess_handler.subprocess_handler import SubprocessHandler
 
 
 def import_everything() -> None:
@@ -76,11 +82,47 @@ def perform(arguments: list[str]) -> None:
         main = sys.modules["__main__"] = types.ModuleType("__main__")
         exec(compile(arguments[1], "<string>", "exec"), vars(main))
     elif arguments[0] == "-m":
+        SubprocessHandler._popen = _forked
         sys.argv, sys.path[0] = arguments[1:], os.getcwd()
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     else:
         sys.argv, sys.path[0] = arguments, os.path.dirname(os.path.abspath(arguments[0]))
         runpy.run_path(arguments[0], run_name="__main__")
+
+
+class _Worker:
+    """A child of torchrun, which takes it for a ``subprocess.Popen``."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid, self.returncode = pid, None
+
+    def poll(self) -> int | None:
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self.returncode = os.waitstatus_to_exitcode(status) if pid else None
+        return self.returncode
+
+    def wait(self, timeout: float = math.inf) -> int:
+        deadline = time.monotonic() + timeout
+        while (status := self.poll()) is None:
+            if time.monotonic() > deadline:
+                raise subprocess.TimeoutExpired(str(self.pid), timeout)
+            time.sleep(0.01)
+        return status
+
+
+def _forked(handler: SubprocessHandler, command: Sequence[str], environment: Mapping[str, str]) -> _Worker:
+    """What torchrun starts, ``python -u SCRIPT ARGUMENTS``, in a child of its own process."""
+    if (pid := os.fork()) == 0:
+        os.setsid()
+        for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT):
+            signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        atexit._clear()
+        os.environ.update(environment)
+        sys.stdout.reconfigure(write_through=True)
+        os._exit(status_of(list(command[2:])))
+    return _Worker(pid)
 
 
 def status_of(arguments: list[str]) -> int:
