@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+from spiking_mamba.evaluation.statistics import kept_share, paired_gap
 
 __all__ = ["SIX", "ability", "guessing", "kept", "read_items", "write_items"]
 
@@ -63,42 +64,26 @@ def ability(right: Outcomes, guess: Mapping[str, float], sets: Sequence[str]) ->
     return float(sum(_main(right, name).mean() - guess[name] for name in sets))
 
 
-def kept(
-    own: Outcomes,
-    others: Outcomes,
-    guess: Mapping[str, float],
-    sets: Sequence[str],
-    resamples: int = 2000,
-    seed: int = 0,
-) -> dict[str, float]:
-    """The part of another model's ability that a model keeps, and how much less it gets right on the six sets
-    of the source, with 95% intervals over items: both models answer the same ones, drawn anew for each set.
+def kept(own: Outcomes, others: Outcomes, guess: Mapping[str, float], sets: Sequence[str]) -> dict[str, Any]:
+    """The part of another model's ability that a model keeps, if that has any, and how many points less it
+    gets right on the six sets of the source, with 95% intervals over items, which both models answered.
 
-    Returns:
-        ``kept``, ``kept_low``, ``kept_high``, shares; ``gap``, ``gap_low``, ``gap_high``, points out of 100.
+    Args:
+        others: of at least as many items; the first ones are taken.
 
     Raises:
-        ValueError: the models were asked other items.
+        ValueError: the other model was asked fewer items.
     """
-    random = np.random.default_rng(seed)
-    found = {}
-    drawn: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    six = [name for name in SIX if name in own]
-    for name in dict.fromkeys([*sets, *six]):
-        pair = [_main(each, name).astype(float) for each in (own, others)]
-        count = len(pair[0])
-        if len(pair[1]) != count:
-            raise ValueError(f"{name}: {count} items here, {len(pair[1])} there.")
-        # how often each of the four joint outcomes is drawn is all that matters
-        joint = np.bincount((2 * pair[0] + pair[1]).astype(int), minlength=4)
-        draws = random.multinomial(count, joint / count, size=resamples) / count
-        means = [np.r_[pair[k].mean(), draws[:, places].sum(1)] for k, places in enumerate(([2, 3], [1, 3]))]
-        drawn[name] = (means[0], means[1])
-    sums = [sum(drawn[name][k] - guess[name] for name in sets) for k in range(2)]
-    values = {"kept": sums[0] / sums[1]}
-    if six:
-        values["gap"] = 100 * np.mean([drawn[name][1] - drawn[name][0] for name in six], axis=0)
-    for key, all_of_it in values.items():
-        low, high = np.quantile(all_of_it[1:], [0.025, 0.975])
-        found |= {key: all_of_it[0], f"{key}_low": low, f"{key}_high": high}
-    return {key: round(float(value), 4) for key, value in found.items()}
+    sides = []
+    for names in (sets, [name for name in SIX if name in own]):
+        ours = {name: _main(own, name) for name in names}
+        theirs = {name: _main(others, name)[: len(ours[name])] for name in names}
+        sides.append((theirs, ours))
+    found: dict[str, Any] = {}
+    if ability(others, guess, sets) > 0:
+        found["kept"] = kept_share(*sides[0], guess)
+    if sides[1][0]:
+        found["gap"] = {key: 100 * value for key, value in paired_gap(*sides[1]).items() if key != "items"}
+    return {
+        name: {key: round(float(value), 4) for key, value in values.items()} for name, values in found.items()
+    }

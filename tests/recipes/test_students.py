@@ -249,15 +249,15 @@ def test_ability_and_what_is_kept_of_it(convert, tmp_path):
     by_hand = [sum(each[n]["acc"].mean() - guess[n] for n in ("piqa", "sciq")) for each in (student, teacher)]
     assert convert.ability.ability(student, guess, ["piqa", "sciq"]) == pytest.approx(by_hand[0])
     found = convert.ability.kept(student, teacher, guess, ["piqa", "sciq"])
-    assert found["kept"] == pytest.approx(by_hand[0] / by_hand[1], abs=1e-4)
+    assert found["kept"]["share"] == pytest.approx(by_hand[0] / by_hand[1], abs=1e-4)
     gap = teacher["piqa"]["acc"].astype(float) - student["piqa"]["acc"]
-    assert found["gap"] == pytest.approx(100 * gap.mean(), abs=1e-2)
+    assert found["gap"]["gap"] == pytest.approx(100 * gap.mean(), abs=1e-2)
     half = 1.96 * gap.std() / np.sqrt(4000) * 100
-    assert found["gap_high"] - found["gap_low"] == pytest.approx(2 * half, rel=0.1)
+    assert found["gap"]["high"] - found["gap"]["low"] == pytest.approx(2 * half, rel=0.1)
     convert.ability.write_items(tmp_path / "items.npz", student)
     back = convert.ability.read_items(tmp_path / "items.npz")
     assert all(np.array_equal(back[n][m], v) for n, ms in student.items() for m, v in ms.items())
-    with pytest.raises(ValueError, match="piqa: 4000 items here, 3 there"):
+    with pytest.raises(ValueError, match="piqa has 3 and 4000 items"):
         convert.ability.kept(student, {"piqa": {"acc": np.ones(3, bool)}}, guess, ["piqa"])
 
 
@@ -303,10 +303,10 @@ def test_from_training_to_scores(folder, tmp_path):
     common = [f"source={folder}/model", f"teacher={folder}/dense", f"data={folder}/data", f"output={scores}"]
     common += ["passages=2", "sets=[piqa,lambada_openai]"]
     rows = {
-        "teacher": [f"model={folder}/dense"],
-        "s63": [f"model={run}/state.pt", "against=teacher"],
-        "packed": [f"model={packed}", "against=teacher"],
-        "w4a8": [f"model={folder}/dense", "weights=4", "activations=8", "against=teacher"],
+        "teacher": [f"model={folder}/dense", "against=null"],
+        "s63": [f"model={run}/state.pt", f"against={scores}/teacher.npz"],
+        "packed": [f"model={packed}", f"against={scores}/teacher.npz"],
+        "w4a8": [f"model={folder}/dense", "weights=4", "activations=8", f"against={scores}/teacher.npz"],
     }
     for name, arguments in rows.items():
         done = command("recipes/convert/score_student.py", "score.yaml", f"name={name}", *common, *arguments)
@@ -323,6 +323,7 @@ def test_from_training_to_scores(folder, tmp_path):
     assert both["tokens"] == text["tokens"] + first["tokens"]
     assert 0.2 < text["nonzero"] < 0.6
     assert len(found["s63"]["projections"]) == 8
+    assert found["s63"]["gap"]["low"] <= found["s63"]["gap"]["gap"] <= found["s63"]["gap"]["high"]
 
 
 @pytest.mark.parametrize(
