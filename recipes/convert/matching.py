@@ -12,10 +12,11 @@ from spiking_mamba.model.block import SpikingMambaMixer
 from spiking_mamba.training.head_loss import head_loss
 from spiking_mamba.training.spike_penalty import mean_spike_size, share_of_nonzero
 
-__all__ = ["LayerMatching", "LogitMatching", "SpikeMatching", "Teacher"]
+__all__ = ["LayerMatching", "LogitMatching", "SpikeMatching", "Teacher", "autocast"]
 
 
-def _autocast(ids: torch.Tensor) -> torch.autocast:
+def autocast(ids: torch.Tensor) -> torch.autocast:
+    """bfloat16 on CUDA, nothing cached: a graph replays what it saw."""
     device = ids.device.type
     return torch.autocast(device, torch.bfloat16, device == "cuda", cache_enabled=False)
 
@@ -46,7 +47,7 @@ class LayerMatching:
         with torch.no_grad():
             for mixer, (_, h, a) in zip(self.mixers, self.source.run(ids), strict=True):
                 with torch.enable_grad():
-                    with _autocast(ids):
+                    with autocast(ids):
                         error = self.error(mixer, h, a)
                     error.backward()
                 errors.append(error.detach())
@@ -68,7 +69,7 @@ class LogitMatching:
         student.compile_blocks(compiles)
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        with _autocast(ids):
+        with autocast(ids):
             found = self.student.backbone(ids, use_cache=False).last_hidden_state
         loss, gradient = self._kl(ids, found)
         found.backward(gradient)
@@ -78,7 +79,7 @@ class LogitMatching:
         """The KL, and its gradient to the student's last hidden states."""
         with torch.no_grad():
             wanted = self.source.hidden_states(ids)[:, 1:]
-        with _autocast(ids):
+        with autocast(ids):
             leaf = found.detach().requires_grad_()
             losses = [
                 self._piece(own[:, 1:], others)
@@ -115,7 +116,7 @@ class Teacher:
 
     def hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
         """``[B, L] -> [B, L, C]``, behind the last norm."""
-        with _autocast(ids):
+        with autocast(ids):
             return self.model.backbone(ids, use_cache=False).last_hidden_state
 
 
@@ -145,7 +146,7 @@ class SpikeMatching(LogitMatching):
         self.spikes = student.config.neuron is not None
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        with _autocast(ids):
+        with autocast(ids):
             output = self.student.backbone(ids, use_cache=False, output_accumulations=self.spikes)
         found = output.last_hidden_state
         kl, gradient = self._kl(ids, found)

@@ -160,6 +160,7 @@ def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any
     """The log's line; items are written on the way."""
     data, folder = np.load(Path(settings.data, "evaluated.npz")), Path(settings.output)
     scored, facts = load_scored(settings, device)
+    folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     right = outcomes(scored, data, settings.limit, settings.tokens)
     write_items(folder / f"{settings.name}.npz", right)
@@ -193,7 +194,6 @@ def main() -> None:
         raise RunError(f"{folder} is a file, not a folder.")
     if settings.against is not None and not Path(settings.against).is_file():
         raise RunError(f"There is no file {settings.against}, the teacher's items: score it first.")
-    folder.mkdir(parents=True, exist_ok=True)
     entry = score(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     with (folder / "scores.jsonl").open("a") as file:
         file.write(json.dumps(entry) + "\n")

@@ -12,7 +12,7 @@ import torch
 from flat import FlatParameters, LowRankParameters, Together
 from levels import least_error
 from llama import Llama
-from matching import SpikeMatching, Teacher
+from matching import SpikeMatching, Teacher, autocast
 from pydantic import Field
 from train import STATE, Stage
 
@@ -118,11 +118,12 @@ def thresholds(settings: Any, dense: SpikingMambaForCausalLM, ids: torch.Tensor)
     """V_th of every projection, by tokens ``[B, L]`` on the model's device, first ones left out."""
     if settings.neuron is None:
         return 1.0
-    if settings.mean_abs is None and settings.nonzero is None:
-        return least_error(dense, ids, settings.neuron, first=1)
-    return calibrate_thresholds(
-        dense, ids, settings.mean_abs, settings.neuron, nonzero=settings.nonzero, first=1
-    )
+    with autocast(ids):  # as in training, for which a GPU's kernels are tuned
+        if settings.mean_abs is None and settings.nonzero is None:
+            return least_error(dense, ids, settings.neuron, first=1)
+        return calibrate_thresholds(
+            dense, ids, settings.mean_abs, settings.neuron, nonzero=settings.nonzero, first=1
+        )
 
 
 def trained_parts(student: SpikingMambaForCausalLM, settings: Any, compiles: bool) -> Together:

@@ -67,8 +67,9 @@ class SpikeFed(nn.Module):
             caches.update_neuron_states(cache, self.layer_idx, slots, states)
         if accumulations is not None and spikes.emitted is not None:
             size = spikes.emitted.abs()
-            # of "fires at all", the slope is that of counts of one: the others' is cut off with them
-            sums = [part.sum(-1, dtype=torch.float32) for part in (size, size.clamp(max=1))]
+            # of "fires at all", the slope is that of counts of one; torch.clamp has none on its bound
+            fires = torch.where(size > 1, torch.ones_like(size), size)
+            sums = [part.sum(-1, dtype=torch.float32) for part in (size, fires)]
             accumulations.append(torch.stack(sums, -1) * linear.out_features)
         return project(linear, spikes)
 
