@@ -10,7 +10,8 @@ export PYTHONPATH=$PWD:$base/site OMP_NUM_THREADS=8 TOKENIZERS_PARALLELISM=false
 export TRITON_CACHE_AUTOTUNING=1 TRITON_CACHE_DIR=$base/triton TORCHINDUCTOR_CACHE_DIR=$base/inductor
 export TORCHINDUCTOR_FX_GRAPH_CACHE=1 PYTHONWARNINGS=ignore
 mkdir -p "$base/parts" "$base/site" "$base/cache" "$base/run"
-gpus=$(python3 -c 'import torch; print(torch.cuda.device_count())' 2>/dev/null || echo 1)
+gpus=${GPUS:-$(python3 -c 'import torch; print(max(1, torch.cuda.device_count()))' 2>/dev/null || echo 1)}
+export GPUS=$gpus
 each() { python3 -m torch.distributed.run --nnodes 1 --nproc-per-node "$gpus" --rdzv-backend static \
   --master-addr 127.0.0.1 --master-port $((29500 + RANDOM % 400)) "$@"; }
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from ability import write_items
 from conversion import convert
 from flat import load_state
 from llama import Llama
@@ -215,10 +216,7 @@ def main() -> None:
     begun = time.monotonic()
     right = outcomes(scored, data, settings.limit, settings.tokens)
     if settings.items is not None:
-        np.savez_compressed(
-            settings.items, **{f"{n}/{m}": np.packbits(v) for n, ms in right.items() for m, v in ms.items()},
-            **{f"{n}/items": len(ms["acc"]) for n, ms in right.items()},
-        )  # fmt: skip
+        write_items(settings.items, right)
     found = tasks(right)
     rest = passages(scored, data, settings.passages, settings.tokens)
     mains = [values[BENCHMARK_SETS[name].main] for name, values in found.items()]

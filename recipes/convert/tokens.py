@@ -10,14 +10,31 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from spiking_mamba.common.errors import DataError
+
 __all__ = ["END", "Mixture", "Stream", "read_tokens"]
 
 END = 0  # SmolLM2's <|endoftext|>
 
 
-def read_tokens(paths: Sequence[str | Path]) -> np.ndarray:
-    """The uint16 tokens of files, one after the other."""
-    return np.concatenate([np.fromfile(path, dtype=np.uint16) for path in paths])
+def read_tokens(paths: Sequence[str | Path], vocabulary: int = 2**16) -> np.ndarray:
+    """The uint16 tokens of files, one after the other.
+
+    Raises:
+        DataError: a file is not there or is of no uint16 tokens, or a token lies outside the vocabulary.
+    """
+    found = []
+    for path in paths:
+        try:
+            if Path(path).stat().st_size % 2:
+                raise DataError(f"{path} has an odd number of bytes: it is no file of uint16 tokens.")
+            tokens = np.fromfile(path, dtype=np.uint16)
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}.") from error
+        if len(tokens) and (most := int(tokens.max())) >= vocabulary:
+            raise DataError(f"{path} holds token {most}, outside the vocabulary of {vocabulary}.")
+        found.append(tokens)
+    return np.concatenate(found)
 
 
 class Stream:

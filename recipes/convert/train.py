@@ -138,6 +138,11 @@ class Stage:
         self.progress = Progress(steps=settings.steps, settings=self._lasting())
         self._build()
 
+    @property
+    def kind(self) -> str:
+        """Which stage it is."""
+        return self.settings.stage
+
     def _lasting(self) -> dict[str, Any]:
         passing = ("seconds", "log_every", "compiles", "graph", "piece", "budget", "output")
         return {key: value for key, value in asdict(self.settings).items() if key not in passing}
@@ -148,6 +153,7 @@ class Stage:
         self.student = convert(source, settings.expand, settings.seed).requires_grad_(False)
         if settings.start is not None:
             load_mixers(self.student, settings.start)
+        self.vocabulary = self.student.config.vocab_size
         self.student.to(self.device).train()
         self.mixers = mixers_of(self.student)
         for mixer in self.mixers:
@@ -157,12 +163,7 @@ class Stage:
         dtype = torch.bfloat16 if self.cuda else torch.float32
         self.source = replace(source.to(self.device, dtype), compiles=compiles)
         self.optimizer = torch.optim.AdamW(
-            [
-                {"params": [self.flat.matrices], "weight_decay": settings.weight_decay},
-                {"params": [self.flat.vectors], "weight_decay": 0.0},
-            ],
-            betas=(0.9, 0.95),
-            fused=self.cuda,
+            self.flat.groups(settings.weight_decay), betas=(0.9, 0.95), fused=self.cuda
         )
         self.batches = self._batches()
         if (self.folder / STATE).is_file():
@@ -179,7 +180,10 @@ class Stage:
             own = settings.rows
         parts = [(settings.own_text, own), (settings.package_text, settings.rows - own)]
         streams = [
-            (Stream(read_tokens(paths), settings.length, settings.seed + k, self.device), count)
+            (
+                Stream(read_tokens(paths, self.vocabulary), settings.length, settings.seed + k, self.device),
+                count,
+            )
             for k, (paths, count) in enumerate(parts)
             if count
         ]
@@ -206,10 +210,7 @@ class Stage:
         if changed:
             raise RunError(f"{self.folder} holds a stage with other settings of {', '.join(changed)}.")
         self.progress = Progress(**state["progress"])
-        with torch.no_grad():
-            self.flat.matrices.copy_(state["matrices"])
-            self.flat.vectors.copy_(state["vectors"])
-        self.flat.round()
+        self.flat.restore(state)
         self.optimizer.load_state_dict(state["optimizer"])
         self.say(f"goes on at step {self.progress.step} of {self.progress.steps}")
 
@@ -220,10 +221,8 @@ class Stage:
         draft = self.folder / (STATE + ".part")
         state = {
             "progress": asdict(self.progress),
-            "matrices": self.flat.matrices.data,
-            "vectors": self.flat.vectors.data,
             "optimizer": self.optimizer.state_dict(),
-        }
+        } | self.flat.kept()
         torch.save(state, draft)
         draft.replace(self.folder / STATE)
 
@@ -275,11 +274,12 @@ class Stage:
 
     def _update(self, number: int) -> torch.Tensor:
         """All-reduce, clip, step, round, clear."""
+        self.flat.collect()
         if self.world > 1:
             for flat in self.flat.tensors():
                 torch.distributed.all_reduce(flat.grad)
                 flat.grad.div_(self.world)
-        norm = self.flat.clip_gradients(self.settings.clip, each=self.settings.stage == "layers")
+        norm = self.flat.clip_gradients(self.settings.clip, each=self.kind == "layers")
         rate = learning_rate(self.settings, number, self.progress.steps or 10**9)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -318,24 +318,30 @@ class Stage:
         left = self.settings.seconds - (time.monotonic() - STARTED) - reserve
         return self._agreed(left) < 0
 
+    def losses(self, found: list[float]) -> dict[str, Any]:
+        """What the log says of a step's result."""
+        return {
+            "loss": round(sum(found) / len(found), 5),
+            "layers": [round(value, 4) for value in found] if len(found) > 1 else None,
+        }
+
     def _report(self, result: torch.Tensor, norm: torch.Tensor) -> None:
         loss = result.float().clone()
         if self.world > 1:
             torch.distributed.all_reduce(loss)
             loss /= self.world
         progress = self.progress
-        losses = loss.tolist()  # waits for the device
+        losses = self.losses(loss.tolist())  # waits for the device
         now, (before, tokens) = time.monotonic(), self.reported
         self.reported = now, progress.tokens
         entry = {
-            "stage": self.settings.stage,
+            "stage": self.kind,
             "processes": self.world,
             "step": progress.step,
             "tokens": progress.tokens,
             "seconds": round(progress.seconds, 1),
             "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "loss": round(sum(losses) / len(losses), 5),
-            "layers": [round(value, 4) for value in losses] if len(losses) > 1 else None,
+            **losses,
             "gradient_norm": round(float(norm), 4),
             "tokens_per_second": round((progress.tokens - tokens) / (now - before)),
         }

@@ -131,25 +131,26 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         if output_hidden_states is None:
             output_hidden_states = self.config.output_hidden_states
         kept: tuple[torch.Tensor, ...] = ()
-        accumulations = None
+        costs = None
         for block in self.layers:
             hidden_states = block(
                 hidden_states, cache=cache, packing=packing, output_accumulations=output_accumulations
             )
             if output_accumulations:
                 hidden_states, cost = hidden_states
-                accumulations = cost if accumulations is None else accumulations + cost
+                costs = cost if costs is None else costs + cost
             if output_hidden_states:
                 kept += (hidden_states,)
         hidden_states = self.norm_f(hidden_states)
         if order is not None:
             back = torch.argsort(order, dim=1)
             hidden_states, *kept = (moved(tensor, back) for tensor in (hidden_states, *kept))
-            accumulations = None if accumulations is None else moved(accumulations, back)
+            costs = None if costs is None or costs.ndim == 1 else moved(costs, back)
         if streaming:
             self.stream.cache = cache
 
         all_states = (*kept, hidden_states) if output_hidden_states else None
+        accumulations, fetches = (None, None) if costs is None else costs.unbind(-1)
         cache = cache if use_cache else None
         if not (self.config.return_dict if return_dict is None else return_dict):
             return tuple(
@@ -157,7 +158,11 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
             )
         named = {caches.OUTPUT_NAME: cache}
         return SpikingMambaOutput(
-            last_hidden_state=hidden_states, hidden_states=all_states, accumulations=accumulations, **named
+            last_hidden_state=hidden_states,
+            hidden_states=all_states,
+            accumulations=accumulations,
+            fetches=fetches,
+            **named,
         )
 
     def _check_ids(self, input_ids: torch.Tensor | None) -> None:

@@ -236,7 +236,8 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         watched: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """``[B, L, hidden_size] -> [B, L, hidden_size]``, and if asked for, how many accumulations the spikes
-        of each token cost, float32 ``[B, L]``. One whose inside is watched runs uncompiled."""
+        of each token cost and how many weights they fetch, float32 ``[B, L, 2]``. One whose inside is watched
+        runs uncompiled."""
         run = self._run
         if self.compiles and cache is None and not watched:
             run = functools.partial(_compiled_block(), self)
@@ -254,7 +255,7 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         hidden_states = residual + self.mixer(normalised, cache, packing, accumulations)
         if accumulations is None:
             return hidden_states
-        return hidden_states, sum(accumulations, torch.zeros((), device=residual.device))
+        return hidden_states, sum(accumulations, torch.zeros(2, device=residual.device))
 
     def weight_before(self, name: str) -> torch.Tensor:
         """The weight that scales what the neuron before ``in_proj`` or ``out_proj`` gets: 1 / V_th folds into

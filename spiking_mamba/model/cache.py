@@ -65,9 +65,12 @@ class SpikingMambaOutput(BaseModelOutputWithPast):
         hidden_states: the residual stream behind every block, then ``last_hidden_state``, where asked for.
         accumulations: how many the spikes of each token cost, ``sum |s| * out_features`` over all
             projections, with the gradient of the neurons' surrogate; float32 ``[B, L]``, where asked for.
+        fetches: how many weights the spikes of each token fetch, ``out_features`` for every count that is
+            not zero, with the surrogate's gradient of counts of one; float32 ``[B, L]``, with the other.
     """
 
     accumulations: torch.Tensor | None = None
+    fetches: torch.Tensor | None = None
 
 
 @_readable_by_any_name
@@ -78,10 +81,11 @@ class SpikingMambaCausalLMOutput(CausalLMOutputWithPast):
     Attributes:
         loss: mean cross-entropy, a scalar, where labels were given.
         logits: ``[B, L, vocab_size]``, float32.
-        hidden_states, accumulations: as in :class:`SpikingMambaOutput`.
+        hidden_states, accumulations, fetches: as in :class:`SpikingMambaOutput`.
     """
 
     accumulations: torch.Tensor | None = None
+    fetches: torch.Tensor | None = None
 
 
 def one_cache(**named: Cache | None) -> Cache | None:

@@ -11,6 +11,7 @@ from spiking_mamba.common.checkpoint_files import WEIGHTS, locate, one_line
 from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.conversion import fold_thresholds
+from spiking_mamba.model.converted import is_converted, read_converted
 from spiking_mamba.model.dense import read_dense
 from spiking_mamba.model.event_driven import EventDrivenMambaConfig
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
@@ -34,6 +35,8 @@ def load_model(name: str | Path) -> SpikingMambaForCausalLM:
     if settings.get("neuron") is None and settings.get("model_type") != EventDrivenMambaConfig.model_type:
         return load_dense(folder)
     try:
+        if is_converted(folder):
+            return read_converted(folder, SpikingMambaForCausalLM)
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     except CheckpointError:
         raise

@@ -18,7 +18,18 @@ from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.llama import LlamaWeights, read_llama
 from spiking_mamba.model.source import load_source
 
-__all__ = ["is_converted", "kept_weights", "load_mixers", "mixers_of", "read_converted", "read_index"]
+__all__ = [
+    "STUDENT",
+    "is_converted",
+    "is_spiking",
+    "kept_weights",
+    "load_mixers",
+    "mixers_of",
+    "read_converted",
+    "read_index",
+]
+
+STUDENT = "student"  # in the index: the file of what a spiking student has of its own beside its mixers
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -26,6 +37,11 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 def is_converted(folder: Path) -> bool:
     """Whether a folder holds packed mixers."""
     return (folder / MIXERS).is_file()
+
+
+def is_spiking(folder: Path) -> bool:
+    """Whether packed mixers are a spiking student's."""
+    return is_converted(folder) and SpikingMambaConfig.from_pretrained(folder).neuron is not None
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -37,21 +53,23 @@ def read_index(folder: Path) -> dict[str, Any]:
     if not is_converted(folder):
         raise CheckpointError(f"{folder} holds no packed mixers: it has no {MIXERS}.")
     index = read_mapping(folder / MIXERS)
-    files = index.get("files")
+    files, own = index.get("files"), index.get(STUDENT)
     if (
         not isinstance(index.get("source"), str)
         or not isinstance(files, list)
         or not all(isinstance(name, str) and name == Path(name).name for name in files)
+        or (own is not None and not (isinstance(own, str) and own == Path(own).name))
     ):
         raise CheckpointError(f"{folder / MIXERS} does not name a source, and files beside it.")
     return index
 
 
 def read_converted(folder: Path, cls: type[Model]) -> Model:
-    """A dense model of packed mixers and of the source's embeddings, norms and MLPs, which are fetched.
+    """A model of packed mixers and of the source's embeddings, norms and MLPs, fetched: a dense one,
+    or a spiking student with its thresholds, its own norms and what it adds to the MLPs.
 
     Args:
-        folder: as ``recipes/convert/pack.py`` writes it.
+        folder: as ``recipes/convert/pack.py`` or ``pack_student.py`` writes it.
         cls: the class of the model, whose configuration is a :class:`SpikingMambaConfig`.
 
     Returns:
@@ -64,6 +82,8 @@ def read_converted(folder: Path, cls: type[Model]) -> Model:
     weights = _read_mixers(folder)
     source = load_source(read_index(folder)["source"])
     weights |= kept_weights(read_llama(source))
+    if (own := read_index(folder).get(STUDENT)) is not None:
+        _add_student(weights, folder, own)
     layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("backbone.layers."))
     if config.num_hidden_layers != layers:  # before they take memory
         raise CheckpointError(f"{folder}: {config.num_hidden_layers} layers, but weights of {layers}.")
@@ -76,6 +96,23 @@ def read_converted(folder: Path, cls: type[Model]) -> Model:
     model.tie_weights()
     model.generation_config.eos_token_id = source.generation_config.eos_token_id
     return model.eval()
+
+
+def _add_student(weights: dict[str, torch.Tensor], folder: Path, name: str) -> None:
+    """Put a student's own tensors in: those of a low rank, ``NAME:a`` ``[rank, in]`` and ``NAME:b``
+    ``[out, rank]``, are added as ``b @ a``, the others replace what is there."""
+    try:
+        own = load_file(folder / name)
+        for key, value in own.items():
+            matrix, _, part = key.partition(":")
+            if not part:
+                weights[key] = value.float()
+            elif part == "a":
+                weights[matrix] = weights[matrix] + own[f"{matrix}:b"].float() @ value.float()
+    except Exception as error:  # readers of damaged files raise what they please
+        raise CheckpointError(
+            f"{folder} holds a damaged student: {type(error).__name__}: {one_line(error)}"
+        ) from error
 
 
 def mixers_of(model: PreTrainedModel) -> list[SpikingMambaMixer]:

@@ -13,7 +13,7 @@ from transformers import Mamba2Config, PreTrainedModel
 from spiking_mamba.common.checkpoint_files import locate, one_line, read_weights
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.configuration import SpikingMambaConfig
-from spiking_mamba.model.converted import is_converted, read_converted
+from spiking_mamba.model.converted import is_converted, is_spiking, read_converted
 from spiking_mamba.model.state_spaces import from_state_spaces
 
 __all__ = ["read_dense", "student_of"]
@@ -38,6 +38,8 @@ def read_dense(name: str | Path, cls: type[Model]) -> Model:
     """
     folder, settings = locate(name)
     try:
+        if is_spiking(folder):
+            raise CheckpointError(f"{folder} holds a spiking model, not a dense one.")
         if is_converted(folder):
             return read_converted(folder, cls)
         if "d_model" in settings and "ssm_cfg" in settings:

@@ -157,6 +157,7 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
             logits=logits,
             hidden_states=output.hidden_states,
             accumulations=output.accumulations,
+            fetches=output.fetches,
             **{caches.OUTPUT_NAME: output.cache},
         )
 

@@ -53,7 +53,8 @@ class SpikeFed(nn.Module):
 
         Args:
             packing: where the tokens are.
-            accumulations: takes up how many accumulations the spikes cost, float32 ``[B, L]``.
+            accumulations: takes up how many accumulations the spikes cost, and how many weights they fetch,
+                float32 ``[B, L, 2]``.
         """
         linear, encoder = getattr(self, name), getattr(self, self.encoders[name])
         if cache is None or not self.states_per_neuron:
@@ -65,8 +66,11 @@ class SpikeFed(nn.Module):
             spikes = encoder(x, states, packing)
             caches.update_neuron_states(cache, self.layer_idx, slots, states)
         if accumulations is not None and spikes.emitted is not None:
-            size = spikes.emitted.abs().sum(-1, dtype=torch.float32)
-            accumulations.append(size * linear.out_features)
+            size = spikes.emitted.abs()
+            # of "fires at all", the slope is that of counts of one; torch.clamp has none on its bound
+            fires = torch.where(size > 1, torch.ones_like(size), size)
+            sums = [part.sum(-1, dtype=torch.float32) for part in (size, fires)]
+            accumulations.append(torch.stack(sums, -1) * linear.out_features)
         return project(linear, spikes)
 
 

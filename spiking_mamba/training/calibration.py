@@ -12,6 +12,7 @@ from spiking_mamba.model.configuration import PROJECTIONS
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.modes import evaluating, frozen
 from spiking_mamba.spikes.counting import count_spikes
+from spiking_mamba.training.spike_penalty import mean_spike_size, share_of_nonzero
 
 __all__ = ["asks_for_calibration", "calibrate_thresholds", "resolve_threshold"]
 
@@ -23,7 +24,14 @@ _CLOSE = 0.002  # of the mean |s| asked for
 
 
 def calibrate_thresholds(
-    teacher: SpikingMambaForCausalLM, input_ids: torch.Tensor, mean_abs: float, neuron: dict, **student: Any
+    teacher: SpikingMambaForCausalLM,
+    input_ids: torch.Tensor,
+    mean_abs: float | None,
+    neuron: dict,
+    *,
+    nonzero: float | None = None,
+    first: int = 0,
+    **student: Any,
 ) -> list[dict[str, float]]:
     r"""V_th of every projection, so that a student spikes as much as asked and loses least.
 
@@ -40,6 +48,10 @@ def calibrate_thresholds(
         input_ids: text, ``[rows, length]``, a few thousand tokens.
         mean_abs: the student's mean ``|s|`` on that text, weighted by output width, before distillation.
         neuron: of the student, one that rounds to integers.
+        nonzero: its share of non-zero counts, weighted likewise. Of two numbers the one that asks for larger
+            thresholds is met, the other is undercut; None: it is not asked for.
+        first: places at the start of every row that are not looked at, where a model's first token is of
+            another size than all others.
         student: further arguments of ``SpikingMambaForCausalLM.from_dense``.
 
     Returns:
@@ -47,47 +59,70 @@ def calibrate_thresholds(
         ``threshold`` of the config takes.
 
     Raises:
-        ValueError: ``mean_abs`` is not positive, the teacher is not dense, or no V_th gives that mean.
+        ValueError: ``mean_abs`` or ``nonzero`` is not positive, both are None, the teacher is not dense, or
+            no V_th gives what is asked for.
     """
-    if isinstance(mean_abs, bool) or not isinstance(mean_abs, int | float) or not 0 < mean_abs < math.inf:
-        raise ValueError(f"mean_abs must be a positive number, got {mean_abs!r}.")
+    wanted = {"mean |s|": mean_abs, "share of non-zero counts": nonzero}
+    asked = {name: value for name, value in wanted.items() if value is not None}
+    if not asked:
+        raise ValueError("Thresholds are calibrated for a mean_abs or a share of non-zero counts.")
+    for name, value in (("mean_abs", mean_abs), ("nonzero", nonzero)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a positive number, got {value!r}.")
     if teacher.config.neuron is not None:
         raise ValueError("Thresholds are calibrated by a dense teacher; this one has neurons.")
     input_ids = input_ids.to(teacher.device)
     batches = input_ids.split(max(1, _BATCH // input_ids.shape[1]))
-    cost, information = _cost_and_information(teacher, batches)
+    cost, information = _cost_and_information(teacher, batches, first)
     shape = {name: (cost[name] / information[name]) ** (1 / 3) for name in cost}
     model = SpikingMambaForCausalLM.from_dense(teacher, neuron=neuron, **student).eval()
 
-    def found(scale: float) -> float:
+    def found(scale: float) -> dict[str, float]:
         for name, projection in model.projections().items():
             projection.spikes.threshold = scale * shape[name]
-        with torch.no_grad(), count_spikes(model, histogram=False) as spikes:
-            for ids in batches:
-                model(input_ids=ids, use_cache=False, logits_to_keep=1)
-        return spikes.mean_abs
+        return _spiking(model, batches, first)
 
     # mean |s| falls about as 1 / V: start where the costs say, then close in
     projections = model.projections().values()
     ops = sum(p.in_features * p.out_features for p in projections)
-    scale = sum(cost[name] / shape[name] for name in cost) / ops / mean_abs
+    scale = sum(cost[name] / shape[name] for name in cost) / ops / min(asked.values())
     low, high = 0.0, math.inf
     for _ in range(_HALVINGS):
-        mean = found(scale)
-        if abs(mean / mean_abs - 1) < _CLOSE:
+        got = found(scale)
+        excess = max(got[name] / value for name, value in asked.items())
+        if abs(excess - 1) < _CLOSE:
             break
-        low, high = (scale, high) if mean > mean_abs else (low, scale)
-        scale = scale * mean / mean_abs if mean > 0 else scale / 2
+        low, high = (scale, high) if excess > 1 else (low, scale)
+        scale = scale * excess if excess > 0 else scale / 2
         if not low < scale < high:
             scale = (low + high) / 2 if high < math.inf else 2 * low
     else:
-        raise ValueError(f"No threshold gives a mean |s| of {mean_abs}; the last try gave {mean:.4g}.")
+        tried = " and ".join(f"a {name} of {value}" for name, value in asked.items())
+        last = " and ".join(f"{got[name]:.4g}" for name in asked)
+        raise ValueError(f"No threshold gives {tried}; the last try gave {last}.")
     _warn_of_clipping(model, batches[0])
     layers: list[dict[str, float]] = [{} for _ in range(teacher.config.num_hidden_layers)]
     for name, value in shape.items():
         _, _, layer, _, projection = name.split(".")
         layers[int(layer)][projection] = float(f"{scale * value:.4g}")
     return layers
+
+
+def _spiking(
+    model: SpikingMambaForCausalLM, batches: tuple[torch.Tensor, ...], first: int
+) -> dict[str, float]:
+    """The mean ``|s|`` and the share of non-zero counts, weighted by output width."""
+    sums = {"mean |s|": 0.0, "share of non-zero counts": 0.0}
+    with torch.no_grad():
+        for ids in batches:
+            output = model(input_ids=ids, use_cache=False, logits_to_keep=1, output_accumulations=True)
+            size = mean_spike_size(model, output.accumulations[:, first:])
+            share = share_of_nonzero(model, output.fetches[:, first:])
+            for name, value in zip(sums, (size, share), strict=True):
+                sums[name] += float(value) * len(ids)
+    rows = sum(len(ids) for ids in batches)
+    return {name: value / rows for name, value in sums.items()}
 
 
 def _warn_of_clipping(model: SpikingMambaForCausalLM, input_ids: torch.Tensor) -> None:
@@ -127,9 +162,10 @@ def asks_for_calibration(threshold: Any) -> bool:
 
 
 def _cost_and_information(
-    teacher: SpikingMambaForCausalLM, batches: tuple[torch.Tensor, ...]
+    teacher: SpikingMambaForCausalLM, batches: tuple[torch.Tensor, ...], first: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """``A`` and ``F`` of :func:`calibrate_thresholds`, by the projections' names, a token."""
+    """``A`` and ``F`` of :func:`calibrate_thresholds`, by the projections' names, a token; the ``first``
+    places of each row are left out."""
     modules = {n: m for n, m in teacher.named_modules() if n.rpartition(".")[2] in PROJECTIONS}
     sizes = {name: 0.0 for name in modules}
     squares: dict[str, Any] = {name: 0.0 for name in modules}
@@ -137,7 +173,7 @@ def _cost_and_information(
 
     def watch(name: str):
         def hook(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
-            sizes[name] += float(args[0].detach().float().abs().sum())
+            sizes[name] += float(args[0].detach()[:, first:].float().abs().sum())
             # of a frozen teacher nothing asks for a gradient
             output = output if output.requires_grad else output.requires_grad_()
             output.register_hook(lambda g: squares.__setitem__(name, squares[name] + _squared(g)))
@@ -146,20 +182,20 @@ def _cost_and_information(
         return hook
 
     def _squared(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.detach().double().flatten(0, -2).square().sum(0)
+        return gradient.detach()[:, first:].double().flatten(0, -2).square().sum(0)
 
     handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
     try:
         with evaluating(teacher), frozen(teacher), torch.enable_grad():
             for ids in batches:
-                logits = teacher(input_ids=ids, use_cache=False).logits.float()
+                logits = teacher(input_ids=ids, use_cache=False).logits[:, first:].float()
                 chances = logits.detach().softmax(-1).flatten(0, -2)
                 drawn = torch.multinomial(chances, 1, generator=generator)
                 nn.functional.cross_entropy(logits.flatten(0, -2), drawn[:, 0], reduction="sum").backward()
     finally:
         for handle in handles:
             handle.remove()
-    tokens = sum(ids.numel() for ids in batches)
+    tokens = sum(ids[:, first:].numel() for ids in batches)
     cost = {name: module.out_features * sizes[name] / tokens for name, module in modules.items()}
     information = {
         name: float((squares[name] @ module.weight.detach().double().square()).sum()) / tokens

@@ -11,11 +11,11 @@ import torch
 from pydantic import Field
 from torch.nn import functional as F
 
-from spiking_mamba.common.schema import Positive, schema
+from spiking_mamba.common.schema import Fraction, Positive, schema
 from spiking_mamba.model.cache import SpikingMambaCausalLMOutput
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.training.head_loss import head_loss
-from spiking_mamba.training.spike_penalty import mean_spike_size, over_processes
+from spiking_mamba.training.spike_penalty import mean_spike_size, over_processes, share_of_nonzero
 
 __all__ = ["TERMS", "Batch", "DistillationLoss", "Term", "compared_states", "hidden_loss", "token_mask"]
 
@@ -125,6 +125,12 @@ def _sparsity_term(loss: "DistillationLoss", batch: Batch) -> _Added:
     return loss.sparsity * excess, {"spike_size": part}
 
 
+def _zeros_term(loss: "DistillationLoss", batch: Batch) -> _Added:
+    part = share_of_nonzero(batch.student, batch.student_output.fetches, batch.mask)
+    excess = (over_processes(part) - loss.nonzero_target).clamp(min=0)
+    return loss.zeros * excess, {"nonzero": part}
+
+
 @dataclass(frozen=True)
 class Term:
     """One term of the loss.
@@ -153,16 +159,20 @@ TERMS = {
     "hidden": Term(_hidden_term, "hidden", "hidden"),
     "ce": Term(_head_terms, "CE", "cross_entropy", teacher=False),
     "spike_size": Term(_sparsity_term, "spike size", "sparsity", teacher=False, accumulations=True),
+    "nonzero": Term(_zeros_term, "non-zero", "zeros", teacher=False, accumulations=True),
 }
 
 
 @schema
 class DistillationLoss:
-    """What the student is trained on: ``kl * KL + hidden * L_hidden + cross_entropy * CE + sparsity * S``.
+    """What the student is trained on: ``kl * KL + hidden * L_hidden + cross_entropy * CE + sparsity * S +
+    zeros * Z``.
 
     Every term is averaged over unmasked tokens, the hidden term over layers too. ``S`` is what the spikes
     cost: their mean ``|s|``, over projections weighted by output width as in ``SpikeCounts.mean_abs``, as far
-    as it lies above a target. Its gradient passes through the neurons' surrogate.
+    as it lies above a target. Its gradient passes through the neurons' surrogate. ``Z`` is the share of
+    counts that are not zero, weighted likewise, as far as it lies above a target of its own: see
+    ``spike_penalty.share_of_nonzero``.
 
     Attributes:
         temperature: of both softmaxes in the KL term, > 0.
@@ -178,6 +188,8 @@ class DistillationLoss:
             are equal where every batch's mean lies on the same side of the target, and always for a target
             of 0; else the accumulated S is the larger one.
         sparsity_target: mean ``|s|`` below which nothing is penalised; 0 penalises every spike.
+        zeros: weight of ``Z = max(0, share of non-zero counts - nonzero_target)``, hinged as ``S`` is.
+        nonzero_target: share below which nothing is penalised.
         weights: of further terms, by their names in ``TERMS``.
     """
 
@@ -189,6 +201,8 @@ class DistillationLoss:
     cross_entropy: Weight = 0.0
     sparsity: Weight = 0.0
     sparsity_target: Weight = 0.0
+    zeros: Weight = 0.0
+    nonzero_target: Fraction = 0.0
     weights: dict[str, Weight] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -239,7 +253,7 @@ class DistillationLoss:
                 ``needs_teacher`` says so.
             input_ids, attention_mask, labels: ``[B, L]``; labels are needed for the cross-entropy.
 
-        A sparsity term needs a student's output made with ``output_accumulations``.
+        The terms of spikes need a student's output made with ``output_accumulations``.
         """
         mask = token_mask(input_ids, attention_mask, labels)
         batch = Batch(student, teacher, student_output, teacher_output, input_ids, mask, labels)

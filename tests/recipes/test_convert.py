@@ -1,6 +1,5 @@
 """A Transformer becomes a Mamba2 with MLP blocks: weights, matching, its own text, packing, scores."""
 
-import importlib
 import json
 import math
 import sys
@@ -10,43 +9,25 @@ import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.converted import load_mixers, mixers_of
 from spiking_mamba.model.llama import NotLlamaError
 from spiking_mamba.model.source import load_source
-
-FOLDER = Path(__file__).parents[2] / "recipes" / "convert"
-MODULES = [path.stem for path in FOLDER.glob("*.py")]
+from tests.helpers.converting import FOLDER, recipe_modules, transformer, write_prepared
 
 
 @pytest.fixture(scope="module")
 def convert():
     """The recipe's modules by name."""
-    sys.path.insert(0, str(FOLDER))
-    yield type("Recipe", (), {name: importlib.import_module(name) for name in MODULES})
-    sys.path.remove(str(FOLDER))
-    for name in MODULES:
-        del sys.modules[name]
+    with recipe_modules() as modules:
+        yield modules
 
 
 @pytest.fixture(scope="module")
 def model():
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=96,
-        hidden_size=48,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=3,
-        num_key_value_heads=1,
-        max_position_embeddings=128,
-        initializer_range=0.2,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config).eval()
+    return transformer()
 
 
 @pytest.fixture(scope="module")
@@ -54,26 +35,7 @@ def folder(model, tmp_path_factory):
     """A model, and data as prepare.py leaves them."""
     folder = tmp_path_factory.mktemp("convert")
     model.save_pretrained(folder / "model")
-    random = np.random.default_rng(0)
-    data = folder / "data"
-    data.mkdir()
-    random.integers(3, 96, 4000).astype(np.uint16).tofile(data / "package_text.bin")
-    lengths = np.full(20, 4, np.uint8)
-    np.savez(data / "openings.npz", tokens=random.integers(3, 96, 80).astype(np.uint16), lengths=lengths)
-    rows = [
-        [0, item, choice, item % 2, 9 + choice, 2 + choice, 3] for item in range(6) for choice in range(2)
-    ]
-    rows += [[1, item, 0, -1, 8, 1, 1] for item in range(5)]
-    table = np.array(rows, np.int32)
-    np.savez(
-        data / "evaluated.npz",
-        names=np.array(["piqa", "lambada_openai"]),
-        requests=table,
-        tokens=random.integers(3, 96, table[:, 4].sum()).astype(np.uint16),
-        texts=random.integers(3, 96, 500).astype(np.uint16),
-        **{name: random.integers(3, 96, 1200).astype(np.uint16) for name in
-           ("openwebtext-passages", "wikipedia-passages")},
-    )  # fmt: skip
+    write_prepared(folder / "data")
     return folder
 
 

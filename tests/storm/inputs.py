@@ -213,6 +213,22 @@ def recipes(folder: Path) -> dict[str, Recipe]:
             fitted | {"output": "run", "stage": "layers", "own_text": packed, "package_text": packed}
             | {"piece": 2, "steps": 2, "compiles": False, "graph": False},
         ),
+        "student": Recipe(
+            "convert/student.py",
+            "StudentSettings",
+            {"output": "run", "start": str(folder / "teacher"), "own_text": packed, "package_text": packed}
+            | {"rows": 2, "length": 16, "piece": 2, "steps": 2, "bits": 0, "calibration": 2}
+            | {"compiles": False, "graph": False},
+        ),
+        "pack student": Recipe(
+            "convert/pack_student.py", "PackStudentSettings", {"state": "state.pt", "output": "run"}, False
+        ),
+        "score student": Recipe(
+            "convert/score_student.py",
+            "StudentScoreSettings",
+            {"name": "source", "source": source, "data": str(folder / "prepared"), "output": "run"}
+            | {"sets": ["piqa"], "limit": 2, "passages": 1},
+        ),
         "prepare": Recipe(
             "convert/prepare.py",
             "PrepareSettings",

@@ -255,7 +255,10 @@ def test_hidden_states_alone(pair):
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
-        ({"sise": 1.0}, "Unknown term 'sise' in loss.weights; known are kl, hidden, ce, spike_size, size"),
+        (
+            {"sise": 1.0},
+            "Unknown term 'sise' in loss.weights; known are kl, hidden, ce, spike_size, nonzero, size",
+        ),
         ({"ce": 1.0}, "loss.cross_entropy, not loss.weights.ce"),
         ({"size": -1.0}, "weights must be a mapping to a number of at least 0"),
         (None, "weights must be a mapping to a number of at least 0"),

@@ -9,7 +9,7 @@ from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.model import block as blocks
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.training.distillation_loss import DistillationLoss
-from spiking_mamba.training.spike_penalty import mean_spike_size
+from spiking_mamba.training.spike_penalty import mean_spike_size, share_of_nonzero
 from tests.helpers.commands import torchrun
 from tests.helpers.tiny import INTEGER, recorded_spikes, tiny_model, tokens
 
@@ -66,6 +66,42 @@ def test_equals_what_count_spikes_reports():
     assert float(mean_spike_size(model, output.accumulations).detach()) == pytest.approx(
         spikes.mean_abs, rel=1e-5
     )
+
+
+def test_share_and_its_gradient_by_hand():
+    """Counts of one have slope 1, the others none; the gated norm's weight feeds out_proj's spikes alone."""
+    model, ids = student(num_hidden_layers=1), tokens(2, 9)
+    mask = torch.ones(2, 9, dtype=torch.bool)
+    mask[:, 0] = False
+    mixer, inputs = model.backbone.layers[0].mixer, []
+    mixer.out_spikes.register_forward_pre_hook(lambda module, args: inputs.append(args[0].detach()))
+    with recorded_spikes(model) as spikes, count_spikes(model) as counts:
+        output = model(ids, output_accumulations=True)
+    found = share_of_nonzero(model, output.fetches, mask)
+    s_in, s_out = (calls[0] for calls in spikes.values())
+    weight = 32 * 148 + 64 * 32
+    expected = ((s_in[mask] != 0).sum() * 148 + (s_out[mask] != 0).sum() * 32) / 16 / weight
+    assert 0.1 < float(expected) < 0.95
+    torch.testing.assert_close(found.detach(), expected)
+    assert share_of_nonzero(model, output.fetches).item() == pytest.approx(counts.nonzero_share, rel=1e-5)
+    slope = s_out.sign() * (s_out.abs() == 1) * inputs[0] / mixer.norm.weight.detach() / 0.3
+    by_hand = slope[mask].sum(0) * 32 / 16 / weight
+    (gradient,) = torch.autograd.grad(found, mixer.norm.weight)
+    assert by_hand.abs().max() > 1e-3
+    torch.testing.assert_close(gradient, by_hand, rtol=1e-4, atol=1e-7)
+
+
+def test_zeros_are_a_term_of_the_loss():
+    teacher, ids = tiny_model(), tokens(2, 16)
+    model = SpikingMambaForCausalLM.from_dense(teacher, neuron=INTEGER, threshold=THRESHOLD)
+    plain, _, without = gradients(model, teacher, ids)
+    _, parts, _ = gradients(model, teacher, ids, zeros=1.0)
+    share = float(parts["nonzero"])
+    total, _, found = gradients(model, teacher, ids, zeros=1.0, nonzero_target=share + 0.01)
+    assert total == plain
+    assert all(torch.equal(found[name], without[name]) for name in without)
+    total, _, _ = gradients(model, teacher, ids, zeros=2.0, nonzero_target=share - 0.1)
+    assert float(total - plain) == pytest.approx(2.0 * 0.1, rel=1e-4)
 
 
 def gradients(model, teacher, ids, **loss):

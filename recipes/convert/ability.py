@@ -1,0 +1,89 @@
+"""What a model can do beyond guessing, and how much of another's it keeps, over the same items."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+from spiking_mamba.evaluation.statistics import kept_share, paired_gap
+
+__all__ = ["SIX", "ability", "guessing", "kept", "read_items", "write_items"]
+
+Outcomes = Mapping[str, Mapping[str, np.ndarray]]  # bool [items] by task and metric
+
+# of arXiv 2510.04595
+SIX = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "boolq", "winogrande")
+
+
+def write_items(path: str | Path, right: Outcomes) -> None:
+    """Every item's outcome, a bit each."""
+    bits = {f"{n}/{m}": np.packbits(v) for n, ms in right.items() for m, v in ms.items()}
+    np.savez_compressed(path, **bits, **{f"{n}/items": len(ms["acc"]) for n, ms in right.items()})
+
+
+def read_items(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
+    """What :func:`write_items` has written."""
+    found: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(path) as held:
+        for key in held.files:
+            name, _, metric = key.partition("/")
+            if metric != "items":
+                count = int(held[f"{name}/items"])
+                found.setdefault(name, {})[metric] = np.unpackbits(held[key])[:count].astype(bool)
+    return found
+
+
+def guessing(data: Any) -> dict[str, float]:
+    """What guessing gets right, by task: a choice at random, or always the most frequent right one. Where all
+    right choices are one, their place was not drawn, and says nothing: there it is the first.
+
+    Args:
+        data: ``evaluated.npz``, see ``prepare.py``.
+    """
+    found = {}
+    for number, name in enumerate(data["names"].tolist()):
+        table = data["requests"][data["requests"][:, 0] == number]
+        first = table[np.r_[True, np.diff(table[:, 1]) != 0]]
+        if (first[:, 3] < 0).any():  # a continuation is asked for, not a choice
+            found[name] = 0.0
+            continue
+        chance = float((1 / np.bincount(table[:, 1])[first[:, 1]]).mean())
+        majority = float(np.bincount(first[:, 3]).max() / len(first))
+        found[name] = max(chance, majority) if majority < 1 else chance
+    return found
+
+
+def _main(right: Outcomes, name: str) -> np.ndarray:
+    return right[name][BENCHMARK_SETS[name].main]
+
+
+def ability(right: Outcomes, guess: Mapping[str, float], sets: Sequence[str]) -> float:
+    """``sum (accuracy - guessing)`` over sets, each by the metric that counts for it."""
+    return float(sum(_main(right, name).mean() - guess[name] for name in sets))
+
+
+def kept(own: Outcomes, others: Outcomes, guess: Mapping[str, float], sets: Sequence[str]) -> dict[str, Any]:
+    """The part of another model's ability that a model keeps, if that has any, and how many points less it
+    gets right on the six sets of the source, with 95% intervals over items, which both models answered.
+
+    Args:
+        others: of at least as many items; the first ones are taken.
+
+    Raises:
+        ValueError: the other model was asked fewer items.
+    """
+    sides = []
+    for names in (sets, [name for name in SIX if name in own]):
+        ours = {name: _main(own, name) for name in names}
+        theirs = {name: _main(others, name)[: len(ours[name])] for name in names}
+        sides.append((theirs, ours))
+    found: dict[str, Any] = {}
+    if ability(others, guess, sets) > 0:
+        found["kept"] = kept_share(*sides[0], guess)
+    if sides[1][0]:
+        found["gap"] = {key: 100 * value for key, value in paired_gap(*sides[1]).items() if key != "items"}
+    return {
+        name: {key: round(float(value), 4) for key, value in values.items()} for name, values in found.items()
+    }

@@ -1,0 +1,65 @@
+"""Steps of a uniform quantiser: for every projection the one that rounds its inputs with the least error."""
+
+from typing import Any
+
+import torch
+
+import neurons
+from spiking_mamba import SpikingMambaForCausalLM
+from spiking_mamba.model.projection import spike_fed
+
+__all__ = ["least_error", "recorded_inputs"]
+
+_STEPS = 40
+_MOST = 2**18  # numbers of a projection that are looked at
+
+
+@torch.no_grad()
+def recorded_inputs(
+    model: SpikingMambaForCausalLM, ids: torch.Tensor, first: int = 0, most: int = _MOST
+) -> dict[str, torch.Tensor]:
+    """What every projection is given, flat float32, every n-th number where there are many, by its name.
+
+    Args:
+        ids: ``[B, L]``. first: places of each row that are left out.
+    """
+    found: dict[str, list[torch.Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0][:, first:].flatten().float()
+            found.setdefault(name, []).append(x[:: max(1, len(ids) * len(x) // most)])
+
+        return hook
+
+    handles = [p.linear.register_forward_pre_hook(keep(name)) for name, p in spike_fed(model)]
+    try:
+        for row in ids.split(1):
+            model.backbone(row, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: torch.cat(parts) for name, parts in found.items()}
+
+
+@torch.no_grad()
+def least_error(
+    model: SpikingMambaForCausalLM, ids: torch.Tensor, neuron: dict, first: int = 0
+) -> list[dict[str, float]]:
+    """V_th of every projection of a dense model, as ``threshold`` of a configuration takes them: of the
+    largest input over D and shares of it the one with the least squared error of ``V_th * S(x / V_th)``.
+
+    Args:
+        ids: ``[B, L]`` on the model's device. neuron: of the student. first: see :func:`recorded_inputs`.
+    """
+    node = neurons.build(neuron)
+    most = int(node.max_spike_count)  # type: ignore[arg-type]
+    layers: list[dict[str, float]] = [{} for _ in range(model.config.num_hidden_layers)]
+    for name, x in recorded_inputs(model, ids, first).items():
+        whole = float(x.abs().max()) / most
+        steps = [whole * 0.85**k for k in range(_STEPS)]
+        errors = [float(((x / v).round().clamp(-most, most) * v - x).square().sum()) for v in steps]
+        step = steps[min(range(_STEPS), key=errors.__getitem__)]
+        _, _, layer, _, projection = name.split(".")
+        layers[int(layer)][projection] = float(f"{step:.4g}")
+    return layers

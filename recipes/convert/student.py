@@ -1,0 +1,235 @@
+"""Distil a spiking student of a converted model, all blocks trained, mixers in the bits they are packed in.
+
+python recipes/convert/student.py recipes/distill/smollm2-63.yaml
+python -m torch.distributed.run --nproc-per-node 2 recipes/convert/student.py recipes/distill/smollm2-63.yaml
+"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+from flat import FlatParameters, LowRankParameters, Together
+from levels import least_error
+from llama import Llama
+from matching import SpikeMatching, Teacher, autocast
+from pydantic import Field
+from train import STATE, Stage
+
+from spiking_mamba.common.checkpoint_files import locate
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.files import refuse_file
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.schema import Count, Fraction, Name, Natural, Positive, Seed, schema
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.model.checkpoint import load_dense
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.source import PACKAGES, load_source
+from spiking_mamba.training.calibration import calibrate_thresholds
+from spiking_mamba.training.student import Length, Neuron
+
+Share = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0)]
+
+
+@schema
+class StudentSettings:
+    """Settings of a student; every field is a key of the YAML file.
+
+    Attributes:
+        output: folder of the student: its state and its log, which it goes on with when called again.
+        start: folder of the dense model that the student starts from, packed mixers or whole.
+        teacher: whose logits it learns: `start` where null, a folder, or the Transformer that `start` was
+            converted from, see ``source.PACKAGES``.
+        own_text, package_text: files of tokens (uint16), see ``write_text.py`` and ``prepare.py``.
+        neuron: in front of every projection, mixers' and MLPs', see ``neurons.build``; null for a dense
+            control.
+        mean_abs, nonzero: the mean |s| and the share of non-zero counts, by output width and without each
+            row's first token, for which thresholds are calibrated, and above which spikes are penalised;
+            null: not asked for. Both null: thresholds that round with the least error, a quantiser's, and no
+            penalty.
+        size_weight, zeros_weight: of the penalties.
+        calibration: rows that thresholds are calibrated on.
+        bits, group: to which mixers' matrices are rounded while they learn, groups of inputs sharing a scale;
+            bits 0: not rounded.
+        rank: of what is added to the MLPs' matrices, so that a small file holds it; 0: they stay as they are;
+            null: they are trained whole.
+        rows, length: of a process's batch, and tokens of a row.
+        own_share: of the rows that come from its own text.
+        steps: 0: as many as `budget` allows at the speed of the first steps.
+        budget: seconds of training, for ``steps: 0``.
+        seconds: after which this call ends, its state kept; 0: at the end.
+        learning_rate, final_learning_rate: after the warm-up, and at the end of a cosine.
+        warmup: steps of a linear rise from 0.
+        weight_decay: of matrices; of factors of a low rank none.
+        clip: norm that all gradients together are cut to.
+        piece: rows whose logits are made at a time.
+        log_every: steps between two lines of the log.
+        compiles: use ``torch.compile``.
+        graph: replay steps as CUDA graphs.
+        seed: of rows and of the factors.
+    """
+
+    output: Name
+    start: Name
+    own_text: list[Name]
+    package_text: list[Name]
+    teacher: Name | None = None
+    neuron: Neuron | None = None
+    mean_abs: Positive | None = None
+    nonzero: Share | None = None
+    size_weight: Weight = 1.0
+    zeros_weight: Weight = 1.0
+    calibration: Count = 8
+    bits: Annotated[int, Field(ge=0, le=8)] = 4
+    group: Count = 32
+    rank: Natural | None = None
+    rows: Count = 32
+    length: Length = 512
+    own_share: Fraction = 0.8
+    steps: Natural = 0
+    budget: Positive = 150.0
+    seconds: Weight = 0.0
+    learning_rate: Positive = 5e-4
+    final_learning_rate: Weight = 1e-5
+    warmup: Natural = 50
+    weight_decay: Weight = 0.01
+    clip: Positive = 1.0
+    piece: Count = 8
+    log_every: Count = 50
+    compiles: bool = True
+    graph: bool = True
+    seed: Seed = 0
+
+    def __post_init__(self) -> None:
+        if not self.own_text and not self.package_text:
+            raise ValueError("own_text or package_text must name files.")
+        if self.rows % self.piece:
+            raise ValueError(f"piece must divide rows={self.rows}, got {self.piece}.")
+        if self.bits == 1:
+            raise ValueError("bits must be 0 or 2 to 8, got 1.")
+        if self.neuron is None and (self.mean_abs or self.nonzero):
+            raise ValueError(
+                "neuron: a dense control has no spikes to ask for: mean_abs and nonzero are null."
+            )
+
+
+def thresholds(settings: Any, dense: SpikingMambaForCausalLM, ids: torch.Tensor) -> Any:
+    """V_th of every projection, by tokens ``[B, L]`` on the model's device, first ones left out."""
+    if settings.neuron is None:
+        return 1.0
+    with autocast(ids):  # as in training, for which a GPU's kernels are tuned
+        if settings.mean_abs is None and settings.nonzero is None:
+            return least_error(dense, ids, settings.neuron, first=1)
+        return calibrate_thresholds(
+            dense, ids, settings.mean_abs, settings.neuron, nonzero=settings.nonzero, first=1
+        )
+
+
+def trained_parts(student: SpikingMambaForCausalLM, settings: Any, compiles: bool) -> Together:
+    """All blocks' parameters: mixers in few bits, MLPs whole or as what a low rank adds to them."""
+    kinds: dict[str, list[Any]] = {"mamba": [], "mlp": []}
+    for number, block in enumerate(student.backbone.layers):
+        kinds[student.config.block_type(number)].append(block)
+    parts = [FlatParameters(kinds["mamba"], settings.bits, settings.group, compiles)]
+    if kinds["mlp"] and settings.rank is None:
+        parts.append(FlatParameters(kinds["mlp"]))
+    elif kinds["mlp"]:
+        generator = torch.Generator().manual_seed(settings.seed)
+        parts.append(LowRankParameters(kinds["mlp"], settings.rank, generator))
+    return Together(parts)
+
+
+def load_teacher(name: str, dense: SpikingMambaForCausalLM, start: str, compiles: bool) -> Any:
+    """What gives the hidden states and the head to learn from, on the device of ``dense``, which it is itself
+    where the names are one."""
+    if name not in PACKAGES and locate(name)[1].get("model_type") != "llama":
+        model = dense if name == start else load_dense(name).to(dense.device)
+        return Teacher(model, compiles)
+    dtype = torch.bfloat16 if dense.device.type == "cuda" else torch.float32
+    source = Llama.from_transformers(load_source(name)).to(dense.device, dtype)
+    return replace(source, compiles=compiles)
+
+
+class StudentStage(Stage):
+    """The training of a student on one process."""
+
+    settings: Any
+
+    @property
+    def kind(self) -> str:
+        return "student"
+
+    def _build(self) -> None:
+        settings = self.settings
+        dense = load_dense(settings.start).requires_grad_(False).to(self.device)
+        self.vocabulary = dense.config.vocab_size
+        self.batches = self._batches()
+        found: Any = 1.0
+        state = self.folder / STATE
+        if not state.is_file():
+            found = thresholds(settings, dense, self._calibration())
+            self.say("calibrated")
+        student = SpikingMambaForCausalLM.from_dense(
+            dense, neuron=settings.neuron, threshold=found, learn_threshold=settings.neuron is not None
+        )
+        self.student = student.requires_grad_(False).train()
+        for block in self.student.backbone.layers:
+            block.requires_grad_(True)
+        self.flat = trained_parts(self.student, settings, settings.compiles)
+        self.optimizer = torch.optim.AdamW(
+            self.flat.groups(settings.weight_decay), betas=(0.9, 0.95), fused=self.cuda
+        )
+        if state.is_file():
+            self._resume()
+        name = settings.teacher or settings.start
+        teacher = load_teacher(name, dense, settings.start, settings.compiles)
+        limits = ((settings.mean_abs, settings.size_weight), (settings.nonzero, settings.zeros_weight))
+        self.match = SpikeMatching(teacher, self.student, settings.compiles, settings.piece, *limits)
+
+    def _calibration(self) -> torch.Tensor:
+        """The first rows of the texts in turn, the same on every process."""
+        streams = [stream for stream, _ in self.batches.streams]
+        count = -(-self.settings.calibration // len(streams))
+        return torch.cat([stream.take(0, count) for stream in streams])[: self.settings.calibration]
+
+    def losses(self, found: list[float]) -> dict[str, Any]:
+        names = ("loss", "kl", "mean_abs", "nonzero")
+        return {name: round(value, 5) for name, value in zip(names, found, strict=False)}
+
+
+def restored_student(path: str | Path) -> tuple[SpikingMambaForCausalLM, Together, dict[str, Any]]:
+    """The student of a stage's ``state.pt`` as training saw it, on the CPU, in evaluation mode; its
+    parameters; its progress."""
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    settings = StudentSettings(**state["progress"]["settings"] | {"output": "-", "piece": 1})
+    student = SpikingMambaForCausalLM.from_dense(
+        load_dense(settings.start), neuron=settings.neuron, learn_threshold=settings.neuron is not None
+    )
+    parts = trained_parts(student.requires_grad_(False), settings, False)
+    parts.restore(state)
+    return student.eval(), parts, state["progress"]
+
+
+def load_student(path: str | Path) -> tuple[SpikingMambaForCausalLM, dict[str, Any]]:
+    """:func:`restored_student` and its progress."""
+    student, _, progress = restored_student(path)
+    return student, progress
+
+
+@fail_clearly()
+def main() -> None:
+    settings = parse_settings(StudentSettings, description=__doc__)
+    quiet()
+    refuse_file(Path(settings.output))
+    stage = StudentStage(settings)
+    stage.folder.mkdir(parents=True, exist_ok=True)
+    try:
+        stage.run()
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,354 @@
+"""Students of a converted model: what they learn, what their spikes cost, rivals, scores, packing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from spiking_mamba.common.errors import CheckpointError, DataError
+from spiking_mamba.model.checkpoint import load_dense, load_model
+from spiking_mamba.spikes.counting import count_spikes
+from tests.helpers.converting import FOLDER, recipe_modules, transformer, write_prepared
+
+ROOT = FOLDER.parents[1]
+NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 16}}
+
+
+@pytest.fixture(scope="module")
+def convert():
+    with recipe_modules() as modules:
+        yield modules
+
+
+@pytest.fixture(scope="module")
+def folder(convert, tmp_path_factory):
+    """A Transformer, data as prepare.py leaves them, and the Transformer's Mamba2 in 4 bits."""
+    folder = tmp_path_factory.mktemp("students")
+    model = transformer()
+    model.save_pretrained(folder / "model")
+    write_prepared(folder / "data")
+    dense = convert.conversion.convert(convert.llama.Llama.from_transformers(model))
+    with torch.no_grad():
+        for block in dense.backbone.layers:  # mixers say other things than attention does
+            block.mixer.in_proj.weight.mul_(1.1)
+    convert.packing.pack_mixers(dense, folder / "dense", str(folder / "model"), 4, 16)
+    return folder
+
+
+def settings(convert, folder, **changed):
+    defaults = {
+        "output": str(folder / "63"),
+        "start": str(folder / "dense"),
+        "own_text": [],
+        "package_text": [str(folder / "data" / "package_text.bin")],
+        "neuron": NEURON,
+        "mean_abs": 1.0,
+        "nonzero": 0.5,
+        "rank": 4,
+        "group": 16,
+        "rows": 4,
+        "piece": 2,
+        "length": 32,
+        "steps": 12,
+        "log_every": 3,
+        "warmup": 2,
+        "compiles": False,
+        "learning_rate": 5e-3,
+    }
+    return convert.student.StudentSettings(**defaults | changed)
+
+
+def run(convert, settings):
+    Path(settings.output).mkdir(parents=True, exist_ok=True)
+    stage = convert.student.StudentStage(settings)
+    stage.run()
+    return stage
+
+
+def lines(folder):
+    return [json.loads(line) for line in Path(folder, "log.jsonl").read_text().splitlines()]
+
+
+def test_loss_and_gradients_by_hand(convert, folder):
+    """KL without first tokens, plus the hinges, of the model's own logits and recorded spikes."""
+    stage = convert.student.StudentStage(
+        settings(convert, folder, output=str(folder / "hand"), rank=None, bits=0, zeros_weight=3.0)
+    )
+    student, dense = stage.student, load_dense(folder / "dense")
+    ids = stage.batches(0)
+    limits = (0.4, 0.7), (0.2, 3.0)
+    match = convert.matching.SpikeMatching(convert.matching.Teacher(dense), student, False, 2, *limits)
+    loss, kl, size, share = match(ids).tolist()
+
+    with count_spikes(student) as counts:
+        output = student(ids, use_cache=False, output_accumulations=True)
+    log_p, log_q = output.logits.log_softmax(-1), dense(ids, use_cache=False).logits.log_softmax(-1).detach()
+    by_hand = (log_q.exp() * (log_q - log_p)).sum(-1)[:, 1:].mean()
+    assert kl == pytest.approx(by_hand.item(), rel=1e-4)
+    weight = sum(p.in_features * p.out_features for p in student.projections().values())
+    sizes, shares = (cost[:, 1:].mean() / weight for cost in (output.accumulations, output.fetches))
+    assert (size, share) == pytest.approx((sizes.item(), shares.item()), rel=1e-5)
+    everywhere = output.fetches.sum() / ids.numel() / weight
+    assert counts.nonzero_share == pytest.approx(everywhere.item(), rel=1e-5)
+    wanted = by_hand + 0.7 * (sizes - 0.4) + 3.0 * (shares - 0.2)
+    assert loss == pytest.approx(wanted.item(), rel=1e-4)
+    names = [name for name, p in student.named_parameters() if p.requires_grad]
+    assert {name.split(".")[-2] for name in names} >= {"in_proj", "out_proj", "norm", "in_spikes"}
+    parameters = dict(student.named_parameters())
+    gradients = torch.autograd.grad(wanted, [parameters[name] for name in names])
+    for name, gradient in zip(names, gradients, strict=True):
+        torch.testing.assert_close(parameters[name].grad, gradient, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_thresholds_ask_for_what_is_wanted_without_first_tokens(convert, folder):
+    stage = convert.student.StudentStage(
+        settings(convert, folder, output=str(folder / "cal"), bits=0, rank=0)
+    )
+    ids = stage._calibration()
+    assert ids.shape == (8, 32)
+    with torch.no_grad():
+        output = stage.student.eval()(ids, use_cache=False, output_accumulations=True)
+    weight = sum(p.in_features * p.out_features for p in stage.student.projections().values())
+    size, share = (float(c[:, 1:].mean()) / weight for c in (output.accumulations, output.fetches))
+    assert max(size / 1.0, share / 0.5) == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_low_rank_is_all_that_changes(convert):
+    torch.manual_seed(0)
+    modules = [torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3)) for _ in range(2)]
+    before = [[p.detach().clone() for p in module.parameters()] for module in modules]
+    flat = convert.flat.LowRankParameters(modules, 2, torch.Generator().manual_seed(0))
+    assert all(
+        torch.equal(p, q)
+        for module, own in zip(modules, before, strict=True)
+        for p, q in zip(module.parameters(), own, strict=True)
+    )
+    x = torch.randn(7, 6)
+    pairs = flat.pairs(flat.factors.data)
+    with torch.no_grad():
+        for _, b in pairs.values():
+            b.normal_()
+    flat.round()
+    leaves = {
+        name: (a[1].clone().requires_grad_(), b[1].clone().requires_grad_()) for name, (a, b) in pairs.items()
+    }
+    (w0, c0, w1, c1) = before[1]
+    (a0, b0), (a1, b1) = leaves["0.weight"], leaves["1.weight"]
+    y = (x @ (w0 + b0 @ a0).T + c0) @ (w1 + b1 @ a1).T + c1
+    torch.testing.assert_close(modules[1](x), y)
+    y.square().sum().backward()
+    modules[1](x).square().sum().backward()
+    flat.collect()
+    for name, (a, b) in flat.pairs(flat.factors.grad).items():
+        torch.testing.assert_close(a[1], leaves[name][0].grad)
+        torch.testing.assert_close(b[1], leaves[name][1].grad)
+        assert not a[0].any()
+    flat.clear_gradients()
+    assert not flat.matrices.grad.any()
+    nothing = convert.flat.LowRankParameters(modules, 0, torch.Generator())
+    nothing.round()
+    torch.testing.assert_close(modules[1](x), y)
+
+
+def test_a_student_goes_on_as_if_never_stopped(convert, folder, tmp_path, monkeypatch):
+    whole = run(convert, settings(convert, folder, output=str(tmp_path / "whole")))
+    entries = lines(tmp_path / "whole")
+    assert entries[-1]["kl"] < entries[0]["kl"]
+    assert entries[-1]["stage"] == "student"
+    halves = settings(convert, folder, output=str(tmp_path / "halves"))
+    monkeypatch.setattr(convert.train.Stage, "_over", lambda self, *_: self.progress.step == 6)
+    assert run(convert, halves).progress.step == 6
+    monkeypatch.undo()
+    stage = run(convert, halves)
+    for one, two in zip(stage.flat.tensors(), whole.flat.tensors(), strict=True):
+        assert torch.equal(one, two)
+    with pytest.raises(convert.train.RunError, match="other settings of nonzero"):
+        convert.student.StudentStage(settings(convert, folder, output=halves.output, nonzero=0.4))
+
+
+def test_a_packed_student_is_what_was_trained(convert, folder, tmp_path):
+    stage = run(convert, settings(convert, folder, output=str(tmp_path / "run")))
+    files = convert.pack_student.pack_student(tmp_path / "run" / "state.pt", tmp_path / "packed")
+    assert {path.name for path in files} == {"mixers.json", "mixers-00.safetensors", "student.safetensors"}
+    packed = load_model(tmp_path / "packed")
+    restored, _ = convert.student.load_student(tmp_path / "run" / "state.pt")
+    assert {len(model.projections()) for model in (packed, restored)} == {8}
+    for (name, one), two in zip(packed.named_parameters(), restored.parameters(), strict=True):
+        exact = "mixer" not in name or "conv" in name or "threshold" in name
+        torch.testing.assert_close(one, two, rtol=0, atol=0 if exact else 2e-3, msg=name)
+    for (name, one), two in zip(restored.named_parameters(), stage.student.parameters(), strict=True):
+        assert torch.equal(one, two), name
+    dense = load_dense(folder / "dense")
+    moved = [
+        not torch.equal(p, dict(dense.named_parameters()).get(n, p)) for n, p in packed.named_parameters()
+    ]
+    assert sum(moved) > 20
+    with pytest.raises(CheckpointError, match="holds a spiking model, not a dense one"):
+        load_dense(tmp_path / "packed")
+    whole = run(convert, settings(convert, folder, output=str(tmp_path / "whole"), rank=None, steps=1))
+    with pytest.raises(convert.train.RunError, match="MLPs were trained whole"):
+        convert.pack_student.pack_student(Path(whole.settings.output, "state.pt"), tmp_path / "none")
+    (tmp_path / "packed" / "student.safetensors").write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="damaged student"):
+        load_model(tmp_path / "packed")
+
+
+def test_a_quantiser_s_steps_round_with_the_least_error(convert, folder):
+    """Against every step of a fine grid, for inputs that the model was seen to have."""
+    dense = load_dense(folder / "dense")
+    ids = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+    found = convert.levels.least_error(
+        dense, ids, {"class": "neurons.SILIFNode", "args": {"max_spike_count": 3}}, 1
+    )
+    inputs = []
+    handle = dense.backbone.layers[1].mixer.out_proj.register_forward_pre_hook(
+        lambda m, a: inputs.append(a[0])
+    )
+    dense(ids, use_cache=False)
+    handle.remove()
+    x = inputs[0][:, 1:].flatten().detach().double()
+
+    def error(step):
+        return float(((x / step).round().clamp(-3, 3) * step - x).square().mean())
+
+    best = min(error(float(x.abs().max()) * k / 3000) for k in range(20, 1001))
+    assert best <= error(found[1]["out_proj"]) < 1.25 * best
+
+
+def test_integers_after_training(convert, folder):
+    """A token's largest value is the largest integer; weights of 8 bits have a scale for each output."""
+    dense, plain = load_dense(folder / "dense"), load_dense(folder / "dense")
+    x = torch.tensor([[1.27, -0.4, 0.004], [0.0, 0.0, 0.0]])
+    wanted = torch.tensor([[1.27, -0.4, 0.0], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(convert.quantise.rounded_tokens(x, 8), wanted)
+    convert.quantise.quantise(dense, 8, 8)
+    one, two = (model.backbone.layers[1].mixer.in_proj.weight for model in (dense, plain))
+    assert max(len(row.unique()) for row in one) <= 255
+    assert 0 < float((one - two).abs().max()) <= float(two.abs().amax(1).max()) / 127
+    ids = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        found, right = (model(ids, use_cache=False).logits for model in (dense, plain))
+    assert 0 < float((found - right).abs().max()) < 0.2 * float(right.std())
+
+
+def test_ability_and_what_is_kept_of_it(convert, tmp_path):
+    names = np.array(["piqa", "lambada_openai", "sciq"])
+    rows = [[0, item, choice, item % 4 == 0, 1, 1, 1] for item in range(8) for choice in range(2)]
+    rows += [[1, item, 0, -1, 1, 1, 1] for item in range(4)]
+    rows += [[2, item, choice, 3, 1, 1, 1] for item in range(4) for choice in range(4)]
+    guess = convert.ability.guessing({"names": names, "requests": np.array(rows, np.int32)})
+    assert guess == {"piqa": 0.75, "lambada_openai": 0.0, "sciq": 0.25}
+    random = np.random.default_rng(0)
+    teacher = {n: {m: random.random(4000) < 0.9 for m in ("acc", "acc_norm")} for n in names}
+    student = {n: {m: v & (random.random(4000) < 0.9) for m, v in ms.items()} for n, ms in teacher.items()}
+    by_hand = [sum(each[n]["acc"].mean() - guess[n] for n in ("piqa", "sciq")) for each in (student, teacher)]
+    assert convert.ability.ability(student, guess, ["piqa", "sciq"]) == pytest.approx(by_hand[0])
+    found = convert.ability.kept(student, teacher, guess, ["piqa", "sciq"])
+    assert found["kept"]["share"] == pytest.approx(by_hand[0] / by_hand[1], abs=1e-4)
+    gap = teacher["piqa"]["acc"].astype(float) - student["piqa"]["acc"]
+    assert found["gap"]["gap"] == pytest.approx(100 * gap.mean(), abs=1e-2)
+    half = 1.96 * gap.std() / np.sqrt(4000) * 100
+    assert found["gap"]["high"] - found["gap"]["low"] == pytest.approx(2 * half, rel=0.1)
+    convert.ability.write_items(tmp_path / "items.npz", student)
+    back = convert.ability.read_items(tmp_path / "items.npz")
+    assert all(np.array_equal(back[n][m], v) for n, ms in student.items() for m, v in ms.items())
+    with pytest.raises(ValueError, match="piqa has 3 and 4000 items"):
+        convert.ability.kept(student, {"piqa": {"acc": np.ones(3, bool)}}, guess, ["piqa"])
+
+
+def test_tokens_of_another_vocabulary(convert, tmp_path):
+    np.array([3, 96], np.uint16).tofile(tmp_path / "large.bin")
+    with pytest.raises(DataError, match=r"large.bin holds token 96, outside the vocabulary of 96"):
+        convert.tokens.read_tokens([tmp_path / "large.bin"], 96)
+    (tmp_path / "odd.bin").write_bytes(b"abc")
+    with pytest.raises(DataError, match="odd number of bytes"):
+        convert.tokens.read_tokens([tmp_path / "odd.bin"])
+    with pytest.raises(DataError, match=r"none.bin cannot be read"):
+        convert.tokens.read_tokens([tmp_path / "none.bin"])
+
+
+def command(script, yaml, *arguments):
+    return subprocess.run(
+        [sys.executable, ROOT / script, ROOT / "recipes/distill" / yaml, *arguments],
+        capture_output=True, text=True, timeout=240, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
+def test_from_training_to_scores(folder, tmp_path):
+    """The commands of the page, at a small size: train, pack, score the teacher, the student and rivals."""
+    start, run = f"start={folder}/dense", tmp_path / "run"
+    small = [
+        start,
+        "own_text=[]",
+        f"package_text=[{folder}/data/package_text.bin]",
+        "rows=4",
+        "piece=2",
+        "group=16",
+    ]
+    small += ["length=32", "steps=4", "log_every=2", "compiles=false", "rank=4", f"output={run}"]
+    done = command("recipes/convert/student.py", "smollm2-40.yaml", *small)
+    assert done.returncode == 0, done.stderr
+    assert lines(run)[-1]["nonzero"] == pytest.approx(0.41, abs=0.03)
+    packed = tmp_path / "packed"
+    done = command(
+        "recipes/convert/pack_student.py", "pack.yaml", f"state={run}/state.pt", f"output={packed}"
+    )
+    assert "bytes in all" in done.stdout, done.stderr
+    scores = tmp_path / "scores"
+    common = [f"source={folder}/model", f"teacher={folder}/dense", f"data={folder}/data", f"output={scores}"]
+    common += ["passages=2", "sets=[piqa,lambada_openai]"]
+    rows = {
+        "teacher": [f"model={folder}/dense", "against=null"],
+        "s63": [f"model={run}/state.pt", f"against={scores}/teacher.npz"],
+        "packed": [f"model={packed}", f"against={scores}/teacher.npz"],
+        "w4a8": [f"model={folder}/dense", "weights=4", "activations=8", f"against={scores}/teacher.npz"],
+    }
+    for name, arguments in rows.items():
+        done = command("recipes/convert/score_student.py", "score.yaml", f"name={name}", *common, *arguments)
+        assert done.returncode == 0, done.stderr
+    found = {
+        entry["name"]: entry for entry in map(json.loads, (scores / "scores.jsonl").read_text().splitlines())
+    }
+    assert found["teacher"]["teacher_kl_web"] == pytest.approx(0, abs=1e-4)
+    assert found["s63"]["teacher_kl_web"] > 0.01
+    assert found["packed"]["teacher_kl_web"] == pytest.approx(found["s63"]["teacher_kl_web"], rel=0.02)
+    assert found["w4a8"]["teacher_kl_web"] > 0
+    text, first, both = (found["s63"]["spikes"][key] for key in ("text", "first", "both"))
+    assert first["tokens"] == 6 * 2 + 5  # a row for each choice, and for each continuation
+    assert both["tokens"] == text["tokens"] + first["tokens"]
+    assert 0.2 < text["nonzero"] < 0.6
+    assert len(found["s63"]["projections"]) == 8
+    assert found["s63"]["gap"]["low"] <= found["s63"]["gap"]["gap"] <= found["s63"]["gap"]["high"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"neuron": None}, "a dense control has no spikes to ask for"),
+        ({"piece": 3}, "piece must divide rows=4"),
+        ({"package_text": []}, "must name files"),
+        ({"bits": 1}, "bits must be 0 or 2 to 8"),
+    ],
+)
+def test_settings_that_make_no_student(convert, folder, changed, said):
+    with pytest.raises(ValueError, match=said):
+        settings(convert, folder, **changed)
+
+
+def test_rivals(convert, folder, tmp_path):
+    """A dense control learns from the Transformer; a quantiser of as many levels has no penalty."""
+    dense = {"neuron": None, "mean_abs": None, "nonzero": None, "teacher": str(folder / "model")}
+    stage = run(convert, settings(convert, folder, output=str(tmp_path / "dense"), **dense))
+    assert not stage.student.projections()
+    entries = lines(tmp_path / "dense")
+    assert entries[-1]["loss"] == entries[-1]["kl"] < entries[0]["kl"]
+    levels = {"mean_abs": None, "nonzero": None}
+    stage = run(convert, settings(convert, folder, output=str(tmp_path / "levels"), steps=3, **levels))
+    (entry,) = lines(tmp_path / "levels")
+    assert entry["loss"] == entry["kl"]
+    assert entry["nonzero"] > 0.75
