@@ -11,6 +11,7 @@ from spiking_mamba.common.checkpoint_files import WEIGHTS, locate, one_line
 from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.conversion import fold_thresholds
+from spiking_mamba.model.converted import is_converted
 from spiking_mamba.model.dense import read_dense
 from spiking_mamba.model.event_driven import EventDrivenMambaConfig
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
@@ -31,7 +32,8 @@ def load_model(name: str | Path) -> SpikingMambaForCausalLM:
     """A model of this package, spiking, event-driven or dense, from any form of checkpoint: see
     ``load_dense``."""
     folder, settings = locate(name)
-    if settings.get("neuron") is None and settings.get("model_type") != EventDrivenMambaConfig.model_type:
+    dense = settings.get("neuron") is None and settings.get("model_type") != EventDrivenMambaConfig.model_type
+    if dense or is_converted(folder):
         return load_dense(folder)
     try:
         return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
@@ -79,6 +81,8 @@ def export_dense(
 
 def _write_dense(model: Mamba2ForCausalLM, folder: Path, form: str) -> None:
     if form == "transformers":
+        if "mlp" in (getattr(model.config, "layers_block_type", None) or ()):
+            raise ValueError("transformers' Mamba2 has no MLP layers: save_pretrained() writes this model.")
         known = set(Mamba2Config().to_dict()) - {"model_type", "architectures"}
         fields = {key: value for key, value in model.config.to_dict().items() if key in known}
         with torch.device("meta"):
