@@ -12,10 +12,11 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from openings import PARTS
 from pydantic import Field
 
 from spiking_mamba.common.errors import RunError, fail_clearly
-from spiking_mamba.common.files import write_whole
+from spiking_mamba.common.files import file_sha256, write_whole
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.records import read_records
 from spiking_mamba.common.schema import Count, Name, Names, schema
@@ -75,12 +76,15 @@ class Records:
         entries = list(read_records(folder / "scores.jsonl"))
         (self.source,) = [entry for entry in entries if entry["scored"] == "source"]
         (self.model,) = [entry for entry in entries if entry["scored"] != "source"]
-        if self.model["scored"]["progress"] != index["progress"]:
+        sums = self.model["scored"].get("sha256", {}).items()
+        same = all(file_sha256(Path(settings.model, name)) == value for name, value in sums)
+        if not same or self.model["scored"]["progress"] != index["progress"]:
             raise RunError(f"{folder} holds the scores of other mixers than {settings.model}.")
         self.items = [items_of(folder / entry["items"]) for entry in (self.source, self.model)]
         self.texts = list(read_records(folder / "text.jsonl"))
         self.log = list(read_records(Path(settings.model, LOG)))
         self.bits = index["bits"]
+        self.settings = index["progress"]["settings"]
         self.stages = stages_of(self.log)
 
     def text(self, kind: str) -> int:
@@ -91,6 +95,16 @@ class Records:
         """Of writing and of training; starting and compiling are not in it."""
         training = sum(stage[-1]["seconds"] * stage[-1]["processes"] for stage in self.stages)
         return (sum(text["settings"]["seconds"] for text in self.texts) + training) / 60
+
+    def last_texts(self) -> list[dict[str, Any]]:
+        """The records of the text that the last stage read."""
+        names = {Path(name).name for name in self.settings["own_text"]}
+        found = []
+        for text in self.texts:
+            output = Path(text["settings"]["output"])
+            if f"{output.stem}-{text['process']}{output.suffix}" in names:
+                found.append(text)
+        return found
 
 
 def stages_of(log: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
@@ -117,7 +131,10 @@ def score_table(records: Records) -> str:
     rows = []
     for name, ours in records.items[1].items():
         theirs, about = records.items[0][name], BENCHMARK_SETS[name]
-        gap = {key: -100 * value for key, value in paired_gap({name: theirs}, {name: ours}).items()}
+        gap = {
+            key: round(-100 * value, 1) + 0.0  # no -0.0
+            for key, value in paired_gap({name: theirs}, {name: ours}).items()
+        }
         chance = "-" if about.chance is None else points(about.chance)
         difference = f"{gap['gap']:+.1f} ({gap['high']:+.1f} to {gap['low']:+.1f})"
         rows.append(
@@ -132,6 +149,34 @@ def kept_text(records: Records, sets: list[str], chance: dict[str, float]) -> st
     theirs, ours = ({name: side[name] for name in sets} for side in records.items)
     kept = kept_share(theirs, ours, chance)
     return f"{points(kept['share'])}% ({points(kept['low'])} to {points(kept['high'])})"
+
+
+def ability_fields(records: Records, ability: list[str]) -> dict[str, Any]:
+    """What is kept on the sets of the headline, and what on others: nobody need guess why these."""
+    chance = {name: BENCHMARK_SETS[name].chance for name in records.items[0]}
+    above = {n: float(records.items[0][n].mean()) - c for n, c in chance.items() if c is not None}
+    others = [name for name in above if name not in ability]
+    levels = {name: value or 0.0 for name, value in chance.items()}
+    single = {n: (float(records.items[1][n].mean()) - levels[n]) / above[n] for n in ability}
+    weakest = min(single, key=lambda name: single[name])
+    below = [name for name in above if above[name] < 0]
+    return {
+        "ability_sets": listed(ability),
+        "ability": kept_text(records, ability, levels),
+        "lambada": kept_text(records, ["lambada_openai"], levels),
+        "ability_count": len(ability),
+        "least": 100 * min(above[name] for name in ability),
+        "most": 100 * max(above[name] for name in others),
+        "chance_count": len(above),
+        "with_chance": kept_text(records, list(above), levels),
+        "with_all": kept_text(records, list(chance), levels),
+        "weakest": f"{weakest} ({points(single[weakest])}%)",
+        "below": f" On {listed(below)} SmolLM2 does worse than guessing." if below else "",
+    }
+
+
+def listed(names: list[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def passage_table(records: Records) -> str:
@@ -223,10 +268,21 @@ def samples_text(settings: CardSettings, model: Any) -> str:
     return "\n\n".join(parts)
 
 
-def text_fields(records: Records) -> dict[str, Any]:
+def text_fields(records: Records, package: int) -> dict[str, Any]:
     about = records.texts[0]["settings"]
     seen = records.text("seen")
+    shares = PARTS["shares"]
+    rows, last = records.settings["rows"], records.last_texts()
+    own = sum(text["counts"]["kept tokens"] for text in last)
+    own_rows = round(rows * records.settings["own_share"])
+    read = records.log[-1]["tokens"] / rows
     return {
+        "own_last": own / 1e6,
+        "own_passes": read * own_rows / own,
+        "package_passes": read * (rows - own_rows) / package,
+        "passage_share": 100 * shares["passage"],
+        "plain_share": 100 * shares["plain"],
+        "chat_share": 100 * shares["chat"],
         "own": records.text("kept") / 1e6,
         "seen": seen / 1e6,
         "looping": 100 * records.text("looping") / seen,
@@ -237,21 +293,31 @@ def text_fields(records: Records) -> dict[str, Any]:
     }
 
 
-def evaluation_fields(records: Records, settings: CardSettings) -> dict[str, Any]:
-    chance = {name: BENCHMARK_SETS[name].chance or 0.0 for name in settings.ability}
+def evaluation_fields(records: Records) -> dict[str, Any]:
     count = [records.model[f"passages_{short}"] for short in TEXTS]
     return {
-        "ability_sets": ", ".join(settings.ability[:-1]) + " and " + settings.ability[-1],
-        "ability": kept_text(records, settings.ability, chance),
-        "lambada": kept_text(records, ["lambada_openai"], {"lambada_openai": 0.0}),
         "scores": score_table(records),
         "passages": passage_table(records),
         "passage_count": " and ".join(map(str, count)),
         "passages_asked": max(count),
         "passage_length": 512,
-        "date": records.model["date"],
-        "device": records.model["device"],
-        "commit": records.model["commit"],
+        "notes": " ".join(
+            f"{name}: {about.note}." for name, about in BENCHMARK_SETS.items() if about.note is not None
+        ),
+        "precision": "bf16" if origin(records.model)["device"].startswith("NVIDIA") else "float32",
+    } | origin(records.model)
+
+
+def origin(entry: dict[str, Any]) -> dict[str, str]:
+    """When, on what and by which code something was scored; older records have no ``provenance``."""
+    about = entry.get("provenance")
+    if about is None:
+        return {key: entry[key] for key in ("date", "device", "commit")}
+    machine = about["hardware"]
+    return {
+        "date": about["date"][:10],
+        "device": machine["gpu"] or machine["cpu"],
+        "commit": str(about["commit"])[:7],
     }
 
 
@@ -261,13 +327,20 @@ def write(settings: CardSettings) -> Path:
     model = load_model(folder)
     mixers = mixers_of(model)
     draw(records, folder / CURVE)
-    training = records.model["scored"]["progress"]["settings"]
+    millions, mixer_millions = (
+        sum(parameter.numel() for module in modules for parameter in module.parameters()) / 1e6
+        for modules in ([model], mixers)
+    )
+    source_millions = load_source(settings.source).num_parameters() / 1e6
     card = TEMPLATE.read_text().format(
-        **text_fields(records),
-        **evaluation_fields(records, settings),
-        millions=model.num_parameters() / 1e6,
+        **text_fields(records, settings.package_tokens),
+        **evaluation_fields(records),
+        **ability_fields(records, settings.ability),
+        millions=millions,
+        attention_millions=source_millions - (millions - mixer_millions),
+        larger=100 * (millions / source_millions - 1),
         mixers=len(mixers),
-        mixer_millions=sum(p.numel() for mixer in mixers for p in mixer.parameters()) / 1e6,
+        mixer_millions=mixer_millions,
         bits=records.bits,
         megabytes=sum(path.stat().st_size for path in folder.glob("*.safetensors")) / 1e6,
         rounded_from=f"stage {len(records.stages)}",
@@ -275,7 +348,7 @@ def write(settings: CardSettings) -> Path:
         stages=stage_table(records),
         curve=f"![Losses by tokens]({CURVE})\n",
         package=settings.package_tokens / 1e6,
-        length=training["length"],
+        length=records.settings["length"],
         sample_temperature=TEMPERATURE,
         sample_top_p=TOP_P,
         last=len(settings.questions) - 1,

@@ -25,6 +25,7 @@ __all__ = [
     "Weights",
     "check_layers",
     "check_links",
+    "is_file_name",
     "locate",
     "one_line",
     "read_headers",
@@ -99,7 +100,7 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
     else:
         raise CheckpointError(f"{folder} is incomplete: it has none of {', '.join(WEIGHTS)}.")
     where = read_mapping(index).get("weight_map")
-    if not isinstance(where, dict) or not all(map(_is_file_name, where.values())):
+    if not isinstance(where, dict) or not all(map(is_file_name, where.values())):
         raise CheckpointError(f"{index} does not map weights to files beside it.")
     files: dict[str, list[str] | None] = {}
     for key, shard in sorted(where.items(), key=lambda item: item[1]):
@@ -109,7 +110,8 @@ def weight_files(folder: Path) -> dict[str, list[str] | None]:
     return files
 
 
-def _is_file_name(name: Any) -> bool:
+def is_file_name(name: Any) -> bool:
+    """Whether an index may name it: a file beside the index."""
     return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & {"/", "\\", "\0"}
 
 

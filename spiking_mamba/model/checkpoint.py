@@ -32,7 +32,8 @@ def load_model(name: str | Path) -> SpikingMambaForCausalLM:
     """A model of this package, spiking, event-driven or dense, from any form of checkpoint: see
     ``load_dense``."""
     folder, settings = locate(name)
-    if settings.get("neuron") is None and settings.get("model_type") != EventDrivenMambaConfig.model_type:
+    dense = settings.get("neuron") is None and settings.get("model_type") != EventDrivenMambaConfig.model_type
+    if dense:
         return load_dense(folder)
     try:
         if is_converted(folder):
@@ -82,6 +83,8 @@ def export_dense(
 
 def _write_dense(model: Mamba2ForCausalLM, folder: Path, form: str) -> None:
     if form == "transformers":
+        if "mlp" in (getattr(model.config, "layers_block_type", None) or ()):
+            raise ValueError("transformers' Mamba2 has no MLP layers: save_pretrained() writes this model.")
         known = set(Mamba2Config().to_dict()) - {"model_type", "architectures"}
         fields = {key: value for key, value in model.config.to_dict().items() if key in known}
         with torch.device("meta"):

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from spikingjelly.activation_based.base import MemoryModule
 from transformers import PretrainedConfig
+from transformers.activations import ACT2FN
 
 import neurons
 from neurons import compensation
@@ -109,6 +110,8 @@ class SpikingMambaConfig(PretrainedConfig):
         if self.time_step_rank == "auto":
             self.time_step_rank = math.ceil(self.hidden_size / 16)
         super().__post_init__(**kwargs)
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act must be an activation of transformers, got {self.hidden_act!r}.")
         self._check_block_types()
         self._check_neuron()
         self._check_sgc()

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
 
-from spiking_mamba.common.checkpoint_files import MIXERS, one_line, read_mapping
+from spiking_mamba.common.checkpoint_files import MIXERS, check_links, is_file_name, one_line, read_mapping
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.block import SpikingMambaMixer
 from spiking_mamba.model.configuration import SpikingMambaConfig
@@ -48,19 +48,24 @@ def read_index(folder: Path) -> dict[str, Any]:
     """The index of packed mixers: ``source``, the Transformer's name; ``files``; what else was written there.
 
     Raises:
-        CheckpointError: there is none, or it is damaged.
+        CheckpointError: there is none, it is damaged, or a file that it names is not there.
     """
     if not is_converted(folder):
         raise CheckpointError(f"{folder} holds no packed mixers: it has no {MIXERS}.")
+    check_links(folder)
     index = read_mapping(folder / MIXERS)
     files, own = index.get("files"), index.get(STUDENT)
     if (
         not isinstance(index.get("source"), str)
         or not isinstance(files, list)
-        or not all(isinstance(name, str) and name == Path(name).name for name in files)
-        or (own is not None and not (isinstance(own, str) and own == Path(own).name))
+        or not files
+        or not all(map(is_file_name, files))
+        or not (own is None or is_file_name(own))
     ):
         raise CheckpointError(f"{folder / MIXERS} does not name a source, and files beside it.")
+    for name in (*files, own) if own else files:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder} is incomplete: it lacks {name}.")
     return index
 
 
@@ -77,16 +82,19 @@ def read_converted(folder: Path, cls: type[Model]) -> Model:
 
     Raises:
         CheckpointError: the folder is damaged, or was converted from another source.
+        DataError: the source's package cannot be had.
     """
-    config = SpikingMambaConfig.from_pretrained(folder)
+    config = _read_config(folder)
     weights = _read_mixers(folder)
     source = load_source(read_index(folder)["source"])
-    weights |= kept_weights(read_llama(source))
+    kept = read_llama(source)
+    weights |= kept_weights(kept)
     if (own := read_index(folder).get(STUDENT)) is not None:
         _add_student(weights, folder, own)
     layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("backbone.layers."))
     if config.num_hidden_layers != layers:  # before they take memory
         raise CheckpointError(f"{folder}: {config.num_hidden_layers} layers, but weights of {layers}.")
+    config.tie_word_embeddings = kept.head is kept.embedding  # or a head of its own would be lost
     with torch.device("meta"):
         model = cls(config)
     try:
@@ -113,6 +121,19 @@ def _add_student(weights: dict[str, torch.Tensor], folder: Path, name: str) -> N
         raise CheckpointError(
             f"{folder} holds a damaged student: {type(error).__name__}: {one_line(error)}"
         ) from error
+
+
+def _read_config(folder: Path) -> SpikingMambaConfig:
+    settings = read_mapping(folder / "config.json")
+    if (model_type := settings.get("model_type")) != SpikingMambaConfig.model_type:
+        raise CheckpointError(
+            f"{folder} holds packed mixers, but config.json says model_type={model_type!r}."
+        )
+    if settings.get("neuron") is not None and read_index(folder).get(STUDENT) is None:
+        raise CheckpointError(
+            f"{folder} holds the mixers of a dense model, but config.json says neuron: from_dense() adds one."
+        )
+    return SpikingMambaConfig.from_pretrained(folder)
 
 
 def mixers_of(model: PreTrainedModel) -> list[SpikingMambaMixer]:

@@ -11,7 +11,7 @@ import torch
 from transformers import Mamba2Config, PreTrainedModel
 
 from spiking_mamba.common.checkpoint_files import locate, one_line, read_weights
-from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.common.errors import CheckpointError, DataError
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.converted import is_converted, is_spiking, read_converted
 from spiking_mamba.model.state_spaces import from_state_spaces
@@ -35,6 +35,7 @@ def read_dense(name: str | Path, cls: type[Model]) -> Model:
     Raises:
         CheckpointError: the folder is incomplete, a weight is missing or left over, shapes disagree, or the
             configuration asks for something that this model has not.
+        DataError: the package of a converted model's source cannot be had.
     """
     folder, settings = locate(name)
     try:
@@ -45,7 +46,7 @@ def read_dense(name: str | Path, cls: type[Model]) -> Model:
         if "d_model" in settings and "ssm_cfg" in settings:
             return _from_state_spaces(folder, settings, cls)
         return _from_transformers(folder, settings, cls)
-    except CheckpointError:
+    except (CheckpointError, DataError):  # the latter of a source's package, with a way out
         raise
     except Exception as error:  # readers of broken files raise what they please, down to struct.error
         raise CheckpointError(

@@ -43,13 +43,15 @@ def write_gguf(model: SpikingMambaForCausalLM, path: str | Path) -> None:
 
     Raises:
         ModuleNotFoundError: the package ``gguf`` is not installed.
-        ValueError: the model is spiking, or has biases that the format does not know.
+        ValueError: the model is spiking, has MLP layers, or biases that the format does not know.
     """
     from gguf import GGUFWriter
 
     config = model.config
     if config.neuron is not None:
         raise ValueError("llama.cpp knows no spikes: only a dense model can be written as GGUF.")
+    if config.number_of_blocks("mlp"):
+        raise ValueError("A GGUF Mamba2 has no MLP layers: this model cannot be written as GGUF.")
     if config.use_bias or not config.use_conv_bias:
         raise ValueError("A GGUF Mamba2 has a bias in its convolution and none in its projections.")
     unfinished = Path(f"{path}.unfinished")

@@ -14,6 +14,7 @@ from transformers import initialization as init
 import neurons
 from spiking_mamba.common.checkpoint_files import (
     INDEX,
+    MIXERS,
     WEIGHTS,
     Header,
     check_layers,
@@ -44,6 +45,10 @@ def _check_sizes(cls: type, folder: Path, config: Any, renamed: dict[str, str]) 
     """Raise a CheckpointError before memory is taken for weights that the folder's files do not hold, or hold
     as integers, booleans or complex numbers, which loading would cast."""
     if not any((folder / name).is_file() or (folder / (name + INDEX)).is_file() for name in WEIGHTS):
+        if (folder / MIXERS).is_file():
+            raise CheckpointError(
+                f"{folder} holds packed mixers, which spiking_mamba.model.checkpoint.load_model reads."
+            )
         return  # what transformers says of that is clear
     if (folder / "config.json").is_file() and "ssm_cfg" in read_mapping(folder / "config.json"):
         raise CheckpointError(f"{folder} is in the form of state-spaces, which from_dense() reads.")

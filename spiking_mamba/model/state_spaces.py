@@ -148,6 +148,8 @@ def to_state_spaces(config: SpikingMambaConfig, weights: Weights) -> tuple[dict[
     Raises:
         ValueError: mamba-ssm has no such model.
     """
+    if config.number_of_blocks("mlp"):
+        raise ValueError("mamba-ssm's Mamba2 has no MLP layers of their own: this model has.")
     if config.layer_norm_epsilon != _EPSILON:
         raise ValueError(
             f"mamba-ssm's norms have an epsilon of {_EPSILON}, this model's {config.layer_norm_epsilon}."

@@ -486,6 +486,7 @@ def test_the_recipe_runs_from_its_commands(convert, folder, tmp_path, monkeypatc
     assert set(packed["scored"]["sha256"]) == {"mixers-00.safetensors"}
     items = convert.card.items_of(run / "packed.npz")
     assert {name: len(found) for name, found in items.items()} == {"piqa": 6, "lambada_openai": 5}
+    assert convert.card.origin(packed)["date"] == packed["provenance"]["date"][:10]
     assert items["piqa"].mean() == pytest.approx(packed["tasks"]["piqa"]["acc"], abs=1e-4)
     model = load_dense(run / "model")
     ids = torch.randint(3, 96, (1, 9))
@@ -493,6 +494,14 @@ def test_the_recipe_runs_from_its_commands(convert, folder, tmp_path, monkeypatc
     with pytest.raises(SystemExit, match="no folder"):
         command("score", "score.yaml", mixers=run / "model", **scores | {"log": run / "none/scores.jsonl"})
     capsys.readouterr()
+
+
+def test_a_card_says_where_its_scores_come_from(convert):
+    about = {"date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "hardware": {"gpu": None}}
+    about["hardware"]["cpu"] = "a processor"
+    wanted = {"date": "2026-01-02", "commit": "0123456", "device": "a processor"}
+    assert convert.card.origin({"provenance": about}) == wanted
+    assert convert.card.origin({"scored": "source"} | wanted) == wanted  # of before there was a provenance
 
 
 CARD = FOLDER.parents[1] / "weights/smollm2-mamba2/README.md"
@@ -524,6 +533,16 @@ def test_the_shipped_card_is_of_its_records(convert):
     assert f"**{100 * ours / theirs:.1f}% (" in text
     theirs, ours = means["lambada_openai"]
     assert f"{100 * ours / theirs:.1f}% (" in text
+    for sets, words in (
+        ([name for name in means if name != "lambada_openai"], "9 sets that have one the share is"),
+        (list(means), "its chance taken as 0,"),
+    ):
+        theirs, ours = (sum(means[name][k] for name in sets) for k in range(2))
+        assert float(text.split(words)[1].split("%")[0]) == pytest.approx(100 * ours / theirs, abs=0.1)
+    theirs, ours = means["hellaswag"]
+    assert f"Kept least of these sets: hellaswag ({100 * ours / theirs:.1f}%)" in text
+    attention = 30 * (2 * 576 * 576 + 2 * 576 * 192) / 1e6  # by the configuration of SmolLM2-135M
+    assert f"{attention:.1f} million parameters, are replaced" in text
     index = json.loads(CARD.with_name("mixers.json").read_text())
     last = [json.loads(line) for line in CARD.with_name("log.jsonl").read_text().splitlines()][-1]
     assert [last[key] for key in ("step", "tokens")] == [index["progress"][key] for key in ("step", "tokens")]

@@ -244,6 +244,8 @@ def test_an_export_keeps_its_dtype_and_the_model(tmp_path):
         ({"neuron": INTEGER}, "state-spaces", "spiking"),
         ({"layer_norm_epsilon": 1e-6}, "state-spaces", "epsilon"),
         ({"hidden_act": "gelu"}, "state-spaces", "gelu"),
+        ({"layers_block_type": ["mamba", "mlp"], "intermediate_size": 24}, "transformers", "no MLP layers"),
+        ({"layers_block_type": ["mamba", "mlp"], "intermediate_size": 24}, "state-spaces", "no MLP layers"),
         ({}, "safetensors", "form must be one of"),
     ],
 )

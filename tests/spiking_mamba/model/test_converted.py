@@ -159,20 +159,55 @@ def change(path, **values):
         (lambda f: (f / "mixers.json").write_text('{"files": []}'), "does not name a source"),
         (lambda f: change(f / "mixers.json", files=["../other.safetensors"]), "files beside it"),
         (lambda f: change(f / "mixers.json", files=[3]), "files beside it"),
-        (lambda f: (f / "mixers-01.safetensors").unlink(), "damaged mixers"),
+        (lambda f: change(f / "mixers.json", files=[]), "files beside it"),
+        (lambda f: change(f / "mixers.json", files=[".."]), "files beside it"),
+        (lambda f: change(f / "mixers.json", files=[""]), "files beside it"),
+        (lambda f: (f / "mixers-01.safetensors").unlink(), "incomplete: it lacks mixers-01.safetensors"),
         (lambda f: (f / "mixers-01.safetensors").write_bytes(b"\0" * 50), "damaged mixers"),
         (lambda f: change(f / "mixers.json", files=["mixers-00.safetensors"]), "damaged mixers"),
         (lambda f: change(f / "mixers.json", source="/no/such/source"), "source=/no/such/source cannot"),
         (lambda f: change(f / "config.json", num_hidden_layers=10**9, layers_block_type=None), "layers"),
         (lambda f: change(f / "config.json", hidden_size=64), "cannot be loaded|does not fit"),
+        (lambda f: change(f / "config.json", hidden_act="sillu"), "hidden_act .* 'sillu'"),
+        (lambda f: change(f / "config.json", model_type="llama"), "model_type='llama'"),
+        (lambda f: change(f / "config.json", neuron={"class": "neurons.SILIFNode"}), "from_dense"),
         (lambda f: (f / "config.json").unlink(), "no config.json"),
     ],
 )
 def test_what_is_wrong_with_a_folder_is_said(source, tmp_path, spoil, told):
     write(tmp_path / "model", source)
     spoil(tmp_path / "model")
-    with pytest.raises(CheckpointError, match=told):
-        load_dense(tmp_path / "model")
+    for load in (load_dense, load_model):
+        with pytest.raises(CheckpointError, match=told) as caught:
+            load(tmp_path / "model")
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("load", [load_model, load_tokenizer])
+def test_a_link_that_leaves_the_folder_is_not_followed(source, tmp_path, load):
+    write(tmp_path / "model", source)
+    (tmp_path / "model/mixers.json").rename(tmp_path / "elsewhere.json")
+    (tmp_path / "model/mixers.json").symlink_to(tmp_path / "elsewhere.json")
+    with pytest.raises(CheckpointError, match="leaves its folder"):
+        load(tmp_path / "model")
+
+
+def test_a_source_with_a_head_of_its_own_keeps_it(source, tmp_path):
+    """Whatever config.json says of ties."""
+    llama = LlamaForCausalLM.from_pretrained(source)
+    llama.config.tie_word_embeddings = False
+    llama.lm_head.weight = torch.nn.Parameter(torch.randn(VOCABULARY, WIDTH))
+    llama.save_pretrained(tmp_path / "source")
+    write(tmp_path / "model", tmp_path / "source")
+    model = load_model(tmp_path / "model")
+    assert torch.equal(model.lm_head.weight, llama.lm_head.weight)
+    assert not model.config.tie_word_embeddings
+
+
+def test_from_pretrained_says_what_reads_packed_mixers(source, tmp_path):
+    write(tmp_path / "model", source)
+    with pytest.raises(CheckpointError, match="load_model reads"):
+        SpikingMambaForCausalLM.from_pretrained(tmp_path / "model")
 
 
 def test_mixers_of_another_model_are_refused(source, tmp_path):

@@ -38,7 +38,12 @@ def test_tied_embeddings_are_written_once(tmp_path):
 
 
 def test_refusals(tmp_path):
-    for fields, words in (({"neuron": INTEGER}, "knows no spikes"), ({"use_bias": True}, "bias")):
+    mlps = {"layers_block_type": ["mamba", "mlp"], "intermediate_size": 24}
+    for fields, words in (
+        ({"neuron": INTEGER}, "knows no spikes"),
+        ({"use_bias": True}, "bias"),
+        (mlps, "no MLP layers"),
+    ):
         with pytest.raises(ValueError, match=words):
             write_gguf(tiny_model(**fields), tmp_path / "model.gguf")
     assert not list(tmp_path.iterdir())
