@@ -195,10 +195,11 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
     def compile_blocks(self, compiles: bool = True) -> None:
         """Run the blocks through ``torch.compile`` wherever no cache is used.
 
-        The first step takes a minute longer; what is compiled serves all blocks. Norms, convolution, gates
-        and neurons with ``backend='torch'`` then fuse into few kernels; rounding to a 16-bit dtype before a
-        neuron may be left out, so that a spike at a tie comes out one quantum apart. Blocks that somebody
-        watches by forward hooks, as ``count_spikes`` does, run uncompiled meanwhile.
+        The first step takes a minute longer, and the first of another length; what is compiled then serves
+        all blocks and lengths. Norms, convolution, gates and neurons with ``backend='torch'`` then fuse into
+        few kernels; rounding to a 16-bit dtype before a neuron may be left out, so that a spike at a tie
+        comes out one quantum apart. Blocks that somebody watches by forward hooks, as ``count_spikes`` does,
+        run uncompiled meanwhile.
         """
         for block in self.backbone.layers:
             block.compiles = compiles

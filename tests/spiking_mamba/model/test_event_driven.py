@@ -88,6 +88,8 @@ def test_saves_and_loads(tmp_path, weights, spec, fields):
         assert (loaded.config.weights, loaded.config.states) == (weights, "bfloat16")
         with torch.no_grad():
             assert torch.equal(loaded(tokens(1, 9)).logits, made(tokens(1, 9)).logits)
+    if (weights == "int8") == bool(fields) or spec is None:  # the others compile, for 20 seconds each
+        made.set_decoding("torch")
     text = made.generate(tokens(1, 4), max_new_tokens=5, do_sample=False)
     assert text.shape == (1, 9)
 

@@ -243,7 +243,8 @@ def test_counts_are_what_the_decoder_fetches():
     pytest.importorskip("numba")
     from spiking_mamba.model.cpu_decoder import CpuDecoder
 
-    made = event_driven(tiny_model(neuron=INTEGER, threshold=0.25))
+    # of a shape that other tests compile, too
+    made = event_driven(tiny_model(neuron=INTEGER, threshold=0.25, n_groups=2))
     ids = tokens(1, 12)
     with count_spikes(made) as counts, torch.no_grad():
         made(ids)
