@@ -13,6 +13,7 @@ be typed. Besides those of ``placeholders.py``, with ``table::row``, placeholder
     {count runs:.0f}                               of ``counts``
     {cost 32 fp32 mac:.1f}                         of ``costs_45nm(32)``; gain: mac over ac
     {run table::row / 0 / after.perplexity:.2f}    of the run of a row with that seed
+    {task student / piqa / acc:.3f}                of a zero-shot set; also: acc error, items, chance
 """
 
 import json
@@ -121,6 +122,10 @@ class Records:
         }
         self.speeds = {record["table"]: record for record in read_records(folder / "speeds.jsonl")}
         self.counts = counts([run for row in self.rows.values() for run in row.runs], folder)
+        self.tasks: dict[str, dict[str, Any]] = {}  # by model; of what two files have, the later one counts
+        for path in sorted(folder.glob("*/tasks*.json")):
+            (found,) = json.loads(path.read_text())["models"]
+            self.tasks.setdefault(path.parent.name, {}).update(found["tasks"])
 
     def told(self, text: str) -> str:
         """A text with its numbers."""
@@ -155,6 +160,16 @@ class Records:
             found = found[key]
         return found
 
+    def score(self, model: str, task: str, what: str) -> float:
+        """A number of a zero-shot set: a metric, its standard error, the number of items, or chance."""
+        if task not in self.tasks.get(model, {}):
+            raise ValueError(f"There is no {task!r} of {model!r}: {', '.join(self.tasks)} have tasks.json.")
+        found = self.tasks[model][task]
+        if what in ("items", "chance"):
+            return found["n" if what == "items" else what]
+        metric, _, error = what.partition(" ")
+        return found["metrics"][metric]["stderr" if error else "value"]
+
     def value(self, name: str, form: str | None) -> str:
         """The text of a placeholder.
 
@@ -181,6 +196,8 @@ class Records:
                 found = cost.mac / cost.ac if attribute == "gain" else getattr(cost, attribute)
             case "run":
                 found = self.of_run(*rest.split(" / "))
+            case "task":
+                found = self.score(*rest.split(" / "))
             case _:
                 text, _, field = name.partition(".")
                 if text not in self.documents:
@@ -212,13 +229,10 @@ def of_documents(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def counts(runs: list[dict[str, Any]], folder: Path) -> dict[str, float]:
-    """How many runs there are, what the preference table left out, and the teacher's HellaSwag."""
+    """How many runs there are, and what the preference table left out."""
     preferences = [r for r in read_records(folder / "preference.jsonl") if r["kind"] == "run"]
     held_out = [r["held_out"] for r in preferences]
-    tasks = json.loads((folder / "teacher/tasks.json").read_text())["models"][0]["tasks"]
     return {
-        "hellaswag items": tasks["hellaswag"]["n"],
-        "hellaswag": tasks["hellaswag"]["metrics"]["acc_norm"]["value"],
         "runs": len(runs),
         "changed": sum(not recorded.is_clean(run["commit"]) for run in runs),
         "held-out tokens": max((run.get("held_out_tokens", 0) for run in runs), default=0),

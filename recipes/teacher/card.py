@@ -46,7 +46,8 @@ class CardSettings:
         model: folder of the model; the card goes there.
         run: folder of its training, for the log; null: the card has no losses, and the curve that is there.
         corpus: folder with ``manifest.json`` and ``ngram.json`` of its corpus.
-        evaluation: ``results.json`` of ``recipes/evaluate`` for that model, or several of them.
+        evaluation: ``results.json`` of ``recipes/evaluate`` for that model, or several of them; of what two
+            have, the later one counts.
         lambada: JSON file of the perplexity on LAMBADA's passages; computed and written if it is not there.
         further: runs of ``recipes/ablate/study.py`` in which the model was trained further, dense, each
             ``FILE.jsonl#ROW#SEED``.
@@ -268,15 +269,18 @@ def items_text(tasks: dict[str, Any]) -> str:
     fewer = {name: task for name, task in tasks.items() if task["n"] < task["data"]["rows"]}
     if not fewer:
         return "of all items of each set."
-    seeds = {task["drawn"]["seed"] if task.get("drawn") else None for task in fewer.values()}
-    if None not in seeds:
-        seed = ", ".join(map(str, sorted(seeds)))
+    drawn = {name: task["drawn"]["seed"] for name, task in fewer.items() if task.get("drawn")}
+    seed = ", ".join(map(str, sorted(set(drawn.values()))))
+    if len(drawn) == len(fewer):
         return (
             "of items drawn from each\nset where there are more "
             f"(`limit_seed={seed}`), of each source its share."
         )
-    text = "of the first items of each set where there are more."
-    if "hellaswag" in fewer:
+    text = "of the first items of each set where there are more"
+    if drawn:
+        text += f";\nthose of {', '.join(drawn)} are drawn (`limit_seed={seed}`), of each source its share"
+    text += "."
+    if "hellaswag" in fewer.keys() - drawn:
         text += (
             "\nHellaSwag's first ones are all ActivityNet's and no sample of the set: "
             "its two numbers say nothing of it."

@@ -189,7 +189,10 @@ def test_which_items_were_asked():
     assert card.items_text({"piqa": task(1000)}) == "of all items of each set."
     assert "`limit_seed=3`" in card.items_text({"piqa": task(5, drawn), "copa": task(1000)})
     old = card.items_text({"piqa": {"n": 5, "data": {"rows": 1000}}, "copa": task(5, drawn)})
-    assert old == "of the first items of each set where there are more."
+    assert old == (
+        "of the first items of each set where there are more;\n"
+        "those of copa are drawn (`limit_seed=3`), of each source its share."
+    )
     assert "are all ActivityNet's" in card.items_text({"hellaswag": task(250)})
     assert "ActivityNet" not in card.items_text({"hellaswag": task(250, drawn)})
 

@@ -104,7 +104,9 @@ def records(tmp_path):
         "header": ["work", "ours", "time / theirs"],
         "rows": [["T=1", "0.5", "1.5"]],
     }
-    tasks = {"hellaswag": {"n": 250, "metrics": {"acc_norm": {"value": 0.376}}}}
+    tasks = {
+        "hellaswag": {"n": 250, "chance": 0.25, "metrics": {"acc_norm": {"value": 0.376, "stderr": 0.03}}}
+    }
     (tmp_path / "documents.jsonl").write_text(json.dumps(document) + "\n")
     (tmp_path / "speeds.jsonl").write_text(json.dumps(speed) + "\n")
     (tmp_path / "teacher").mkdir()
@@ -122,7 +124,12 @@ def records(tmp_path):
         ("{speed Neurons#1 / T=1 / ours:.1f} ms", "0.5 ms"),
         ("{speed Neurons#1 / T=1 / time / theirs:.1f}", "1.5"),
         ("{ratio Neurons#1 / T=1 / time / theirs over T=1 / ours:.1f}", "3.0"),
-        ("{count hellaswag:.3f} of {count hellaswag items:.0f}", "0.376 of 250"),
+        (
+            "{task teacher / hellaswag / acc_norm:.3f} of {task teacher / hellaswag / items:.0f}",
+            "0.376 of 250",
+        ),
+        ("{task teacher / hellaswag / acc_norm error:.3f}", "0.030"),
+        ("{task teacher / hellaswag / chance:.2f}", "0.25"),
         ("{cost 32 int8 mac:.1f} and {cost 8 int8 ac:.2f}, {cost 32 fp32 gain:.2f}", "0.3 and 0.03, 5.11"),
     ],
 )
@@ -138,6 +145,7 @@ def test_what_records_say(records, text, told):
         ("{speed Neurons#2 / T=1 / ours:.2f}", "no table of speeds 'Neurons#2': Neurons#1"),
         ("{speed Neurons#1 / T=2 / ours:.2f}", "has no 'T=2'"),
         ("{gain[frontier::none]:.2f}", "no row 'frontier::none'"),
+        ("{task student / hellaswag / acc:.2f}", "no 'hellaswag' of 'student': teacher"),
         ("{held_out_512.over}", "must have a form"),
     ],
 )
