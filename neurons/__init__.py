@@ -11,10 +11,11 @@ from .event_linear import EventDrivenLinear
 from .micro_steps import MicroStepSum, SignedCountToTernary
 from .registry import build, register, spec_of
 from .si_lif import SILIFNode
-from .surrogate import SignedSpikeCount
+from .surrogate import DeadZoneSpikeCount, SignedSpikeCount
 from .ti_lif import TILIFNode
 
 __all__ = [
+    "DeadZoneSpikeCount",
     "EventDrivenLinear",
     "MicroStepSum",
     "SILIFNode",

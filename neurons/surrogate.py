@@ -12,7 +12,7 @@ from spikingjelly.activation_based.surrogate import SurrogateFunctionBase
 
 from . import functional
 
-__all__ = ["SignedSpikeCount", "SurrogateFunctionBase"]
+__all__ = ["DeadZoneSpikeCount", "SignedSpikeCount", "SurrogateFunctionBase"]
 
 
 class _SignedSpikeCount(torch.autograd.Function):
@@ -91,5 +91,50 @@ class SignedSpikeCount(SurrogateFunctionBase):
     @staticmethod
     def primitive_function(
         x: torch.Tensor, max_spike_count: int, alpha: float, grad_window: float
+    ) -> torch.Tensor:
+        return alpha * functional.clip(x, grad_window)
+
+
+class DeadZoneSpikeCount(SignedSpikeCount):
+    r"""As :class:`SignedSpikeCount`, silent where :math:`|u| \le \theta`, beyond half a quantum.
+
+    A count of one stands for inputs from :math:`\theta` to 3/2 then, and fewer weights are fetched. The slope
+    is that of the other, within the dead zone, too, or nothing would ever leave it.
+
+    Args:
+        max_spike_count, alpha, grad_window, spiking: as there.
+        dead_zone: its half width :math:`\theta`, >= 1/2, in quanta; 1/2 is the other.
+
+    Raises:
+        TypeError, ValueError: as there, and where ``dead_zone`` is no such number.
+    """
+
+    def __init__(
+        self,
+        max_spike_count: int = 4,
+        dead_zone: float = 0.75,
+        alpha: float = 1.0,
+        grad_window: float | None = None,
+        spiking: bool = True,
+    ) -> None:
+        super().__init__(max_spike_count, alpha, grad_window, spiking)
+        if not isinstance(dead_zone, numbers.Real) or isinstance(dead_zone, bool):
+            raise TypeError(f"dead_zone must be a number, got {dead_zone!r}.")
+        if not (math.isfinite(dead_zone) and dead_zone >= 0.5):
+            raise ValueError(f"dead_zone must be at least 0.5, got {dead_zone}.")
+        self.dead_zone = float(dead_zone)
+        self._sg_param_names = (*self._sg_param_names, "dead_zone")
+
+    @staticmethod
+    def spiking_function(  # type: ignore[override]
+        x: torch.Tensor, max_spike_count: int, alpha: float, grad_window: float, dead_zone: float
+    ) -> torch.Tensor:
+        count = _SignedSpikeCount.apply(x, max_spike_count, alpha, grad_window)
+        silent = x.detach().abs() <= dead_zone
+        return count - (count.detach() * silent)  # the slope is the count's
+
+    @staticmethod
+    def primitive_function(  # type: ignore[override]
+        x: torch.Tensor, max_spike_count: int, alpha: float, grad_window: float, dead_zone: float
     ) -> torch.Tensor:
         return alpha * functional.clip(x, grad_window)

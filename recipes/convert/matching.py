@@ -146,8 +146,12 @@ class SpikeMatching(LogitMatching):
         self.spikes = student.config.neuron is not None
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        # with a gradient of its own, the first block is compiled as the others are
+        embedded = self.student.backbone.embeddings(ids).detach().requires_grad_()
         with autocast(ids):
-            output = self.student.backbone(ids, use_cache=False, output_accumulations=self.spikes)
+            output = self.student.backbone(
+                inputs_embeds=embedded, use_cache=False, output_accumulations=self.spikes
+            )
         found = output.last_hidden_state
         kl, gradient = self._kl(ids, found)
         if not self.spikes:

@@ -49,7 +49,7 @@ smoke() { # on one GPU: text, a student's first steps, a score; each part has a 
   local begun=$SECONDS
   echo "== text"; timeout 60 bash recipes/convert/offline.sh text 20 900
   echo "== student ($((SECONDS - begun)) s)"
-  timeout 100 bash "$0" on 0 student smoke smollm2-63 0 30 steps=60 log_every=20 warmup=10
+  timeout 150 bash "$0" on 0 student smoke smollm2-63 0 30 steps=60 log_every=20 warmup=10
   echo "== score ($((SECONDS - begun)) s)"
   timeout 60 bash "$0" on 0 score smoke limit=20 passages=16 against=null
   echo "== done ($((SECONDS - begun)) s)"; nvidia-smi --query-gpu=memory.used --format=csv

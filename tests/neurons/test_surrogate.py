@@ -10,7 +10,7 @@ import torch
 from spikingjelly.activation_based.surrogate import SurrogateFunctionBase
 from torch.testing import assert_close
 
-from neurons import SignedSpikeCount
+from neurons import DeadZoneSpikeCount, SignedSpikeCount, SILIFNode, build, set_backend, spec_of
 
 
 def test_is_a_surrogate_of_spikingjelly():
@@ -163,3 +163,36 @@ def test_compiled_gradients_flow():
     (actual,) = torch.autograd.grad(torch.compile(function, backend="aot_eager")(u).sum(), u)
     assert torch.equal(actual, expected)
     assert expected.abs().sum() > 0
+
+
+def test_a_dead_zone_by_hand():
+    u = torch.tensor([-9, -1.6, -1.25, -0.9, -0.75, -0.6, 0.0, 0.75, 0.76, 1.5, 1.75, 9], requires_grad=True)
+    surrogate = DeadZoneSpikeCount(3, 0.75)
+    spike = surrogate(u)
+    assert spike.tolist() == [-3, -2, -1, -1, 0, 0, 0, 0, 1, 1, 2, 3]
+    spike.sum().backward()
+    assert u.grad.tolist() == [0, *[1] * 10, 0]
+    assert surrogate(torch.tensor(math.nan)).isnan()
+    assert surrogate(torch.tensor(-math.inf)) == -3
+    x = torch.randn(1000) * 3
+    assert torch.equal(DeadZoneSpikeCount(4, 0.5)(x), SignedSpikeCount(4)(x))
+
+
+def test_a_dead_zone_belongs_to_a_node():
+    """In a configuration, and back; the kernels, which have none, say so."""
+    node = SILIFNode(3, surrogate_function=DeadZoneSpikeCount(3, 1.0))
+    again = build(spec_of(node))
+    assert again.surrogate_function.dead_zone == 1.0
+    assert again(torch.tensor([0.9, 1.1])).tolist() == [0, 1]
+    node.step_mode = "m"
+    set_backend(node, "cupy")
+    with pytest.raises((TypeError, RuntimeError), match=r"SignedSpikeCount|CuPy|cupy"):
+        node(torch.ones(1, 2))
+
+
+@pytest.mark.parametrize(
+    ("dead_zone", "error"), [(0.4, ValueError), (math.inf, ValueError), ("1", TypeError), (True, TypeError)]
+)
+def test_dead_zones_that_are_none(dead_zone, error):
+    with pytest.raises(error, match="dead_zone"):
+        DeadZoneSpikeCount(4, dead_zone)
