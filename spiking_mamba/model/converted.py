@@ -41,7 +41,7 @@ def is_converted(folder: Path) -> bool:
 
 def is_spiking(folder: Path) -> bool:
     """Whether packed mixers are a spiking student's."""
-    return is_converted(folder) and SpikingMambaConfig.from_pretrained(folder).neuron is not None
+    return is_converted(folder) and read_index(folder).get(STUDENT) is not None
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def _read_config(folder: Path) -> SpikingMambaConfig:
         raise CheckpointError(
             f"{folder} holds packed mixers, but config.json says model_type={model_type!r}."
         )
-    if settings.get("neuron") is not None and read_index(folder).get(STUDENT) is None:
+    if settings.get("neuron") is not None and not is_spiking(folder):
         raise CheckpointError(
             f"{folder} holds the mixers of a dense model, but config.json says neuron: from_dense() adds one."
         )
