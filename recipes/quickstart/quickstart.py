@@ -20,6 +20,7 @@ from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.progress import Stage, quiet
+from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.schema import Count, Name, Names, Seed, Sources, mapping_of, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_dense
@@ -118,6 +119,7 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
             "seconds": time.time() - start,
             "device": device_name(),
             "versions": {name: version(name) for name in VERSIONS},
+            "provenance": provenance(settings),
         }
         print("3/3  Writing the report\n", flush=True)
         print(write_report(folder, results))

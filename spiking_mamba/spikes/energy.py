@@ -23,6 +23,7 @@ from typing import Any
 from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
 from spiking_mamba.spikes.costs import COSTS_45NM, Costs, costs_45nm, load_costs
 from spiking_mamba.spikes.counts import SpikeCounts
+from spiking_mamba.spikes.operations import operations, sizes, traffic
 
 __all__ = [
     "COSTS_45NM",
@@ -37,73 +38,11 @@ __all__ = [
 
 MACHINES = ("dense", "spiking", "quantised", "quantised_sparse", "shift_and_add")
 RIVALS = {"dense": "gain", **{name: f"gain_over_{name}" for name in MACHINES[2:]}}
+_SCOPES = (
+    *("projections", "with_neurons", "model", "multiplied"),
+    *("memory", "memory_model", "decode", "decode_model", "event"),
+)
 _PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
-
-
-def operations(config: SpikingMambaConfig) -> dict[str, int]:
-    """Operations of one token in the whole model, by formula.
-
-    MACs, where a lone multiplication or a nonlinear function counts as one, but for ``additions``
-    (residuals and biases), which are accumulations. The scan is counted in its recurrent form, the least
-    that any schedule of it does. ``docs/energy.md`` has the table.
-    """
-    width, inner, state, heads = config.hidden_size, _inner(config), config.state_size, config.num_heads
-    conv = inner + 2 * config.n_groups * state
-    layers, mlps, gated = config.number_of_blocks("mamba"), config.number_of_blocks("mlp"), _gated(config)
-    biases = conv * config.use_conv_bias + (_in_proj_width(config) + width) * config.use_bias
-    found = {
-        "embedding": 0,  # a look-up
-        "in_proj": layers * width * _in_proj_width(config) + mlps * width * 2 * gated,
-        "conv": layers * conv * (config.conv_kernel + 1),  # the taps, then SiLU
-        # dt: bias and softplus, dt * A, exp; dt * x and D * x; for every state: decay, input, output
-        "scan": layers * (3 * heads + 2 * inner + 3 * inner * state),
-        # RMS norm: square, scale, weight; of a block, of the gated output after silu(z) and its product
-        "norms": layers * (3 * width + 5 * inner) + mlps * 3 * width + 3 * width,
-        "out_proj": layers * inner * width + mlps * gated * width,
-        "lm_head": width * config.vocab_size,
-        "additions": layers * (width + biases) + mlps * width,
-    }
-    return found | ({"mlp": mlps * 2 * gated} if mlps else {})  # SiLU of the gate and its product
-
-
-def _inner(config: SpikingMambaConfig) -> int:
-    return int(config.expand * config.hidden_size)
-
-
-def _gated(config: SpikingMambaConfig) -> int:
-    """Width of the MLP blocks, 0 without."""
-    return config.intermediate_size or 0
-
-
-def _in_proj_width(config: SpikingMambaConfig) -> int:
-    return 2 * _inner(config) + 2 * config.n_groups * config.state_size + config.num_heads
-
-
-def _traffic(config: SpikingMambaConfig, batch: int, length: int) -> dict[str, float]:
-    """Numbers that the rest of the model, all but its projections, moves through memory for one token of a
-    pass over ``batch`` sequences of ``length`` tokens: weights once a pass, states in and out once a
-    sequence, every operand and result once a token."""
-    width, inner, state, heads = config.hidden_size, _inner(config), config.state_size, config.num_heads
-    conv, layers = inner + 2 * config.n_groups * state, config.number_of_blocks("mamba")
-    mlps, gated = config.number_of_blocks("mlp"), _gated(config)
-    biases = conv * config.use_conv_bias + (_in_proj_width(config) + width) * config.use_bias
-    weights = layers * (conv * config.conv_kernel + biases + 3 * heads + width + inner) + (mlps + 1) * width
-    weights += width * config.vocab_size
-    states = layers * (conv * config.conv_kernel + inner * state)
-    potentials = (layers * (width + inner) + mlps * (width + gated)) * config.states_per_neuron
-    activations = layers * (
-        width  # norm: in; what comes out is the projection's input, as below
-        + 3 * width  # residual: both operands and the sum
-        + 2 * conv
-        + conv + heads + inner  # scan: x, B, C and dt in, y out
-        + 2 * inner  # gated norm: y and z in
-    )  # fmt: skip
-    activations += mlps * (width + 3 * width + 2 * gated)  # norm, residual, gate and upper half in
-    activations += 2 * width + 2 * width + width + config.vocab_size  # embedding, last norm, head
-    return {
-        "rest": weights / (batch * length) + 2 * states / length + activations,
-        "potentials": 2 * potentials / length,
-    }
 
 
 def _compare(energy: dict[str, float]) -> dict[str, float | None]:
@@ -174,19 +113,9 @@ def _add(*energies: Mapping[str, float]) -> dict[str, float]:
     return {machine: sum(energy[machine] for energy in energies) for machine in MACHINES}
 
 
-def _sizes(config: SpikingMambaConfig) -> list[tuple[int, int]]:
-    """``(in_features, out_features)`` of every projection."""
-    width, gated = config.hidden_size, _gated(config)
-    sizes = {
-        "mamba": [(width, _in_proj_width(config)), (_inner(config), width)],
-        "mlp": [(width, 2 * gated), (gated, width)],
-    }
-    return [size for i in range(config.num_hidden_layers) for size in sizes[config.block_type(i)]]
-
-
 def _projections(counts: SpikeCounts, config: SpikingMambaConfig) -> dict[str, _Projection]:
     """Per-token operations of every projection; checks that ``counts`` are those of such a model."""
-    wanted = _sizes(config)
+    wanted = sizes(config)
     rows = counts.projections
     if sorted((p.in_features, p.out_features) for p in rows.values()) != sorted(wanted):
         raise ValueError(
@@ -296,7 +225,7 @@ def energy_of_rates(
     levels, each = 2 * (largest or 1) + 1, math.nan if digits is None else digits
     projections = [
         _Projection(c, o, mean_abs * c * o, nonzero_share * c * o, levels, each * c * o)
-        for c, o in _sizes(config)
+        for c, o in sizes(config)
     ]
     return _energy(projections, config, measured_in, costs, batch, length)
 
@@ -313,45 +242,12 @@ def _energy(
     if batch < 1 or length < 1:
         raise ValueError(f"batch and length must be positive, got {batch} and {length}.")
     counted = operations(config)
-    rest_macs = sum(n for name, n in counted.items() if name not in (*PROJECTIONS, "additions"))
-    inputs = sum(p.in_features for p in projections)
     steps = sum(p.in_features * (p.levels // 2) for p in projections)
     measured_in = _PRECISION.get(measured_in, measured_in)
-
-    scopes = (
-        "projections",
-        "with_neurons",
-        "model",
-        "memory",
-        "memory_model",
-        "decode",
-        "decode_model",
-        "event",
-    )
-    sections: dict[str, dict[str, Any]] = {name: {} for name in scopes}
-    multiplied = {}
+    sections: dict[str, dict[str, Any]] = {name: {} for name in _SCOPES}
     for name, cost in costs.items():
-        compute = _add(*(p.compute(cost) for p in projections))
-        with_neurons = _add(compute, _encoders(inputs, steps, config, cost))
-        rest = rest_macs * cost.mac + counted["additions"] * cost.ac
-        model = _add(with_neurons, dict.fromkeys(MACHINES, rest))
-        sections["projections"][name] = _compare(compute)
-        sections["with_neurons"][name] = _compare(with_neurons)
-        sections["model"][name] = _compare(model)
-        multiplied[name] = (
-            1 - (compute["spiking"] + (steps + counted["additions"]) * cost.ac) / model["spiking"]
-        )
-        for prefix, tokens in (("memory", length), ("decode", 1)):
-            moved = _add(*(p.memory(cost, batch * tokens) for p in projections))
-            other = {key: n * cost.width * cost.byte for key, n in _traffic(config, batch, tokens).items()}
-            everything = _add(model, moved, dict.fromkeys(MACHINES, other["rest"]))
-            everything["spiking"] += other["potentials"]
-            sections[prefix][name] = _compare(_add(compute, moved))
-            sections[prefix + "_model"][name] = _compare(everything)
-        if batch == 1:  # or other sequences ask for other weights; of decoding, which came last
-            decode = everything["spiking"], everything["dense"]
-            sections["event"][name] = _event_driven(projections, cost, *decode)
-
+        for scope, found in _priced(projections, config, counted, cost, batch, length).items():
+            sections[scope][name] = found
     return {
         "measured_in": measured_in,
         "hypothetical": [name for name in costs if name != measured_in],
@@ -370,11 +266,46 @@ def _energy(
             "share": sum(p.fetched for p in projections) / sum(p.macs for p in projections),
             "accumulations_per_token": sum(p.accumulations for p in projections),
         },
-        "multiplied": multiplied,
+        "multiplied": sections["multiplied"],
         "operations_per_token": counted | {"neurons": steps},
         "costs": {name: asdict(cost) for name, cost in costs.items()},
         "pass": {"batch": batch, "length": length},
     }
+
+
+def _priced(
+    projections: list[_Projection],
+    config: SpikingMambaConfig,
+    counted: Mapping[str, int],
+    cost: Costs,
+    batch: int,
+    length: int,
+) -> dict[str, Any]:
+    """What goes into each of ``_SCOPES`` by one table of costs."""
+    rest_macs = sum(n for name, n in counted.items() if name not in (*PROJECTIONS, "additions"))
+    inputs = sum(p.in_features for p in projections)
+    steps = sum(p.in_features * (p.levels // 2) for p in projections)
+    compute = _add(*(p.compute(cost) for p in projections))
+    with_neurons = _add(compute, _encoders(inputs, steps, config, cost))
+    rest = rest_macs * cost.mac + counted["additions"] * cost.ac
+    model = _add(with_neurons, dict.fromkeys(MACHINES, rest))
+    added = compute["spiking"] + (steps + counted["additions"]) * cost.ac
+    found: dict[str, Any] = {
+        "projections": _compare(compute),
+        "with_neurons": _compare(with_neurons),
+        "model": _compare(model),
+        "multiplied": 1 - added / model["spiking"],
+    }
+    for prefix, tokens in (("memory", length), ("decode", 1)):
+        moved = _add(*(p.memory(cost, batch * tokens) for p in projections))
+        other = {key: n * cost.width * cost.byte for key, n in traffic(config, batch, tokens).items()}
+        everything = _add(model, moved, dict.fromkeys(MACHINES, other["rest"]))
+        everything["spiking"] += other["potentials"]
+        found[prefix] = _compare(_add(compute, moved))
+        found[prefix + "_model"] = _compare(everything)
+    if batch == 1:  # or other sequences ask for other weights; of decoding, which came last
+        found["event"] = _event_driven(projections, cost, everything["spiking"], everything["dense"])
+    return found
 
 
 def _encoders(inputs: int, steps: int, config: SpikingMambaConfig, cost: Costs) -> dict[str, float]:

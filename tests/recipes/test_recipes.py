@@ -211,6 +211,7 @@ def test_quickstart(teacher, text, tmp_path):
     assert (folder / "student/model/model.safetensors").read_bytes() == weights
     results = json.loads((folder / "results.json").read_text())
     assert results["after"]["perplexity"] > 1
+    assert results["provenance"]["settings"]["limit"] == 1
     assert set(results["after"]["zero_shot"]) == {"sciq", "piqa", "copa"}
     assert "closed" in done.stdout
     assert "energy gain" in (folder / "report.md").read_text()
