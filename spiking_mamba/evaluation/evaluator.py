@@ -321,7 +321,7 @@ def _pack(counts: SpikeCounts) -> dict[str, Any]:
 
 
 def _unpack(packed: dict[str, Any]) -> SpikeCounts:
-    settings = {field.name for field in dataclasses.fields(ProjectionSpikes)}
+    settings = {field.name for field in dataclasses.fields(ProjectionSpikes) if field.init}
     projections = {}
     for name, row in packed.items():
         spikes = ProjectionSpikes(**{key: row[key] for key in settings & row.keys()})

@@ -484,9 +484,9 @@ def test_the_recipe_runs_from_its_commands(convert, folder, tmp_path, monkeypatc
     assert packed["kl_web"] == state["kl_web"] > 0
     assert state["scored"]["tokens"] == 6 * 8 * 64
     assert set(packed["scored"]["sha256"]) == {"mixers-00.safetensors"}
-    items = convert.card.items_of(run / "packed.npz")
+    items = convert.model_card.items_of(run / "packed.npz")
     assert {name: len(found) for name, found in items.items()} == {"piqa": 6, "lambada_openai": 5}
-    assert convert.card.origin(packed)["date"] == packed["provenance"]["date"][:10]
+    assert convert.model_card.origin(packed)["date"] == packed["provenance"]["date"][:10]
     assert items["piqa"].mean() == pytest.approx(packed["tasks"]["piqa"]["acc"], abs=1e-4)
     model = load_dense(run / "model")
     ids = torch.randint(3, 96, (1, 9))
@@ -500,8 +500,10 @@ def test_a_card_says_where_its_scores_come_from(convert):
     about = {"date": "2026-01-02T03:04:05+00:00", "commit": "0123456789abcdef", "hardware": {"gpu": None}}
     about["hardware"]["cpu"] = "a processor"
     wanted = {"date": "2026-01-02", "commit": "0123456", "device": "a processor"}
-    assert convert.card.origin({"provenance": about}) == wanted
-    assert convert.card.origin({"scored": "source"} | wanted) == wanted  # of before there was a provenance
+    assert convert.model_card.origin({"provenance": about}) == wanted
+    assert (
+        convert.model_card.origin({"scored": "source"} | wanted) == wanted
+    )  # of before there was a provenance
 
 
 CARD = FOLDER.parents[1] / "weights/smollm2-mamba2/README.md"
@@ -551,7 +553,7 @@ def test_the_shipped_card_is_of_its_records(convert):
     assert f"The text: {own:.0f} million tokens" in text
     assert all(path.stat().st_size <= 16 * 2**20 for path in CARD.parent.glob("*"))
     assert sum(path.stat().st_size for path in CARD.parent.glob("*.safetensors")) <= 48e6
-    for question in convert.card.parse_settings(
-        convert.card.CardSettings, [str(FOLDER / "card.yaml")]
+    for question in convert.model_card.parse_settings(
+        convert.model_card.CardSettings, [str(FOLDER / "model_card.yaml")]
     ).questions:
         assert f"**{question}**" in text

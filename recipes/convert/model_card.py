@@ -1,9 +1,9 @@
 """Write the card of a converted model from the records of its making.
 
-python recipes/convert/card.py recipes/convert/card.yaml
+python recipes/convert/model_card.py recipes/convert/model_card.yaml
 
-The card's text stands in card.md; its numbers come from the log beside the weights and from the records of
-``write_text.py`` and ``score.py``.
+The card's text stands in model_card.md; its numbers come from the log beside the weights and from the records
+of ``write_text.py`` and ``score.py``.
 """
 
 import re
@@ -29,7 +29,7 @@ from spiking_mamba.model.source import load_source, load_source_tokenizer
 from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.reports.figures import picture
 
-TEMPLATE = Path(__file__).with_name("card.md")
+TEMPLATE = Path(__file__).with_name("model_card.md")
 CURVE, LOG = "curve.png", "log.jsonl"
 TOP_P, TEMPERATURE, NEW_TOKENS = 0.9, 0.7, 60  # of the answers
 TEXTS = {"web": "OpenWebText", "wiki": "Wikipedia"}
