@@ -207,6 +207,13 @@ def recipes(folder: Path) -> dict[str, Recipe]:
             | {"lambada": "lambada.json"},
             reaches=False,
         ),
+        "converted card": Recipe(
+            "convert/card.py",
+            "CardSettings",
+            {"model": "m", "records": "r", "source": source, "ability": ["piqa"], "package_tokens": 9}
+            | {"questions": ["Who?"]},
+            reaches=False,
+        ),
         "convert": Recipe(
             "convert/train.py",
             "TrainSettings",
