@@ -208,7 +208,7 @@ def recipes(folder: Path) -> dict[str, Recipe]:
             reaches=False,
         ),
         "converted card": Recipe(
-            "convert/card.py",
+            "convert/model_card.py",
             "CardSettings",
             {"model": "m", "records": "r", "source": source, "ability": ["piqa"], "package_tokens": 9}
             | {"questions": ["Who?"]},
