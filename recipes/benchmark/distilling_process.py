@@ -28,6 +28,7 @@ from torch import distributed
 from transformers import TrainerCallback
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
+from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.records import put_record
@@ -215,6 +216,7 @@ def run_part(part: Part, teacher: SpikingMambaForCausalLM, plan: dict[str, Any])
     note(record | {"state": "done"}, records)
 
 
+@fail_clearly()
 def main() -> None:
     plan = json.loads(Path(sys.argv[1]).read_text())
     quiet()

@@ -20,6 +20,7 @@ from tokens import END
 
 from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.common.errors import RunError, fail_clearly
+from spiking_mamba.common.files import refuse_file
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.schema import Count, Name, Natural, schema
@@ -190,8 +191,7 @@ def main() -> None:
     settings = parse_settings(StudentScoreSettings, description=__doc__)
     quiet()
     folder = Path(settings.output)
-    if folder.exists() and not folder.is_dir():
-        raise RunError(f"{folder} is a file, not a folder.")
+    refuse_file(folder)
     if settings.against is not None and not Path(settings.against).is_file():
         raise RunError(f"There is no file {settings.against}, the teacher's items: score it first.")
     entry = score(settings, torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -159,7 +159,7 @@ def _right_ones(name: str, recipe: Recipe, cls: type) -> Iterator[Case]:
             name, "right", (), good, ("--training.learning_rate", "1e-3", "training.save_steps=1e1"), True
         )
         yield Case(name, "right", (), good, ("training.save_strategy=no", "--resume"), True)
-    if "neuron" in hints:
+    if "threshold" in hints:
         yield Case(name, "right", (), good, ("threshold={mean_abs: 0.5}", "learn-threshold=true"), True)
         yield Case(
             name, "right", (), good, (f"neuron={NEURON}", "threshold=[1, {in_proj: 1, out_proj: 0.5}]"), True
