@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The stages on a machine without a network that is lent by the half hour: offline.sh COMMAND [arguments], from the
+# The stages on a machine without a network, in pieces of half an hour: offline.sh COMMAND [arguments], from the
 # repository's root. What it needs lies beside it or beside CARRY: kit.part* (a tar of wheels in whl/ and of
 # data.tar.xz, what prepare.py wrote) and wheel.part* (the source's package). Everything is kept below BASE.
 set -u -o pipefail
