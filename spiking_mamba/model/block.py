@@ -224,7 +224,8 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
 
     def __call__(self, *args, **kwargs):
         # gradient checkpointing computes again, when those who watched have gone, what was computed here
-        return super().__call__(*args, **{"watched": self._is_watched()} | kwargs)
+        watched = self.compiles and self._is_watched()  # which a token has no time for where it is not asked
+        return super().__call__(*args, **{"watched": watched} | kwargs)
 
     @takes_any_cache_name
     def forward(
