@@ -12,6 +12,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
+from ability import read_items
 from openings import PARTS
 from pydantic import Field
 
@@ -60,12 +61,7 @@ class CardSettings:
 
 def items_of(path: Path) -> Items:
     """Whether each item was answered rightly, by set, by the metric that counts."""
-    data = np.load(path)
-    names = [key.removesuffix("/items") for key in data if key.endswith("/items")]
-    return {
-        name: np.unpackbits(data[f"{name}/{BENCHMARK_SETS[name].main}"], count=int(data[f"{name}/items"]))
-        for name in names
-    }
+    return {name: metrics[BENCHMARK_SETS[name].main] for name, metrics in read_items(path).items()}
 
 
 class Records:
@@ -259,9 +255,8 @@ def answer(model: Any, tokenizer: Any, question: str, seed: int) -> str:
     return re.sub(r"([*_<>`\[\]#|])", r"\\\1", text)
 
 
-def samples_text(settings: CardSettings, model: Any) -> str:
-    tokenizer, source = load_source_tokenizer(settings.source), load_source(settings.source)
-    parts = []
+def samples_text(settings: CardSettings, source: Any, model: Any) -> str:
+    tokenizer, parts = load_source_tokenizer(settings.source), []
     for seed, question in enumerate(settings.questions):
         theirs, ours = (answer(side, tokenizer, question, seed) for side in (source, model))
         parts.append(f"**{question}**\n\n> as Mamba2: {ours}\n>\n> SmolLM2: {theirs}")
@@ -324,14 +319,14 @@ def origin(entry: dict[str, Any]) -> dict[str, str]:
 def write(settings: CardSettings) -> Path:
     """Write the card and the curve; return the card's path."""
     folder, records = Path(settings.model), Records(settings)
-    model = load_model(folder)
+    source, model = load_source(settings.source), load_model(folder)
     mixers = mixers_of(model)
     draw(records, folder / CURVE)
     millions, mixer_millions = (
         sum(parameter.numel() for module in modules for parameter in module.parameters()) / 1e6
         for modules in ([model], mixers)
     )
-    source_millions = load_source(settings.source).num_parameters() / 1e6
+    source_millions = source.num_parameters() / 1e6
     card = TEMPLATE.read_text().format(
         **text_fields(records, settings.package_tokens),
         **evaluation_fields(records),
@@ -353,7 +348,7 @@ def write(settings: CardSettings) -> Path:
         sample_top_p=TOP_P,
         last=len(settings.questions) - 1,
         new=NEW_TOKENS,
-        samples=samples_text(settings, model),
+        samples=samples_text(settings, source, model),
     )
     write_whole(folder / "README.md", card)
     return folder / "README.md"

@@ -157,10 +157,12 @@ def tasks(right: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, float]
 
 
 @torch.no_grad()
-def passages(scored: Scored, data: Any, count: int, most: int, length: int = 512) -> dict[str, float]:
-    """Perplexity, KL from the source in nats a token, and how often both hold the same token for the most
-    probable one, on passages; positions 0 are left out."""
-    found = {}
+def passages(
+    scored: Scored, data: Any, count: int, most: int, length: int = 512, reference: Any = None
+) -> dict[str, float]:
+    """Perplexity, KL from a reference, the source unless another is given, in nats a token, and how often
+    both hold the same token for the most probable one, on passages; positions 0 are left out."""
+    found, reference = {}, reference or scored.source
     device = scored.source.head.device
     for name, short in PASSAGES.items():
         tokens = data[name].astype(np.int64)
@@ -169,7 +171,7 @@ def passages(scored: Scored, data: Any, count: int, most: int, length: int = 512
         ids = F.pad(ids, (1, 0), value=END).to(device)
         nll, kl, same, n = 0.0, 0.0, 0, 0
         for part in ids.split(max(1, most // length)):
-            own, theirs = scored.hidden_states(part)[:, 1:-1], scored.source.hidden_states(part)[:, 1:-1]
+            own, theirs = scored.hidden_states(part)[:, 1:-1], reference.hidden_states(part)[:, 1:-1]
             for hidden, other, targets in zip(own, theirs, part[:, 2:], strict=True):
                 log_p, log_q = (scored.logits(h).log_softmax(-1) for h in (hidden, other))
                 nll -= float(log_p.gather(1, targets[:, None]).double().sum())

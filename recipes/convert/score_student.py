@@ -110,13 +110,6 @@ class CountedScored(Scored):
         return found
 
 
-class _Reference:
-    """A dense model in the source's place: what the KL is taken to."""
-
-    def __init__(self, scored: Scored) -> None:
-        self.hidden_states, self.head = scored.hidden_states, scored.source.head
-
-
 @torch.no_grad()
 def by_projection(scored: Scored, data: Any, rows: int = 16) -> dict[str, Any]:
     """Counts of every projection on some rows of passages, first tokens included: mean |s|, share of
@@ -179,9 +172,7 @@ def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any
     entry |= passages(scored, data, settings.passages, settings.tokens)
     if settings.teacher is not None and settings.model is not None:
         teacher = Scored(scored.source, load_dense(settings.teacher).to(device).eval())
-        plain = Scored(scored.source, scored.student)
-        plain.source = _Reference(teacher)  # type: ignore[assignment]
-        rest = passages(plain, data, settings.passages, settings.tokens)
+        rest = passages(scored, data, settings.passages, settings.tokens, reference=teacher)
         entry |= {f"teacher_{key}": value for key, value in rest.items() if not key.startswith("perplexity")}
     return entry | {"seconds": round(time.monotonic() - begun, 1), "provenance": provenance(settings)}
 

@@ -14,12 +14,10 @@ from levels import least_error
 from llama import Llama
 from matching import SpikeMatching, Teacher, autocast
 from pydantic import Field
-from train import STATE, Stage
+from train import STATE, Stage, check_batch, run_stage
 
 from spiking_mamba.common.checkpoint_files import locate
 from spiking_mamba.common.errors import fail_clearly
-from spiking_mamba.common.files import refuse_file
-from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Count, Fraction, Name, Natural, Positive, Seed, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_dense
@@ -102,12 +100,7 @@ class StudentSettings:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if not self.own_text and not self.package_text:
-            raise ValueError("own_text or package_text must name files.")
-        if self.rows % self.piece:
-            raise ValueError(f"piece must divide rows={self.rows}, got {self.piece}.")
-        if self.bits == 1:
-            raise ValueError("bits must be 0 or 2 to 8, got 1.")
+        check_batch(self)
         if self.neuron is None and (self.mean_abs or self.nonzero):
             raise ValueError(
                 "neuron: a dense control has no spikes to ask for: mean_abs and nonzero are null."
@@ -219,16 +212,7 @@ def load_student(path: str | Path) -> tuple[SpikingMambaForCausalLM, dict[str, A
 
 @fail_clearly()
 def main() -> None:
-    settings = parse_settings(StudentSettings, description=__doc__)
-    quiet()
-    refuse_file(Path(settings.output))
-    stage = StudentStage(settings)
-    stage.folder.mkdir(parents=True, exist_ok=True)
-    try:
-        stage.run()
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
+    run_stage(StudentStage, parse_settings(StudentSettings, description=__doc__))
 
 
 if __name__ == "__main__":

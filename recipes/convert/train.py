@@ -94,12 +94,17 @@ class TrainSettings:
     seed: Seed = 0
 
     def __post_init__(self) -> None:
-        if not self.own_text and not self.package_text:
-            raise ValueError("own_text or package_text must name files.")
-        if self.rows % self.piece:
-            raise ValueError(f"piece must divide rows={self.rows}, got {self.piece}.")
-        if self.bits == 1:
-            raise ValueError("bits must be 0 or 2 to 8, got 1.")
+        check_batch(self)
+
+
+def check_batch(settings: Any) -> None:
+    """Raise a ValueError for texts, rows or bits that no stage can have."""
+    if not settings.own_text and not settings.package_text:
+        raise ValueError("own_text or package_text must name files.")
+    if settings.rows % settings.piece:
+        raise ValueError(f"piece must divide rows={settings.rows}, got {settings.piece}.")
+    if settings.bits == 1:
+        raise ValueError("bits must be 0 or 2 to 8, got 1.")
 
 
 def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
@@ -354,18 +359,22 @@ class Stage:
         self.say(" ".join(f"{key} {value:,}" for key, value in shown.items()))
 
 
-@fail_clearly()
-def main() -> None:
-    settings = parse_settings(TrainSettings, description=__doc__)
+def run_stage(kind: type[Stage], settings: Any) -> None:
+    """Make a stage of that kind and run it, as a command does."""
     quiet()
     refuse_file(Path(settings.output))
-    stage = Stage(settings)
+    stage = kind(settings)
     stage.folder.mkdir(parents=True, exist_ok=True)
     try:
         stage.run()
     finally:
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
+
+
+@fail_clearly()
+def main() -> None:
+    run_stage(Stage, parse_settings(TrainSettings, description=__doc__))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,17 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any
     return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "runs": runs}
 
 
+def _resampled(scores: np.ndarray, resamples: int, random: np.random.Generator) -> np.ndarray:
+    """Means of items drawn with replacement, ``[items, *] -> [resamples, *]``.
+
+    A resample only says how often each value was drawn: of differences of 0/1 scores there are three, so that
+    a resample costs three numbers instead of one an item.
+    """
+    values, counts = np.unique(scores, axis=0, return_counts=True)
+    drawn = random.multinomial(len(scores), counts / len(scores), size=resamples)  # [resamples, values]
+    return drawn @ values / len(scores)
+
+
 def paired_gap(
     reference: Mapping[str, Sequence[float]],
     model: Mapping[str, Sequence[float]],
@@ -72,12 +83,8 @@ def paired_gap(
         ours, theirs = np.asarray(reference[task], float), np.asarray(model[task], float)
         if not len(ours) or ours.shape != theirs.shape:
             raise ValueError(f"{task} has {len(ours)} items on one side and {len(theirs)} on the other.")
-        # A resample only says how often each value of the difference was drawn: of 0/1 scores there are
-        # three, so that a resample costs three numbers instead of one an item.
-        values, counts = np.unique(ours - theirs, return_counts=True)
-        drawn = random.multinomial(len(ours), counts / len(ours), size=resamples)  # [resamples, values]
         gap += float((ours - theirs).mean()) / len(reference)
-        draws += drawn @ values / len(ours) / len(reference)
+        draws += _resampled(ours - theirs, resamples, random) / len(reference)
         items += len(ours)
     low, high = np.quantile(draws, [0.5 - confidence / 2, 0.5 + confidence / 2])
     return {"gap": gap, "low": float(low), "high": float(high), "items": items}
@@ -113,10 +120,8 @@ def kept_share(
         if not len(reference[task]) or len(reference[task]) != len(model[task]):
             raise ValueError(f"{task} has {len(reference[task])} and {len(model[task])} items.")
         pairs = np.stack([np.asarray(reference[task], float), np.asarray(model[task], float)], axis=1)
-        values, counts = np.unique(pairs, axis=0, return_counts=True)
-        drawn = random.multinomial(len(pairs), counts / len(pairs), size=resamples)  # [resamples, values]
         above += pairs.mean(0) - chance[task]
-        drawn_above += drawn @ values / len(pairs) - chance[task]
+        drawn_above += _resampled(pairs, resamples, random) - chance[task]
     if above[0] <= 0:
         raise ValueError("The reference is no better than guessing: there is nothing to keep.")
     low, high = np.quantile(

@@ -84,12 +84,13 @@ def read_converted(folder: Path, cls: type[Model]) -> Model:
         CheckpointError: the folder is damaged, or was converted from another source.
         DataError: the source's package cannot be had.
     """
-    config = _read_config(folder)
-    weights = _read_mixers(folder)
-    source = load_source(read_index(folder)["source"])
+    index = read_index(folder)
+    config = _read_config(folder, index.get(STUDENT) is not None)
+    weights = _read_mixers(folder, index)
+    source = load_source(index["source"])
     kept = read_llama(source)
     weights |= kept_weights(kept)
-    if (own := read_index(folder).get(STUDENT)) is not None:
+    if (own := index.get(STUDENT)) is not None:
         _add_student(weights, folder, own)
     layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("backbone.layers."))
     if config.num_hidden_layers != layers:  # before they take memory
@@ -123,13 +124,13 @@ def _add_student(weights: dict[str, torch.Tensor], folder: Path, name: str) -> N
         ) from error
 
 
-def _read_config(folder: Path) -> SpikingMambaConfig:
+def _read_config(folder: Path, spiking: bool) -> SpikingMambaConfig:
     settings = read_mapping(folder / "config.json")
     if (model_type := settings.get("model_type")) != SpikingMambaConfig.model_type:
         raise CheckpointError(
             f"{folder} holds packed mixers, but config.json says model_type={model_type!r}."
         )
-    if settings.get("neuron") is not None and not is_spiking(folder):
+    if settings.get("neuron") is not None and not spiking:
         raise CheckpointError(
             f"{folder} holds the mixers of a dense model, but config.json says neuron: from_dense() adds one."
         )
@@ -165,7 +166,7 @@ def load_mixers(model: PreTrainedModel, folder: str | Path) -> dict[str, Any]:
     """
     folder = Path(folder)
     index = read_index(folder)
-    weights = _read_mixers(folder)
+    weights = _read_mixers(folder, index)
     own = {id(parameter) for mixer in mixers_of(model) for parameter in mixer.parameters()}
     lacking = {name for name, parameter in model.named_parameters() if id(parameter) in own} - weights.keys()
     try:
@@ -177,19 +178,17 @@ def load_mixers(model: PreTrainedModel, folder: str | Path) -> dict[str, Any]:
     return index
 
 
-def _read_mixers(folder: Path) -> dict[str, torch.Tensor]:
+def _read_mixers(folder: Path, index: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Float32 tensors of a folder's mixers, by the names that they have in a model."""
     packed: dict[str, torch.Tensor] = {}
     try:
-        for name in read_index(folder)["files"]:
+        for name in index["files"]:
             packed |= load_file(folder / name)
         return {
             f"backbone.layers.{2 * int(number)}.mixer.{name}": value
             for key, value in _unpacked(packed).items()
             for number, name in [key.split(".", 1)]
         }
-    except CheckpointError:
-        raise
     except Exception as error:  # readers of damaged files raise what they please
         raise CheckpointError(
             f"{folder} holds damaged mixers: {type(error).__name__}: {one_line(error)}"
