@@ -2,23 +2,43 @@
 
 numba's own cache tells functions apart by their code and by what they close over, and other compiled
 functions among that are new to every process. Here the caller says what tells them apart.
+
+Machine code from several processes meets in one, and the linker goes by names: see :func:`name_apart`.
 """
 
 import contextlib
 import hashlib
+import itertools
 import os
 import pickle
 import platform
+import secrets
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import llvmlite
 import numba
+from numba.core.bytecode import FunctionIdentity
 from numba.core.caching import CompileResultCacheImpl, NullCache
 from numba.core.serialize import dumps
 
-__all__ = ["keep_on_disk"]
+__all__ = ["keep_on_disk", "name_apart"]
+
+
+def name_apart() -> None:
+    """Let no other process give a compiled function the name that this one gives; before the first is compiled.
+
+    numba tells functions that differ only in what they close over by a number in their names, and counts from
+    1 in every process. Two such functions from two processes' files, loaded by a third, are one to the linker:
+    the second calls what the first one does.
+    """
+    FunctionIdentity._unique_ids = itertools.count(secrets.randbits(62))
+
+
+name_apart()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=name_apart)
 
 
 def keep_on_disk(function: Any, key: object, sources: Iterable[Path]) -> None:
@@ -43,7 +63,7 @@ class _Files(NullCache):
         self._form = CompileResultCacheImpl(function)
         self._folder = Path(self._form.locator.get_cache_path())
         state = hashlib.sha256()
-        for path in sorted(sources):
+        for path in sorted({*sources, Path(__file__)}):
             state.update(path.name.encode() + b"\0" + path.read_bytes())
         self._name = f"{function.__module__}.{function.__name__}"
         self._state = state.hexdigest()[:16]

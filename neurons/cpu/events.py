@@ -5,6 +5,7 @@ from typing import Any
 import numba
 import numpy as np
 
+from . import disk_cache  # noqa: F401  before anything is compiled: it numbers what is
 from .kernels import AHEAD, GROUP
 
 __all__ = ["compiled", "events", "group_sums", "grouped_events", "internal", "room"]
