@@ -27,11 +27,11 @@ __all__ = ["keep_on_disk", "name_apart"]
 
 
 def name_apart() -> None:
-    """Let no other process give a compiled function the name that this one gives; before the first is compiled.
+    """Let no other process give a compiled function the name that this one gives; before any is compiled.
 
-    numba tells functions that differ only in what they close over by a number in their names, and counts from
-    1 in every process. Two such functions from two processes' files, loaded by a third, are one to the linker:
-    the second calls what the first one does.
+    numba tells functions that differ only in what they close over by a number in their names, and counts
+    from 1 in every process. Two such functions from two processes' files, loaded by a third, are one to the
+    linker: the second calls what the first one does.
     """
     FunctionIdentity._unique_ids = itertools.count(secrets.randbits(62))
 

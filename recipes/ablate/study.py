@@ -147,11 +147,10 @@ def line(result: dict[str, Any], dense: float) -> str:
     return text + f", {result['seconds']:.0f} s"
 
 
+# rows of other lengths are other shapes, not shapes that change; a table has more than 8 variants
+@torch._dynamo.config.patch(automatic_dynamic_shapes=False, recompile_limit=256)
 def study(table: Table) -> int:
     """Run what is not done yet; how many rows failed. One that diverged is a result."""
-    # rows of other lengths are other shapes, not shapes that change; a table has more than 8 variants
-    torch._dynamo.config.automatic_dynamic_shapes = False
-    torch._dynamo.config.recompile_limit = 256
     read_records(table.records)  # a damaged file is told before the first row
     refuse_changed_code(table.records)
     if not is_clean(commit_of(Path(__file__).parents[2])):

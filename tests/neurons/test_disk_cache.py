@@ -43,7 +43,7 @@ for key in map(int, sys.argv[1].split(",")):
 def value(key: int) -> int:
     def inner(x: int) -> int:
         total = 0
-        for i in range(x):
+        for _ in range(x):
             total += key
             while total % 7 == 3:
                 total += 1
@@ -84,7 +84,7 @@ def test_the_next_process_compiles_nothing(found, tmp_path):
 
 
 def test_what_two_processes_kept_stays_apart_in_a_third(found):
-    """Alike but for what they close over: numba numbers functions by the process, and the linker goes by name."""
+    """Alike but for what they close over: numba numbers functions by the process, the linker goes by name."""
     for key in (1, 20, 5):
         assert found(str(key)) == [(value(key), 0, 1)]
     together = [(value(20), 1, 0), (value(5), 1, 0), (value(1), 1, 0), (value(7), 0, 1)]
