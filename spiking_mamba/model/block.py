@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -61,7 +62,8 @@ class SpikingMambaMixer(SpikeFed):
         self.conv_dim = self.intermediate_size + 2 * config.n_groups * config.state_size
         self.chunk_size = config.chunk_size
         self.activation = config.hidden_act
-        self.time_step_limit = config.time_step_limit
+        low, high = config.time_step_limit
+        self.time_step_limit = (low, high)
 
         self.conv1d = nn.Conv1d(
             self.conv_dim,
@@ -120,7 +122,8 @@ class SpikingMambaMixer(SpikeFed):
             scan_state = caches.scan_state(cache, self.layer_idx)
             conv_state = caches.conv_state(cache, self.layer_idx)
             moves_in_place = length == 1 and packing is None and not torch.is_grad_enabled()
-            if conv_state is not None and moves_in_place and accumulations is None:
+            moves_in_place = moves_in_place and accumulations is None
+            if conv_state is not None and scan_state is not None and moves_in_place:
                 return self.step(hidden_states, conv_state, scan_state, cache)
 
         gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache, packing, accumulations))
@@ -222,7 +225,7 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         self.mixer = _MIXERS[config.block_type(layer_idx)](config, layer_idx)
         self.compiles = False
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # gradient checkpointing computes again, when those who watched have gone, what was computed here
         watched = self.compiles and self._is_watched()  # which a token has no time for where it is not asked
         return super().__call__(*args, **{"watched": watched} | kwargs)
@@ -273,6 +276,8 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         unless its neurons have states."""
         conv_state = caches.conv_state(cache, self.layer_idx)
         scan_state = caches.scan_state(cache, self.layer_idx)
+        assert conv_state is not None, "the cache has states"
+        assert scan_state is not None
         if self.mixer.states_per_neuron:
             return self._step(hidden_states, conv_state, scan_state, cache)
         return _compiled_step()(self, hidden_states, conv_state, scan_state)
@@ -294,7 +299,7 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
 
 
 @functools.cache
-def _compiled_block() -> Callable[..., torch.Tensor]:
+def _compiled_block() -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
     # one function for all blocks of all models: they share what was compiled, being alike
     return torch.compile(SpikingMambaBlock._run)
 

@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from spikingjelly.activation_based.base import MemoryModule
@@ -18,7 +18,8 @@ __all__ = ["PROJECTIONS", "SGC_FUNCTIONS", "SGC_MODES", "SGC_SCHEDULES", "Spikin
 
 PROJECTIONS = ("in_proj", "out_proj")
 BLOCK_TYPES = ("mamba", "mlp")
-MEMBRANES = ("token", "sequence")
+Membrane = Literal["token", "sequence"]
+MEMBRANES: tuple[str, ...] = get_args(Membrane)
 SGC_MODES = compensation.MODES
 SGC_FUNCTIONS = tuple(compensation.SMOOTH_FUNCTIONS)
 SGC_SCHEDULES = ("constant", "linear", "cosine")

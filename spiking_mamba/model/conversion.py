@@ -39,7 +39,7 @@ def fold_thresholds(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
     on a tie.
     """
     folded = copy.deepcopy(model)
-    for block in folded.backbone.layers:
+    for block in folded.backbone.blocks:
         for name, projection in spike_fed(block.mixer):
             threshold = projection.spikes.threshold
             block.weight_before(name).div_(threshold)

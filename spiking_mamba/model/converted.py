@@ -139,7 +139,7 @@ def _read_config(folder: Path, spiking: bool) -> SpikingMambaConfig:
 
 def mixers_of(model: PreTrainedModel) -> list[SpikingMambaMixer]:
     """The Mamba2 mixers of a model, first to last."""
-    return [block.mixer for block in model.backbone.layers if isinstance(block.mixer, SpikingMambaMixer)]
+    return [module for module in model.modules() if isinstance(module, SpikingMambaMixer)]
 
 
 def kept_weights(source: LlamaWeights) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -87,7 +87,7 @@ class Decoders:
             tokens = sum(decoder.tokens for decoder in used)
             if not tokens:
                 return None
-            return used[0].fetched(sum(decoder.fired for decoder in used) / tokens)
+            return used[0].fetched(np.sum([decoder.fired for decoder in used], axis=0) / tokens)
 
     def firing(self) -> list[float]:
         """Shares of inputs that fired, see :meth:`CpuDecoder.firing`, a mean over all tokens decoded."""
@@ -135,7 +135,7 @@ def _chooser(text: _Text, processors: LogitsProcessorList, samples: bool) -> Cal
         return lambda logits: int(logits.argmax())
 
     def choose(logits: np.ndarray) -> int:
-        scores = processors(text.ids, torch.from_numpy(logits.copy())[None])
+        scores = processors(cast(torch.LongTensor, text.ids), torch.from_numpy(logits.copy())[None])
         if not samples:
             return int(scores.argmax())
         return int(torch.multinomial(F.softmax(scores, -1), 1))

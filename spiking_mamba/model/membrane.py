@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+from typing import Any
 
 import torch
 from spikingjelly.activation_based.base import MemoryModule
@@ -107,7 +108,7 @@ def probe(spec: str, membrane: str) -> None:
     Raises:
         ValueError: it does not; the neuron is named.
     """
-    node = neurons.build(json.loads(spec))
+    node: Any = neurons.build(json.loads(spec))
     name = type(node).__name__
     if hasattr(node, "backend"):
         node.backend = "torch"  # the others may need a machine that is not here

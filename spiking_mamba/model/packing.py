@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Packing", "Pieces", "documents_of", "moved", "pack", "real_tokens", "reject_unknown_arguments"]
+__all__ = [
+    "Packing",
+    "Pieces",
+    "documents_of",
+    "moved",
+    "pack",
+    "packing_of",
+    "real_tokens",
+    "reject_unknown_arguments",
+]
 
 # What collators of packed rows give beside that, for attention: it says nothing new.
 IGNORED = ("cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -162,6 +171,22 @@ def pack(
     return order, Packing(real, document, _pieces(shape, real, document) if with_pieces else None)
 
 
+def packing_of(
+    shape: tuple[int, int],
+    attention_mask: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
+    keeps_states: bool,
+    with_pieces: bool,
+) -> tuple[torch.Tensor | None, Packing | None]:
+    """:func:`pack` of a batch ``(B, L)`` that a forward pass's arguments describe, see :func:`real_tokens`
+    and :func:`documents_of`."""
+    real = real_tokens(attention_mask, shape)
+    document = documents_of(shape, seq_idx, position_ids, cu_seq_lens, real)
+    return pack(shape, real, document, keeps_states, with_pieces)
+
+
 def _pieces(shape: tuple[int, int], real: torch.Tensor | None, document: torch.Tensor | None) -> Pieces:
     given = real if real is not None else document
     assert given is not None
@@ -182,4 +207,5 @@ def _pieces(shape: tuple[int, int], real: torch.Tensor | None, document: torch.T
     row, start, size = row[order], start[order], size[order]
     lengths = [(int(each), int((size >= each).sum())) for each in size.unique(sorted=True)]
     goes_on = number[row, start] == 0
-    return Pieces(*(t.to(device) for t in (row, start, size, goes_on, last)), lengths)
+    row, start, size, goes_on, last = (each.to(device) for each in (row, start, size, goes_on, last))
+    return Pieces(row, start, size, goes_on, last, lengths)

@@ -188,6 +188,7 @@ class SpikeEncoder(nn.Module):
             lam = self._compiled_lambda if compiling else self._sgc_lambda
             spike = self._emit(u, states, packing)
             return spike, compensate(u, spike, mode, function, lam, self.max_spike_count)
+        assert node is not None
         spike, mixed = node.compensated(u[None], mode, function, self._sgc_lambda)
         return spike[0], mixed[0]
 
@@ -232,7 +233,7 @@ class SpikingProjection(nn.Module):
         """The node; another one may be put in its place."""
         return self.spikes.neuron
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: torch.Tensor | nn.Module) -> None:
         if name == "neuron":  # torch would take a module for a new one of this layer's own
             self.spikes.neuron = value  # type: ignore[assignment]
         else:

@@ -150,8 +150,8 @@ def scan_torch_backward(
 
     def differentiate() -> tuple[torch.Tensor, ...]:
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        *scanned, D, dt_bias = leaves
-        y, _ = scan_torch(*scanned, chunk_size, D, dt_bias, dt_limit, document=document)
+        x, dt, A, B, C, D, dt_bias = leaves
+        y, _ = scan_torch(x, dt, A, B, C, chunk_size, D, dt_bias, dt_limit, document=document)
         return torch.autograd.grad(y, leaves, grad)
 
     with ThreadPoolExecutor(1) as thread:  # within an operator this one has no autograd

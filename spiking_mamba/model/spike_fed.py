@@ -41,6 +41,16 @@ class SpikeFed(nn.Module):
         """The weight that scales what ``out_proj``'s neuron gets."""
         raise NotImplementedError
 
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        conv_state: torch.Tensor,
+        scan_state: torch.Tensor,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """One token, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``; the layer's states move on in place."""
+        raise NotImplementedError
+
     def _project(
         self,
         name: str,

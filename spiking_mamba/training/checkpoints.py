@@ -69,6 +69,7 @@ class Checkpoints(TrainerCallback):
             trainer._parts = {k: [torch.tensor(v) for v in part] for k, part in self.kept["parts"].items()}
         if hasattr(trainer, "_metrics"):  # trl's
             trainer._metrics["train"].update(self.kept["metrics"])
+        if hasattr(trainer, "_total_train_tokens"):  # trl's, too
             trainer._total_train_tokens = self.kept["tokens"]
 
     def on_save(self, args, state, control, **kwargs) -> None:
@@ -107,7 +108,7 @@ class Checkpoints(TrainerCallback):
         state, args = self.trainer.state, self.trainer.args
         rows = [row for row in state.log_history if row["step"] <= state.max_steps]
         finished = bool(self.first_step) and self.first_step >= state.max_steps
-        if finished and (before := _summary(Path(args.output_dir), state.max_steps)) is not None:
+        if finished and (before := _summary(Path(str(args.output_dir)), state.max_steps)) is not None:
             return [row for row in rows if "train_runtime" not in row] + [before]
         if not self.first_step:
             return rows
