@@ -35,8 +35,11 @@ class Source:
 
     @functools.cached_property
     def text(self) -> str:
-        """The source with its own includes put in: CuPy keeps binaries by the text that it is given, and
-        would not notice that an included file has changed."""
+        """The source with its own includes put in.
+
+        CuPy keeps binaries by the text that it is given, and would not notice that an included file has
+        changed.
+        """
         return _expand(self.path)
 
 

@@ -36,8 +36,9 @@ def read_items(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def guessing(data: Any) -> dict[str, float]:
-    """What guessing gets right, by task: a choice at random, or always the most frequent right one. Where all
-    right choices are one, their place was not drawn, and says nothing: there it is the first.
+    """What guessing gets right, by task: a choice at random, or always the most frequent right one.
+
+    Where all right choices are one, their place was not drawn, and says nothing: there it is the first.
 
     Args:
         data: ``evaluated.npz``, see ``prepare.py``.
@@ -65,8 +66,10 @@ def ability(right: Outcomes, guess: Mapping[str, float], sets: Sequence[str]) ->
 
 
 def kept(own: Outcomes, others: Outcomes, guess: Mapping[str, float], sets: Sequence[str]) -> dict[str, Any]:
-    """The part of another model's ability that a model keeps, if that has any, and how many points less it
-    gets right on the six sets of the source, with 95% intervals over items, which both models answered.
+    """The part of another model's ability that a model keeps, and how many points less it gets right.
+
+    The part only if the other has any ability; the points on the six sets of the source; with 95% intervals
+    over items, which both models answered.
 
     Args:
         others: of at least as many items; the first ones are taken.

@@ -122,8 +122,11 @@ class FlatParameters:
         return sum(flat.grad.square().sum(1) for flat in self.tensors()).sqrt()
 
     def clip_gradients(self, limit: float, each: bool) -> torch.Tensor:
-        """Scale gradients down to a norm of ``limit``: ``each`` module's by itself, or all by their common
-        norm. Returns that norm, or the mean of the modules' norms, as it was before."""
+        """Scale gradients down to a norm of ``limit``.
+
+        ``each`` module's by itself, or all by their common norm. Returns that norm, or the mean of the
+        modules' norms, as it was before.
+        """
         norms = self.gradient_norms()
         norm = norms if each else norms.square().sum().sqrt().expand_as(norms)
         self.scale_gradients((limit / norm.clamp(min=limit))[:, None])

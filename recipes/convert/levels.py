@@ -46,8 +46,10 @@ def recorded_inputs(
 def least_error(
     model: SpikingMambaForCausalLM, ids: torch.Tensor, neuron: dict, first: int = 0
 ) -> list[dict[str, float]]:
-    """V_th of every projection of a dense model, as ``threshold`` of a configuration takes them: of the
-    largest input over D and shares of it the one with the least squared error of ``V_th * S(x / V_th)``.
+    """V_th of every projection of a dense model, as ``threshold`` of a configuration takes them.
+
+    Of the largest input over D and shares of it the one with the least squared error of ``V_th * S(x /
+    V_th)``.
 
     Args:
         ids: ``[B, L]`` on the model's device. neuron: of the student. first: see :func:`recorded_inputs`.

@@ -134,8 +134,9 @@ def pack_mixers(
     megabytes: float = 15.0,
     facts: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """Write a model's mixers into files of at most so many megabytes, its configuration, and an index, as
-    :func:`spiking_mamba.model.converted.read_converted` reads them.
+    """Write a model's mixers into files of at most so many megabytes, its configuration, and an index.
+
+    As :func:`spiking_mamba.model.converted.read_converted` reads them.
 
     Args:
         source: of everything else, see :func:`spiking_mamba.model.source.load_source`.

@@ -77,8 +77,11 @@ class StudentScoreSettings:
 
 
 class CountedScored(Scored):
-    """A spiking student whose spikes are counted in the passes that score it: of text, and of rows' first
-    tokens, which are all one and the same token. Padding is left out, as are ends of text within a row."""
+    """A spiking student whose spikes are counted in the passes that score it.
+
+    Of text, and of rows' first tokens, which are all one and the same token. Padding is left out, as are ends
+    of text within a row.
+    """
 
     def __init__(self, source: Llama, student: SpikingMambaForCausalLM) -> None:
         super().__init__(source, student)
@@ -112,8 +115,10 @@ class CountedScored(Scored):
 
 @torch.no_grad()
 def by_projection(scored: Scored, data: Any, rows: int = 16) -> dict[str, Any]:
-    """Counts of every projection on some rows of passages, first tokens included: mean |s|, share of
-    non-zeros, share of counts at D, silent channels."""
+    """Counts of every projection on some rows of passages, first tokens included.
+
+    Mean |s|, share of non-zeros, share of counts at D, silent channels.
+    """
     assert scored.student is not None
     tokens = torch.from_numpy(data["openwebtext-passages"].astype(np.int64))
     rows = min(rows, len(tokens) // 511)

@@ -134,8 +134,10 @@ def trained_parts(student: SpikingMambaForCausalLM, settings: Any, compiles: boo
 
 
 def load_teacher(name: str, dense: SpikingMambaForCausalLM, start: str, compiles: bool) -> Any:
-    """What gives the hidden states and the head to learn from, on the device of ``dense``, which it is itself
-    where the names are one."""
+    """What gives the hidden states and the head to learn from, on the device of ``dense``.
+
+    It is ``dense`` itself where the names are one.
+    """
     if name not in PACKAGES and locate(name)[1].get("model_type") != "llama":
         model = dense if name == start else load_dense(name).to(dense.device)
         return Teacher(model, compiles)
@@ -192,8 +194,10 @@ class StudentStage(Stage):
 
 
 def restored_student(path: str | Path) -> tuple[SpikingMambaForCausalLM, Together, dict[str, Any]]:
-    """The student of a stage's ``state.pt`` as training saw it, on the CPU, in evaluation mode; its
-    parameters; its progress."""
+    """The student of a stage's ``state.pt`` as training saw it, its parameters, and its progress.
+
+    On the CPU, in evaluation mode.
+    """
     state = torch.load(path, map_location="cpu", weights_only=True)
     settings = StudentSettings(**state["progress"]["settings"] | {"output": "-", "piece": 1})
     student = SpikingMambaForCausalLM.from_dense(

@@ -293,8 +293,10 @@ class _Reference(NamedTuple):
 
 
 def reference_of(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
-    """Which one a checkpoint's predictions are compared with: of several references that of its own seed,
-    else the first; None for a reference, or where there is none."""
+    """Which reference a checkpoint's predictions are compared with.
+
+    Of several that of its own seed, else the first; None for a reference, or where there is none.
+    """
     found = [] if checkpoint.reference else [other for other in checkpoints if other.reference]
     return next((other for other in found if other.seed == checkpoint.seed), found[0] if found else None)
 

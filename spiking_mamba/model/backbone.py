@@ -19,8 +19,10 @@ __all__ = ["SpikingMambaModel", "Stream"]
 
 
 class Stream(MemoryModule):
-    """The state of a sequence fed token by token in step mode 's': the model's cache as a memory, which
-    ``functional.reset_net`` forgets."""
+    """The state of a sequence fed token by token in step mode 's'.
+
+    The model's cache as a memory, which ``functional.reset_net`` forgets.
+    """
 
     def __init__(self) -> None:
         super().__init__()

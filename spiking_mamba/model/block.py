@@ -30,8 +30,10 @@ __all__ = ["SpikingMambaBlock", "SpikingMambaMixer"]
 
 
 def _last(window: torch.Tensor, taps: int, packing: Packing | None) -> torch.Tensor:
-    """The last ``taps`` inputs ``[B, taps, C]`` of each row of ``[B, taps + L, C]`` before its padding, zeros
-    where they belong to a document before the last."""
+    """The last ``taps`` inputs ``[B, taps, C]`` of each row of ``[B, taps + L, C]`` before its padding.
+
+    Zeros where they belong to a document before the last.
+    """
     if packing is None:
         return window[:, -taps:]
     ends = packing.lengths(window[:, taps:])
@@ -115,7 +117,9 @@ class SpikingMambaMixer(SpikeFed):
         accumulations: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """``[B, L, hidden_size] -> [B, L, hidden_size]``; states are read from and written to the cache.
-        ``packing`` and ``accumulations`` as in :class:`SpikeFed`."""
+
+        ``packing`` and ``accumulations`` as in :class:`SpikeFed`.
+        """
         batch, length, _ = hidden_states.shape
         scan_state = conv_state = None
         if cache is not None:
@@ -214,8 +218,10 @@ _MIXERS: dict[str, type[SpikeFed]] = {"mamba": SpikingMambaMixer, "mlp": Spiking
 
 
 class SpikingMambaBlock(GradientCheckpointingLayer):
-    """The residual block around a :class:`SpikingMambaMixer`, or around a :class:`SpikingMambaMLP` where the
-    configuration's ``layers_block_type`` says "mlp"."""
+    """The residual block around a :class:`SpikingMambaMixer` or a :class:`SpikingMambaMLP`.
+
+    The latter where the configuration's ``layers_block_type`` says "mlp".
+    """
 
     def __init__(self, config: SpikingMambaConfig, layer_idx: int) -> None:
         super().__init__()
@@ -226,6 +232,7 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         self.compiles = False
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`forward`, which learns here whether somebody looks into the block."""
         # gradient checkpointing computes again, when those who watched have gone, what was computed here
         watched = self.compiles and self._is_watched()  # which a token has no time for where it is not asked
         return super().__call__(*args, **{"watched": watched} | kwargs)
@@ -239,9 +246,11 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         output_accumulations: bool = False,
         watched: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """``[B, L, hidden_size] -> [B, L, hidden_size]``, and if asked for, how many accumulations the spikes
-        of each token cost and how many weights they fetch, float32 ``[B, L, 2]``. One whose inside is watched
-        runs uncompiled."""
+        """``[B, L, hidden_size] -> [B, L, hidden_size]``, and if asked for, what the spikes cost.
+
+        How many accumulations those of each token cost and how many weights they fetch, float32 ``[B, L,
+        2]``. One whose inside is watched runs uncompiled.
+        """
         run = self._run
         if self.compiles and cache is None and not watched:
             run = functools.partial(_compiled_block(), self)
@@ -262,8 +271,10 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         return hidden_states, sum(accumulations, torch.zeros(2, device=residual.device))
 
     def weight_before(self, name: str) -> torch.Tensor:
-        """The weight that scales what the neuron before ``in_proj`` or ``out_proj`` gets: 1 / V_th folds into
-        it."""
+        """The weight that scales what the neuron before ``in_proj`` or ``out_proj`` gets.
+
+        1 / V_th folds into it.
+        """
         return self.norm.weight if name == "in_proj" else self.mixer.before_out_proj()
 
     def _normalise(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -272,8 +283,10 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         return self.norm(hidden_states.to(self.norm.weight.dtype)), residual
 
     def step(self, hidden_states: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """One token with a cache that has states, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``; compiled
-        unless its neurons have states."""
+        """One token with a cache that has states, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``.
+
+        Compiled unless its neurons have states.
+        """
         conv_state = caches.conv_state(cache, self.layer_idx)
         scan_state = caches.scan_state(cache, self.layer_idx)
         assert conv_state is not None, "the cache has states"

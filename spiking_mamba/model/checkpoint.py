@@ -30,8 +30,10 @@ def load_dense(name: str | Path) -> SpikingMambaForCausalLM:
 
 
 def load_model(name: str | Path) -> SpikingMambaForCausalLM:
-    """A model of this package, spiking, event-driven or dense, from any form of checkpoint: see
-    ``load_dense``."""
+    """A model of this package, spiking, event-driven or dense, from any form of checkpoint.
+
+    The forms are those of :func:`load_dense`.
+    """
     folder, settings = locate(name)
     dense = settings.get("neuron") is None and settings.get("model_type") != EventDrivenMambaConfig.model_type
     if dense:

@@ -237,6 +237,8 @@ class SpikingMambaConfig(PretrainedConfig):
 
     @property
     def number_of_conv_states(self) -> int:
-        """State slots of one layer of transformers' cache: slot 0 holds convolution and scan, the others
-        the neurons' states, in_proj before out_proj."""
+        """State slots of one layer of transformers' cache.
+
+        Slot 0 holds convolution and scan, the others the neurons' states, in_proj before out_proj.
+        """
         return 1 + len(PROJECTIONS) * self.states_per_neuron

@@ -46,8 +46,9 @@ def cannot_generate(model: SpikingMambaForCausalLM, args: tuple, kwargs: dict[st
 
 
 class Decoders:
-    """A model's decoders, one for each caller at a time, all of the same weights in memory; made where they
-    are needed first, and anew when a weight has changed.
+    """A model's decoders, one for each caller at a time, all of the same weights in memory.
+
+    Made where they are needed first, and anew when a weight has changed.
 
     Args:
         threads: for one token; None: torch's number of threads, at most that of the cores.
@@ -168,8 +169,9 @@ def decode(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> torch.Tensor:
-    """The loop of ``generate()`` for one sequence, greedy or sampling; what transformers calls
-    ``custom_generate``, with its arguments.
+    """The loop of ``generate()`` for one sequence, greedy or sampling.
+
+    What transformers calls ``custom_generate``, with its arguments.
 
     Returns:
         The tokens, ``[1, n]``, the prompt first.

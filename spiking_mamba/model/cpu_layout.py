@@ -59,8 +59,10 @@ class Matrices(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A model: L blocks, d wide, of which M are mixers with H heads of P channels, I = H * P, G groups, N
-    states, C = I + 2 * G * N; the others are MLPs of width F."""
+    """A model: L blocks, d wide, of which M are mixers, the others MLPs of width F.
+
+    Mixers have H heads of P channels, I = H * P, G groups, N states, C = I + 2 * G * N.
+    """
 
     embeddings: np.ndarray  # float32 [V, d]
     place: np.ndarray  # int64 [L], a mixer's place among mixers; an MLP's among MLPs, as -1, -2, ...

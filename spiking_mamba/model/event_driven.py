@@ -137,8 +137,10 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
 
     @property
     def decoders(self) -> Any:
-        """Where compiled code runs, a :class:`~spiking_mamba.model.cpu_generation.Decoders`; None before its
-        first token."""
+        """The :class:`~spiking_mamba.model.cpu_generation.Decoders` where compiled code runs.
+
+        None before its first token.
+        """
         return self._decoders
 
     @takes_any_cache_name

@@ -32,8 +32,10 @@ __all__ = ["SpikingMambaForCausalLM"]
 
 
 def _positions_to_keep(hidden_states: torch.Tensor, which: int | torch.Tensor) -> torch.Tensor:
-    """``[B, L, C]`` at the last ``which`` positions (0: all), or at those that a tensor of indices names: one
-    list for all rows ``[n]``, or one for each ``[B, n]``."""
+    """``[B, L, C]`` at the last ``which`` positions (0: all), or at those that a tensor of indices names.
+
+    One list for all rows ``[n]``, or one for each ``[B, n]``.
+    """
     if isinstance(which, int):
         return hidden_states[:, -which:] if which else hidden_states
     if which.ndim == 2:
@@ -183,8 +185,10 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
     def _captured(
         self, input_ids: torch.Tensor | None, cache: Cache | None, use_cache: bool | None
     ) -> SpikingMambaCausalLMOutput | None:
-        """One more token's logits by a graph, and the cache; None where there are no graphs, where something
-        else is asked for, or somebody watches."""
+        """One more token's logits by a graph, and the cache.
+
+        None where there are no graphs, where something else is asked for, or somebody watches.
+        """
         if self.graphs is None:
             return None
         if self.backbone.streams(cache, use_cache):

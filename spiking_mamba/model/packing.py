@@ -70,8 +70,9 @@ def reject_unknown_arguments(given: dict[str, Any]) -> None:
 
 
 def real_tokens(attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
-    """The mask of a batch's own tokens, bool ``[B, L]``, out of one that covers a cache's past too; None
-    where all are tokens.
+    """The mask of a batch's own tokens, bool ``[B, L]``, out of one that covers a cache's past too.
+
+    None where all are tokens.
 
     Raises:
         ValueError: it is shorter than the batch.
@@ -180,8 +181,10 @@ def packing_of(
     keeps_states: bool,
     with_pieces: bool,
 ) -> tuple[torch.Tensor | None, Packing | None]:
-    """:func:`pack` of a batch ``(B, L)`` that a forward pass's arguments describe, see :func:`real_tokens`
-    and :func:`documents_of`."""
+    """:func:`pack` of a batch ``(B, L)`` that a forward pass's arguments describe.
+
+    See :func:`real_tokens` and :func:`documents_of`.
+    """
     real = real_tokens(attention_mask, shape)
     document = documents_of(shape, seq_idx, position_ids, cu_seq_lens, real)
     return pack(shape, real, document, keeps_states, with_pieces)

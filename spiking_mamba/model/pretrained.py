@@ -42,8 +42,10 @@ def _same(one: nn.Module | None, other: nn.Module | None) -> bool:
 
 
 def _check_sizes(cls: type, folder: Path, config: Any, renamed: dict[str, str]) -> None:
-    """Raise a CheckpointError before memory is taken for weights that the folder's files do not hold, or hold
-    as integers, booleans or complex numbers, which loading would cast."""
+    """Raise a CheckpointError before memory is taken for weights that the folder's files do not hold.
+
+    Or hold as integers, booleans or complex numbers, which loading would cast.
+    """
     if not any((folder / name).is_file() or (folder / (name + INDEX)).is_file() for name in WEIGHTS):
         if (folder / MIXERS).is_file():
             raise CheckpointError(

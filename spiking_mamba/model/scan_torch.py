@@ -22,8 +22,11 @@ def _segment_sums(a: torch.Tensor) -> torch.Tensor:
 
 
 class _Documents(NamedTuple):
-    """Which parts of a chunked scan stay within one document: bool, of tokens ``[b, c, l, s]``, from the
-    start of a chunk and to its end ``[b, c, l]``, and from end to end ``[b, c]``."""
+    """Which parts of a chunked scan stay within one document: bool.
+
+    Of tokens ``[b, c, l, s]``, from the start of a chunk and to its end ``[b, c, l]``, and from end to end
+    ``[b, c]``.
+    """
 
     pairs: torch.Tensor
     from_start: torch.Tensor

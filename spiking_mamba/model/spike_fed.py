@@ -16,8 +16,10 @@ __all__ = ["SpikeFed"]
 
 
 class SpikeFed(nn.Module):
-    """A module with linear layers ``in_proj`` and ``out_proj``, and what feeds them with spikes:
-    ``in_spikes`` and ``out_spikes``."""
+    """A module with linear layers ``in_proj`` and ``out_proj``, and what feeds them with spikes.
+
+    That is ``in_spikes`` and ``out_spikes``.
+    """
 
     encoders: ClassVar = {"in_proj": "in_spikes", "out_proj": "out_spikes"}
 

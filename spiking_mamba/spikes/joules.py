@@ -1,5 +1,6 @@
-"""Energy that an NVIDIA GPU says it has used, from NVML's counter, with its idle power taken off; and a
-processor's, from the counter that Linux shows.
+"""Energy that an NVIDIA GPU or a processor says it has used, with its idle power taken off.
+
+The GPU by NVML's counter, the processor by the one that Linux shows.
 
 A measurement of this machine and these kernels: it stands beside the analytic figures of
 :mod:`spiking_mamba.spikes.energy` and is never mixed with them.

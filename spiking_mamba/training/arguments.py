@@ -154,8 +154,9 @@ def training_arguments(
     evaluates: bool = False,
     **others: Any,
 ) -> TrainingArguments:
-    """transformers' ``TrainingArguments`` from a recipe's ``training`` mapping; or a ``cls`` derived from
-    them, whose further fields ``others`` are.
+    """``TrainingArguments`` of transformers from a recipe's ``training`` mapping.
+
+    Or a ``cls`` derived from them, whose further fields ``others`` are.
 
     ``bf16: auto`` means where the hardware makes it pay. Defaults that differ from transformers': nothing
     is reported to services, logs and checkpoints go to ``folder``, AdamW with betas (0.9, 0.95).

@@ -123,8 +123,10 @@ def _spiking(
     scale: float,
     shape: dict[str, float],
 ) -> dict[str, float]:
-    """The mean ``|s|`` and the share of non-zero counts, weighted by output width, at V_th ``scale * shape``;
-    the ``first`` places of each row are left out."""
+    """The mean ``|s|`` and the share of non-zero counts at V_th ``scale * shape``.
+
+    Weighted by output width; the ``first`` places of each row are left out.
+    """
     for name, projection in model.projections().items():
         projection.spikes.threshold = scale * shape[name]
     sums = {"mean |s|": 0.0, "share of non-zero counts": 0.0}
@@ -178,8 +180,10 @@ def asks_for_calibration(threshold: Any) -> bool:
 def _cost_and_information(
     teacher: SpikingMambaForCausalLM, batches: tuple[torch.Tensor, ...], first: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """``A`` and ``F`` of :func:`calibrate_thresholds`, by the projections' names, a token; the ``first``
-    places of each row are left out."""
+    """``A`` and ``F`` of :func:`calibrate_thresholds`, by the projections' names, a token.
+
+    The ``first`` places of each row are left out.
+    """
     modules = {n: m for n, m in teacher.named_modules() if n.rpartition(".")[2] in PROJECTIONS}
     sizes = {name: 0.0 for name in modules}
     squares: dict[str, Any] = {name: 0.0 for name in modules}

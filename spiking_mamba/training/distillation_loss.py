@@ -165,8 +165,9 @@ TERMS = {
 
 @schema
 class DistillationLoss:
-    """What the student is trained on: ``kl * KL + hidden * L_hidden + cross_entropy * CE + sparsity * S +
-    zeros * Z``.
+    """``kl * KL + hidden * L_hidden + cross_entropy * CE + sparsity * S + zeros * Z``, of a student.
+
+    What it is trained on.
 
     Every term is averaged over unmasked tokens, the hidden term over layers too. ``S`` is what the spikes
     cost: their mean ``|s|``, over projections weighted by output width as in ``SpikeCounts.mean_abs``, as far

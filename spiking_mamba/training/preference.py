@@ -310,8 +310,10 @@ def _measured(
 
 
 def _on_disk(rows: datasets.Dataset, folder: Path) -> datasets.Dataset:
-    """The same rows from a file: beside it trl keeps the reference's log-probabilities, for all processes to
-    find, and for a resumed run."""
+    """The same rows from a file.
+
+    Beside it trl keeps the reference's log-probabilities, for all processes to find, and for a resumed run.
+    """
     with PartialState().main_process_first():
         if not folder.exists():
             draft = folder.with_name(folder.name + ".part")

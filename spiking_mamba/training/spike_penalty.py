@@ -26,8 +26,9 @@ def mean_spike_size(
 def share_of_nonzero(
     model: SpikingMambaForCausalLM, fetches: torch.Tensor | None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Share of non-zero counts, weighted by output width as in ``SpikeCounts.nonzero_share``: of all weights
-    the part that a token fetches; a float32 scalar.
+    """Share of non-zero counts, weighted by output width as in ``SpikeCounts.nonzero_share``.
+
+    Of all weights the part that a token fetches; a float32 scalar.
 
     "Fires at all" has no slope. Its gradient here is that of ``clip(|u| - 1/2, 0, 1)``, which is 1 where the
     count is 1 and 0 elsewhere, so that counts that can be silenced are, and large ones are left alone.
