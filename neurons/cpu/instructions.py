@@ -66,6 +66,9 @@ class Portable:
         """``total`` of ``quad_lanes`` outputs with four inputs of each added.
 
         Args:
+            w: what writes the instructions. total, quads: int32 sums, and bytes of weights, four of each
+            spikes: int32, the four inputs' bytes.
+                output.
             of: what is known of the bytes: 'any', nothing; 'nibbles', that weights are from 0 to 15;
                 'rounded', that no input is -128.
         """

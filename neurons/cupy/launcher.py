@@ -131,6 +131,7 @@ def launch(
     """Run kernel ``name`` of ``source``, compiled with ``options``, on torch's current stream of ``device``.
 
     Args:
+        source: where the kernel stands. name: the kernel's. device: of the tensors. options: of the compiler.
         grid, block: blocks, and threads of a block, along each of up to three axes.
         args: the kernel's arguments in their order, typed as its parameters are.
     """

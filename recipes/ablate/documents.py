@@ -62,6 +62,7 @@ def documents_of(ids: np.ndarray, end: int) -> np.ndarray:
 
     Args:
         ids: int ``[rows, length]``, documents joined by ``end`` and cut.
+        end: the end-of-text token.
 
     Returns:
         int64 ``[rows, length]``, from 0.

@@ -23,7 +23,9 @@ def best_at(rows: Sequence[Row], scope: str, gain: float = TARGET_GAIN) -> Row |
     """Of the trained students with at least that gain the one with the lowest perplexity.
 
     Args:
+        rows: of finished runs.
         scope: "gain", of the projections alone, or a name of ``placeholders.ENERGIES``.
+        gain: the least that counts.
     """
     found = []
     for row in rows:

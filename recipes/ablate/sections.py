@@ -38,6 +38,7 @@ def section(table: Table, tables: Tables, path: str) -> list[Block]:
     """The section of a table.
 
     Args:
+        table: what it is made of.
         tables: the rows of all tables on the page by the tables' names: a text may name those of others.
         path: of the table's YAML file.
     """

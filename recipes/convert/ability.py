@@ -72,7 +72,9 @@ def kept(own: Outcomes, others: Outcomes, guess: Mapping[str, float], sets: Sequ
     over items, which both models answered.
 
     Args:
+        own: of the model, by task.
         others: of at least as many items; the first ones are taken.
+        guess: what guessing gets right, by task, see :func:`guessing`. sets: the tasks.
 
     Raises:
         ValueError: the other model was asked fewer items.

@@ -21,7 +21,9 @@ def recorded_inputs(
     """What every projection is given, flat float32, every n-th number where there are many, by its name.
 
     Args:
+        model: dense.
         ids: ``[B, L]``. first: places of each row that are left out.
+        most: numbers of a projection that are kept.
     """
     found: dict[str, list[torch.Tensor]] = {}
 
@@ -52,6 +54,7 @@ def least_error(
     V_th)``.
 
     Args:
+        model: dense.
         ids: ``[B, L]`` on the model's device. neuron: of the student. first: see :func:`recorded_inputs`.
     """
     node = neurons.build(neuron)

@@ -227,6 +227,7 @@ def schema_of(cls: type, names: Iterable[str], annotations: Mapping[str, Any], n
     """A schema of fields of a dataclass that a library declares.
 
     Args:
+        cls: the dataclass.
         names: of the fields.
         annotations: of those whose own say too little.
         name: of the schema.

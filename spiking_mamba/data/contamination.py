@@ -284,6 +284,7 @@ def without_evaluated(
     """The documents, of column ``text``, that share no run of words with what is evaluated.
 
     Args:
+        documents: with a column ``text``.
         words: what is looked for; :func:`evaluated_words` by default.
 
     Raises:

@@ -29,8 +29,10 @@ def completion_log_probs(
     """Summed log-probability of each completion given its prompt, in nats; float64 ``[rows]``.
 
     Args:
+        model: spiking or dense.
         rows: prompts, at least one token each, and completions, as token ids.
         progress: whether to show a bar, or whom to tell the share that is done.
+        batch_size: rows of one forward pass.
 
     Raises:
         FloatingPointError: the model's logits are NaN.
@@ -114,6 +116,8 @@ def judge(
     """Measure one model; the spikes are those of the very same forward passes.
 
     Args:
+        model: spiking or dense, on its device. preferences: pairs for the accuracy; None: none.
+        text: rows of equal length for the perplexity; None: none. batch_size: rows of one forward pass.
         stage: whose bar to move; it has a part for each of ``preferences`` and ``text``.
 
     Returns:

@@ -133,6 +133,7 @@ def draw_items(task: "Task", limit: int | None, seed: int = 0) -> dict[str, Any]
     some of those that more are.
 
     Args:
+        task: of lm-eval.
         limit: how many; None for all.
         seed: of the draw.
 

@@ -91,6 +91,7 @@ class SpikingMambaMixer(SpikeFed):
         """Set ``A = -1, -2, ...``, ``D = 1`` and the bias of the time step.
 
         Args:
+            config: its ``time_step_min``, ``time_step_max`` and ``time_step_floor`` count.
             quantiles: ``[num_heads]`` in [0, 1], where each head's time step lies between the logarithms of
                 ``time_step_min`` and ``time_step_max``.
         """

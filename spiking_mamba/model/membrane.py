@@ -26,6 +26,7 @@ def drive(node: MemoryModule, x_seq: torch.Tensor, states: list) -> torch.Tensor
     may share it, and monitors see the call.
 
     Args:
+        node: in any step mode.
         x_seq: ``[T, N, *]``.
         states: after the step before, each ``[N, *]``; empty for a fresh sequence. Replaced by those after
             the last step.
@@ -55,8 +56,10 @@ def drive_pieces(node: MemoryModule, u: torch.Tensor, states: list, pieces: Piec
     All pieces run side by side, the shorter ones leaving at their ends.
 
     Args:
+        node: as in :func:`drive`.
         u: ``[B, L, C]``.
         states: each ``[B, C]``, or empty, as in :func:`drive`; those of a row without a token stay.
+        pieces: where the documents are.
     """
     spikes = torch.zeros_like(u)
     fresh, batch = fresh_states(node), u.shape[0]

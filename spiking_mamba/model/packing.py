@@ -103,6 +103,7 @@ def documents_of(
     """``Packing.document`` of a batch ``(B, L)``, in its own order, from one or more of what says it.
 
     Args:
+        shape: ``(B, L)``.
         seq_idx: ``[B, L]``, another number for another document.
         position_ids: ``[B, L]``, 0 where a document begins, counting up within it.
         cu_seq_lens: ``[documents + 1]``, where the documents of a single row begin, then its length.
@@ -151,6 +152,7 @@ def pack(
     """How to move a batch's padding to the end of its rows, and what its blocks have to know then.
 
     Args:
+        shape: ``(B, L)``.
         real, document: as in :class:`Packing`, in the batch's own order.
         keeps_states: whether states behind the last token are asked for.
         with_pieces: whether there are neurons with states.

@@ -142,6 +142,7 @@ class SpikeEncoder(nn.Module):
         module, whatever order a checkpointed backward pass recomputes in, and whoever calls at the same time.
 
         Args:
+            x: in the units of the weights' inputs, any float dtype.
             states: the neuron's states after the previous token, each ``[B, C]``, or an empty list for a
                 fresh sequence; replaced by the states after the last token.
             packing: where the tokens are.

@@ -222,7 +222,9 @@ def chunk_scan(
     Args:
         x: ``[B, L, H, P]``. dt: ``[B, L, H]``, before bias and softplus. A: ``[H]``, negative.
         B, C: ``[B, L, G, N]``. D, dt_bias: ``[H]``.
+        chunk_size: tokens of a chunk. dt_limit: what time steps are clamped to.
         initial_states: ``[B, H, P, N]``, where document 0 begins.
+        return_final_states: whether to return the last states.
         document: int32 ``[B, L]``, ascending in every row: each but 0 begins at zeros.
         real: bool ``[B, L]``, false for padding, at which no state moves.
 
@@ -270,7 +272,9 @@ def state_update(
     """One token of :func:`chunk_scan`; ``state`` ``[B, H, P, N]`` moves on in place.
 
     Args:
+        state: ``[B, H, P, N]``.
         x: ``[B, H, P]``. dt: ``[B, H]``. A, D, dt_bias: ``[H]``. B, C: ``[B, G, N]``.
+        dt_limit: what time steps are clamped to.
 
     Returns:
         ``y`` ``[B, H, P]``.

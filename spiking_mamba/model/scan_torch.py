@@ -69,6 +69,7 @@ def _states(
     Args:
         a_sums: ``[b, c, g, r, l]``. B: ``[b, c, l, g, n]``. inputs: ``[b, c, l, g, r, p]``.
         initial_states: ``[b, h, p, n]``.
+        within: what stays within one document; None: all does.
     """
     to_end = (a_sums[..., -1:] - a_sums).exp().permute(0, 1, 4, 2, 3)[..., None]  # [b, c, l, g, r, 1]
     if within is not None:
@@ -146,6 +147,7 @@ def scan_torch_backward(
 
     Args:
         grad: of ``y``. inputs: ``x``, ``dt``, ``A``, ``B``, ``C``, ``D`` and ``dt_bias``, in that order.
+        chunk_size, dt_limit, document: as in :func:`scan_torch`.
 
     Returns:
         The inputs' gradients.

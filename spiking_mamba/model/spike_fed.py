@@ -64,6 +64,8 @@ class SpikeFed(nn.Module):
         """Run a projection; its neuron's states live in slots of the cache behind convolution and scan.
 
         Args:
+            name: "in_proj" or "out_proj". x: ``[B, L, in_features]``.
+            cache: states of the tokens before; None without.
             packing: where the tokens are.
             accumulations: takes up how many accumulations the spikes cost, and how many weights they fetch,
                 float32 ``[B, L, 2]``.

@@ -255,6 +255,7 @@ def draw_layer_energy(energy: Mapping[str, Any], path: Path) -> None:
 
     Args:
         energy: of one model, see :func:`spiking_mamba.spikes.energy.model_energy`.
+        path: of the PNG.
     """
     sides = _by_projection({row["name"]: row for row in energy["layers"]})
     model = {"energy": energy}

@@ -45,6 +45,7 @@ def draw_spikes(spikes: Mapping[str, Any], path: Path) -> bool:
 
     Args:
         spikes: see :meth:`SpikeCounts.to_dict`.
+        path: of the PNG.
     """
     rows = {name: row for name, row in spikes["projections"].items() if row["tokens"]}
     if rows and all(row.get("channels") for row in rows.values()):
@@ -88,6 +89,7 @@ def draw_count_map(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
     Args:
         rows: of the projections by name, see :meth:`ProjectionSpikes.to_dict`, all with a ``histogram``.
+        path: of the PNG.
     """
     kinds = _kinds(rows, "histogram")
     height = min(12.0, max(3.2, 1.6 + 0.13 * max(len(kind.rows) for kind in kinds)))
@@ -119,6 +121,7 @@ def heat_map(
     """Rows of numbers as colours, the first row at the top; what is not above zero is grey.
 
     Args:
+        panel: the axes to draw into.
         values: ``[layers, columns]``.
         layers: the rows' names.
         across: left and right end on the horizontal axis.

@@ -106,6 +106,7 @@ class ProjectionSpikes:
         """Count spikes ``[B, L, in_features]``, without waiting for the device.
 
         Args:
+            spike: of any float dtype.
             layout: where the tokens are; ``None``: there is no padding and positions run from 0 to L - 1.
         """
         batch, length, _ = spike.shape

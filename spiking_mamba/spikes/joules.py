@@ -164,6 +164,8 @@ def measure_joules(
 
     Args:
         function: what to measure, of ``tokens_per_call`` tokens.
+        tokens_per_call: for joules a token; None: those of a call alone.
+        seconds, min_calls: how long, and how often, at least.
         idle_seconds, device: see :class:`JouleMeter`.
 
     Returns:

@@ -89,6 +89,7 @@ def tally(
         padding, position: contiguous ``[B, L]``, bool and int64, or both ``None``.
         sums: float64, of channels ``[C]`` (of ``|s|``, of non-zeros), of positions ``[P]`` (of ``|s|``, of
             tokens), and of levels ``[2D + 1]``, the middle one of which is not touched.
+        max_spike_count: D. count_levels: whether to count the levels.
     """
     batch, length, channels = spike.shape
     if spike.numel() == 0:

@@ -160,6 +160,8 @@ def resolve_threshold(threshold: Any, teacher: SpikingMambaForCausalLM, rows: An
     """``threshold`` as it is, or, of ``{"mean_abs": number}``, the thresholds calibrated on the first rows.
 
     Args:
+        threshold: what a recipe's key says.
+        teacher: see :func:`calibrate_thresholds`.
         rows: a data set with ``input_ids`` of equal length.
         student: see :func:`calibrate_thresholds`.
     """

@@ -190,6 +190,7 @@ def distill(
     """Distil a student as the settings say.
 
     Args:
+        settings: every key of the recipe.
         teacher, tokenizer: what ``settings.teacher`` names, where they are in memory already.
         rows: ``input_ids`` of equal length instead of ``settings.data``; no tokenizer is needed then, and
             where none is given, the teacher's configuration says which token ends a text.

@@ -76,6 +76,7 @@ def compared_states(model: Any, output: Any, input_ids: torch.Tensor, kind: str)
     """The hidden states ``[B, L, hidden_size]`` of every block that the hidden term compares.
 
     Args:
+        model: of this package. output: made with ``output_hidden_states``. input_ids: ``[B, L]``, of it.
         kind: 'block', the residual stream behind a block, or 'mixer', what the block adds to it; float32.
     """
     # transformers lists the residual stream behind every block, then the last norm's output
@@ -249,6 +250,7 @@ class DistillationLoss:
         """The loss, and its parts for the log.
 
         Args:
+            student, teacher: the models that made the outputs.
             student_output, teacher_output: made with ``output_hidden_states``; their last hidden states
                 are what the heads turn into logits here, a piece at a time. The teacher's is used where
                 ``needs_teacher`` says so.

@@ -55,6 +55,7 @@ def check_objective(method: str, config: type, given: dict[str, Any]) -> None:
     Args:
         method: 'dpo' or 'kto'.
         config: the class of trl's arguments that ``given`` goes to.
+        given: the recipe's ``objective``.
     """
     known = _objective_of(method, config)
     reject_unknown_keys(given, hints_of(known), "objective")

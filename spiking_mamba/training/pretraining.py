@@ -154,6 +154,7 @@ class PretrainingSettings:
         """The model's configuration; the number of heads follows from the widths.
 
         Args:
+            vocab_size: entries of the tokenizer.
             end: id of the end-of-text token.
         """
         checked = _Model(**self.model)  # whose numbers are what the configuration takes

@@ -102,6 +102,7 @@ def finish_run(
     Args:
         model: what :func:`whole_model` gives: processes other than the first need none.
         record: what ``training.json`` is to hold, beside the model.
+        tokenizer: to go beside the model; None: there is none. folder: of the run. name: of the folder in it.
     """
     target, draft = folder / name, folder / f"{name}{PART}"
 

@@ -14,6 +14,7 @@ def mean_spike_size(
     """Mean ``|s|``, weighted by output width as in ``SpikeCounts.mean_abs``; a float32 scalar.
 
     Args:
+        model: the student.
         accumulations: of the model's output, ``[B, L]``.
         mask: ``[B, L]`` bool, which tokens count; None: all.
 
@@ -34,6 +35,7 @@ def share_of_nonzero(
     count is 1 and 0 elsewhere, so that counts that can be silenced are, and large ones are left alone.
 
     Args:
+        model: the student.
         fetches: of the model's output, ``[B, L]``. mask: as in :func:`mean_spike_size`.
 
     Raises:
