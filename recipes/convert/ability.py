@@ -9,7 +9,7 @@ import numpy as np
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 from spiking_mamba.evaluation.statistics import kept_share, paired_gap
 
-__all__ = ["SIX", "ability", "guessing", "kept", "read_items", "write_items"]
+__all__ = ["SIX", "ability", "guessing", "read_items", "relative_ability", "write_items"]
 
 Outcomes = Mapping[str, Mapping[str, np.ndarray]]  # bool [items] by task and metric
 
@@ -65,7 +65,9 @@ def ability(right: Outcomes, guess: Mapping[str, float], sets: Sequence[str]) ->
     return float(sum(_main(right, name).mean() - guess[name] for name in sets))
 
 
-def kept(own: Outcomes, others: Outcomes, guess: Mapping[str, float], sets: Sequence[str]) -> dict[str, Any]:
+def relative_ability(
+    own: Outcomes, others: Outcomes, guess: Mapping[str, float], sets: Sequence[str]
+) -> dict[str, Any]:
     """The part of another model's ability that a model keeps, and how many points less it gets right.
 
     The part only if the other has any ability; the points on the six sets of the source; with 95% intervals
@@ -86,7 +88,7 @@ def kept(own: Outcomes, others: Outcomes, guess: Mapping[str, float], sets: Sequ
         sides.append((theirs, ours))
     found: dict[str, Any] = {}
     if ability(others, guess, sets) > 0:
-        found["kept"] = kept_share(*sides[0], guess)
+        found["relative_ability"] = kept_share(*sides[0], guess)
     if sides[1][0]:
         found["gap"] = {key: 100 * value for key, value in paired_gap(*sides[1]).items() if key != "items"}
     return {

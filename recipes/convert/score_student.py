@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from ability import ability, guessing, kept, read_items, write_items
+from ability import ability, guessing, read_items, relative_ability, write_items
 from llama import Llama
 from pydantic import Field
 from quantise import quantise
@@ -170,7 +170,7 @@ def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any
     entry |= {"tasks": found, "guessing": {name: round(value, 4) for name, value in guess.items()}}
     entry |= {"sets": sets, "ability": round(ability(right, guess, sets), 4)}
     if settings.against is not None:
-        entry |= kept(right, read_items(settings.against), guess, sets)
+        entry |= relative_ability(right, read_items(settings.against), guess, sets)
     if isinstance(scored, CountedScored):  # of the tasks alone
         entry["spikes"] = scored.spikes()
         entry["projections"] = by_projection(scored, data)

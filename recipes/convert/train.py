@@ -227,7 +227,7 @@ class Stage:
         state = {
             "progress": asdict(self.progress),
             "optimizer": self.optimizer.state_dict(),
-        } | self.flat.kept()
+        } | self.flat.state()
         torch.save(state, draft)
         draft.replace(self.folder / STATE)
 

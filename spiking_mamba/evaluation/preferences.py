@@ -17,7 +17,7 @@ from spiking_mamba.model.modes import evaluating
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.spikes.energy import projection_energy
 
-__all__ = ["compare", "completion_log_probs", "judge", "preference_scores"]
+__all__ = ["compare", "completion_log_probs", "evaluate_preferences", "preference_scores"]
 
 
 def completion_log_probs(
@@ -106,7 +106,7 @@ def _accuracy(scores: dict[str, list[float]]) -> dict[str, float]:
     return found | {"average": math.fsum(found.values()) / len(found)}
 
 
-def judge(
+def evaluate_preferences(
     model: SpikingMambaForCausalLM,
     preferences: Sequence[Preference] | None,
     text: datasets.Dataset | None,
@@ -144,7 +144,7 @@ def judge(
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What changed from one :func:`judge` to another, of the same items.
+    """What changed from one :func:`evaluate_preferences` to another, of the same items.
 
     Returns:
         ``accuracy`` ``{kind: {task or "average": {"gain", "low", "high", "items"}}}``, with 95% intervals of

@@ -117,7 +117,7 @@ class ProjectionSpikes:
             # the context costs about as much as the launch
             here = spike.device.index == torch.cuda.current_device()
             with nullcontext() if here else torch.cuda.device(spike.device):
-                kernel.tally(spike, padding, position, sums, self.max_spike_count, self.count_levels)
+                kernel.accumulate(spike, padding, position, sums, self.max_spike_count, self.count_levels)
             return
         size = spike.abs()
         if layout is not None:

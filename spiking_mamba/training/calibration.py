@@ -66,7 +66,7 @@ def calibrate_thresholds(
         ValueError: ``mean_abs`` or ``nonzero`` is not positive, both are None, the teacher is not dense, or
             no V_th gives what is asked for.
     """
-    wanted = _wanted(mean_abs, nonzero)
+    targets = _targets(mean_abs, nonzero)
     if teacher.config.neuron is not None:
         raise ValueError("Thresholds are calibrated by a dense teacher; this one has neurons.")
     input_ids = input_ids.to(teacher.device)
@@ -76,8 +76,8 @@ def calibrate_thresholds(
     model = SpikingMambaForCausalLM.from_dense(teacher, neuron=neuron, **student).eval()
     # mean |s| falls about as 1 / V: start where the costs say, then close in
     products = sum(p.in_features * p.out_features for p in model.projections().values())
-    start = sum(cost[name] / shape[name] for name in cost) / products / min(wanted.values())
-    scale = _close_in(wanted, start, lambda scale: _spiking(model, batches, first, scale, shape))
+    start = sum(cost[name] / shape[name] for name in cost) / products / min(targets.values())
+    scale = _close_in(targets, start, lambda scale: _spiking(model, batches, first, scale, shape))
     _warn_of_clipping(model, batches[0])
     layers: list[dict[str, float]] = [{} for _ in range(teacher.config.num_hidden_layers)]
     for name, value in shape.items():
@@ -86,33 +86,33 @@ def calibrate_thresholds(
     return layers
 
 
-def _wanted(mean_abs: float | None, nonzero: float | None) -> dict[str, float]:
+def _targets(mean_abs: float | None, nonzero: float | None) -> dict[str, float]:
     """What is asked for, by the names of :func:`_spiking`."""
     named = {"mean |s|": mean_abs, "share of non-zero counts": nonzero}
-    wanted = {name: value for name, value in named.items() if value is not None}
-    if not wanted:
+    targets = {name: value for name, value in named.items() if value is not None}
+    if not targets:
         raise ValueError("Thresholds are calibrated for a mean_abs or a share of non-zero counts.")
     for name, value in (("mean_abs", mean_abs), ("nonzero", nonzero)):
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if value is not None and not (number and 0 < value < math.inf):
             raise ValueError(f"{name} must be a positive number, got {value!r}.")
-    return wanted
+    return targets
 
 
-def _close_in(wanted: dict[str, float], scale: float, measure: Callable[[float], dict[str, float]]) -> float:
-    """The scale at which ``measure`` gives of nothing more than is wanted; the first tried is ``scale``."""
+def _close_in(targets: dict[str, float], scale: float, measure: Callable[[float], dict[str, float]]) -> float:
+    """The scale at which ``measure`` gives of nothing more than its target; the first tried is ``scale``."""
     low, high = 0.0, math.inf
     for _ in range(_HALVINGS):
         got = measure(scale)
-        excess = max(got[name] / value for name, value in wanted.items())
+        excess = max(got[name] / value for name, value in targets.items())
         if abs(excess - 1) < _CLOSE:
             return scale
         low, high = (scale, high) if excess > 1 else (low, scale)
         scale = scale * excess if excess > 0 else scale / 2
         if not low < scale < high:
             scale = (low + high) / 2 if high < math.inf else 2 * low
-    tried = " and ".join(f"a {name} of {value}" for name, value in wanted.items())
-    last = " and ".join(f"{got[name]:.4g}" for name in wanted)
+    tried = " and ".join(f"a {name} of {value}" for name, value in targets.items())
+    last = " and ".join(f"{got[name]:.4g}" for name in targets)
     raise ValueError(f"No threshold gives {tried}; the last try gave {last}.")
 
 

@@ -29,7 +29,7 @@ from spiking_mamba.common.schema import (
 )
 from spiking_mamba.data.preferences import Preference, RowReport, read_preferences
 from spiking_mamba.data.text import draw_rows
-from spiking_mamba.evaluation.preferences import compare, judge
+from spiking_mamba.evaluation.preferences import compare, evaluate_preferences
 from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
@@ -209,8 +209,8 @@ def optimise(settings: PreferenceSettings) -> dict[str, Any] | None:
     """Train a model on preferences as the settings say, and measure it before and after.
 
     Returns:
-        What ``results.json`` holds, on the first process: see :func:`judge` and :func:`compare`; ``rows``
-        and ``held_out`` say what became of the data.
+        What ``results.json`` holds, on the first process: see :func:`evaluate_preferences` and
+        :func:`compare`; ``rows`` and ``held_out`` say what became of the data.
 
     Raises:
         RunError, CheckpointError, DataError, ValueError: before anything is written or trained.
@@ -299,7 +299,7 @@ def _measured(
     with Stage(2 * ((held_out is not None) + (text is not None)), "evaluating") as stage:
         for stage.label, name in (("before", before), ("after", after)):
             # one model at a time: no variable of it
-            found[stage.label] = judge(
+            found[stage.label] = evaluate_preferences(
                 load_model(name).to(arguments.device),
                 held_out,
                 text,
