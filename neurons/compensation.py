@@ -23,7 +23,12 @@ SMOOTH_FUNCTIONS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
 
 
 def compensate(
-    u: torch.Tensor, spike: torch.Tensor, mode: str, function: str, lam: float, max_spike_count: int
+    u: torch.Tensor,
+    spike: torch.Tensor,
+    mode: str,
+    function: str,
+    lam: float | torch.Tensor,
+    max_spike_count: int,
 ) -> torch.Tensor:
     """Mix the smooth path ``f(u)`` into the spikes ``s`` of ``u``:
 

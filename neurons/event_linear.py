@@ -160,6 +160,7 @@ class EventDrivenLinear(nn.Module):
         self._backend = backend
 
     def extra_repr(self) -> str:
+        """What ``repr()`` shows between the brackets."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, weights={self.weights}, backend={self.backend}"
@@ -196,8 +197,10 @@ class EventDrivenLinear(nn.Module):
         return self._torch_sums(spikes)
 
     def forward(self, spikes: torch.Tensor) -> torch.Tensor:
-        """``[..., in] -> [..., out]`` in the dtype of the spikes, float32 for integer ones; errors as in
-        :meth:`integer_sums`, and for spikes that want a gradient."""
+        """``[..., in] -> [..., out]`` in the dtype of the spikes, float32 for integer ones.
+
+        Errors as in :meth:`integer_sums`, and for spikes that want a gradient.
+        """
         if torch.is_grad_enabled() and spikes.requires_grad:
             raise ValueError("EventDrivenLinear has no gradient: call it under torch.no_grad().")
         y = self.integer_sums(spikes) * self.scale

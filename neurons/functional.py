@@ -133,6 +133,7 @@ def si_lif_multi_step(
     Args:
         x_seq: inputs ``X[1..T]``, shape ``[T, N, *]``; ``T = 0`` is legal and leaves ``v`` as it is.
         v: initial potential, shape ``[N, *]``, or the number 0.
+        tau, v_threshold, surrogate_function, detach_reset: as in :func:`si_lif_step`.
         store_v_seq: also return ``V[1..T]``.
 
     Returns:

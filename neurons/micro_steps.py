@@ -36,9 +36,11 @@ class SignedCountToTernary(nn.Module, base.MultiStepModule):
         self.step_mode = "m"
 
     def extra_repr(self) -> str:
+        """What ``repr()`` shows between the brackets."""
         return f"max_spike_count={self.max_spike_count}"
 
     def forward(self, count_seq: torch.Tensor) -> torch.Tensor:
+        """``[T, *] -> [T * D, *]``."""
         if not torch.compiler.is_compiling() and bool((count_seq.abs() > self.max_spike_count).any()):
             raise ValueError(f"A spike count exceeds max_spike_count={self.max_spike_count}.")
         count = count_seq.unsqueeze(1)
@@ -53,8 +55,9 @@ class SignedCountToTernary(nn.Module, base.MultiStepModule):
 
 
 class MicroStepSum(nn.Module, base.MultiStepModule):
-    r"""Sum each run of ``D`` micro-steps, ``[T * D, *] -> [T, *]``; the counterpart of
-    :class:`SignedCountToTernary`, to stand behind a bias-free linear layer.
+    r"""Sum each run of ``D`` micro-steps, ``[T * D, *] -> [T, *]``.
+
+    The counterpart of :class:`SignedCountToTernary`, to stand behind a bias-free linear layer.
 
     Args:
         max_spike_count: ``D``.
@@ -69,9 +72,11 @@ class MicroStepSum(nn.Module, base.MultiStepModule):
         self.step_mode = "m"
 
     def extra_repr(self) -> str:
+        """What ``repr()`` shows between the brackets."""
         return f"max_spike_count={self.max_spike_count}"
 
     def forward(self, x_seq: torch.Tensor) -> torch.Tensor:
+        """``[T * D, *] -> [T, *]``."""
         steps = x_seq.shape[0]
         if steps % self.max_spike_count:
             raise ValueError(

@@ -141,6 +141,7 @@ class SILIFNode(BaseNode):
         self._backend = value
 
     def extra_repr(self) -> str:
+        """What ``repr()`` shows between the brackets."""
         return (
             f"max_spike_count={self.max_spike_count}, tau={self.tau}, v_threshold={self.v_threshold}, "
             f"detach_reset={self.detach_reset}, step_mode={self.step_mode}, backend={self.backend}"
@@ -149,8 +150,10 @@ class SILIFNode(BaseNode):
     def materialize_states(
         self, inputs: tuple[torch.Tensor, ...], states: tuple[object, ...], step_mode: str
     ) -> tuple[object, ...]:
-        """Give the potential the shape and device of one step of the input, in float32 (float64 for a
-        float64 input)."""
+        """Give the potential the shape and device of one step of the input.
+
+        In float32, or float64 for a float64 input.
+        """
         (x,), (v, *others) = inputs, states
         dtype, shape = functional.state_dtype(x), x.shape[1:] if step_mode == "m" else x.shape
         if isinstance(v, torch.Tensor) and v.shape == shape:
@@ -271,6 +274,7 @@ class SILIFNode(BaseNode):
         return spike, mixture.mixed
 
     def multi_step_forward(self, x_seq: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        """``[T, N, *] -> [T, N, *]``, spikes of ``T`` steps; the potential moves on."""
         states: tuple[object, ...] = (self.v,)
         # A fresh neuron starts from the number 0: no tensor of zeros, no pass over it.
         if isinstance(self.v, torch.Tensor) or self.v != 0.0:

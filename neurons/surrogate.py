@@ -86,12 +86,14 @@ class SignedSpikeCount(SurrogateFunctionBase):
     def spiking_function(
         x: torch.Tensor, max_spike_count: int, alpha: float, grad_window: float
     ) -> torch.Tensor:
+        """The spikes, with the surrogate's slope."""
         return _SignedSpikeCount.apply(x, max_spike_count, alpha, grad_window)
 
     @staticmethod
     def primitive_function(
         x: torch.Tensor, max_spike_count: int, alpha: float, grad_window: float
     ) -> torch.Tensor:
+        """What the surrogate's slope is the derivative of."""
         return alpha * functional.clip(x, grad_window)
 
 
@@ -129,6 +131,7 @@ class DeadZoneSpikeCount(SignedSpikeCount):
     def spiking_function(  # type: ignore[override]
         x: torch.Tensor, max_spike_count: int, alpha: float, grad_window: float, dead_zone: float
     ) -> torch.Tensor:
+        """The spikes, with the surrogate's slope."""
         count = _SignedSpikeCount.apply(x, max_spike_count, alpha, grad_window)
         silent = x.detach().abs() <= dead_zone
         return count - (count.detach() * silent)  # the slope is the count's
@@ -137,4 +140,5 @@ class DeadZoneSpikeCount(SignedSpikeCount):
     def primitive_function(  # type: ignore[override]
         x: torch.Tensor, max_spike_count: int, alpha: float, grad_window: float, dead_zone: float
     ) -> torch.Tensor:
+        """What the surrogate's slope is the derivative of."""
         return alpha * functional.clip(x, grad_window)

@@ -56,6 +56,7 @@ def grouped_events(spikes, row_bytes, offsets, counts, begins, totals):
     """As :func:`events`, each group of 32 inputs filled up to a multiple of four.
 
     Args:
+        spikes, row_bytes, offsets, counts: as there.
         begins: int32 ``[groups + 1]``, filled with where each group's fours begin.
         totals: int32 ``[groups]``, filled with each group's sum.
 

@@ -66,6 +66,9 @@ class Portable:
         """``total`` of ``quad_lanes`` outputs with four inputs of each added.
 
         Args:
+            w: what writes the instructions. total, quads: int32 sums, and bytes of weights, four of each
+            spikes: int32, the four inputs' bytes.
+                output.
             of: what is known of the bytes: 'any', nothing; 'nibbles', that weights are from 0 to 15;
                 'rounded', that no input is -128.
         """
@@ -93,10 +96,12 @@ class Avx2(Portable):
     crossover: ClassVar = {8: 1.0, 4: 0.55}  # spikes that may be -128 take the long way through int8 tiles
 
     def mix(self, w: Writer, rows: Sequence[ir.Value]) -> Values:
+        """As :meth:`Portable.mix`, by x86's unpack."""
         a, b, c, d = rows
         return [w.interleave(x, y, 1, high) for x, y in ((a, b), (c, d)) for high in (False, True)]
 
     def dot(self, w: Writer, sums: Values, mixed: Values, spikes: ir.Value) -> Values:
+        """As :meth:`Portable.dot`, by products of pairs in 16 bits."""
         sums = list(sums)
         for pair in range(2):
             s = self._pair(w, spikes, pair)
@@ -110,6 +115,7 @@ class Avx2(Portable):
     def dot_quads(
         self, w: Writer, total: ir.Value, quads: ir.Value, spikes: ir.Value, of: str = "any"
     ) -> ir.Value:
+        """As :meth:`Portable.dot_quads`; where products may not fit in 16 bits, in two halves."""
         if of != "any":
             return w.b.add(total, self._four_products(w, quads, spikes, of))
         one, two = (w.part(w.b.bitcast(self._pair(w, spikes, p), vector(i32, 8)), 0, 8) for p in range(2))
@@ -119,8 +125,11 @@ class Avx2(Portable):
         return w.b.add(total, w.b.add(even, odd))
 
     def _four_products(self, w: Writer, quads: ir.Value, spikes: ir.Value, of: str) -> ir.Value:
-        """By ``vpmaddubsw``, which multiplies unsigned by signed bytes and adds pairs in 16 bits, where they
-        fit: 15 * 128 * 2 of nibbles, 128 * 127 * 2 of a weight's size times an input that takes its sign."""
+        """By ``vpmaddubsw``, which multiplies unsigned by signed bytes and adds pairs in 16 bits.
+
+        They fit: 15 * 128 * 2 of nibbles, 128 * 127 * 2 of a weight's size times an input that takes its
+        sign.
+        """
         s = w.b.bitcast(w.splat(spikes, 8), vector(i8, 32))
         size = quads
         if of == "rounded":
@@ -154,6 +163,7 @@ class _FourAtOnce(Portable):
         ]
 
     def dot(self, w: Writer, sums: Values, mixed: Values, spikes: ir.Value) -> Values:
+        """As :meth:`Portable.dot`, by products of pairs in 16 bits."""
         return [self.dot_quads(w, *both, spikes) for both in zip(sums, mixed, strict=True)]
 
 
@@ -169,12 +179,14 @@ class Vnni(_FourAtOnce):
         self.features = {512: ("avx512vnni",), 256: ("avxvnni", "avx512vnni+avx512vl")}[bits]
 
     def order(self) -> list[int]:
+        """As :attr:`Portable.order`."""
         # what interleaving within lanes of 16 bytes does to the outputs, undone
         return [self.lanes * (p % 16 // 4) + 4 * (p // 16) + p % 4 for p in range(self.width)]
 
     def dot_quads(
         self, w: Writer, total: ir.Value, quads: ir.Value, spikes: ir.Value, of: str = "any"
     ) -> ir.Value:
+        """As :meth:`Portable.dot_quads`, in one instruction."""
         kind = vector(i32, self.lanes)
         name = f"llvm.x86.avx512.vpdpbusd.{self.bits}"
         return w.call(name, kind, total, w.b.bitcast(quads, kind), w.splat(spikes, self.lanes))
@@ -190,6 +202,7 @@ class DotProduct(_FourAtOnce):
     def dot_quads(
         self, w: Writer, total: ir.Value, quads: ir.Value, spikes: ir.Value, of: str = "any"
     ) -> ir.Value:
+        """As :meth:`Portable.dot_quads`, in one instruction."""
         s = w.b.bitcast(w.splat(spikes, 4), vector(i8, 16))
         return w.call("llvm.aarch64.neon.sdot.v4i32.v16i8", vector(i32, 4), total, quads, s)
 

@@ -36,8 +36,11 @@ def _calling(make: Callable[[ir.Module], ir.Function]) -> Callable:
 
 @cache
 def products(name: str) -> SimpleNamespace:
-    """The kernels for these instructions: ``rows_int8``, ``rows_int4``, and by bits and whether inputs have
-    factors ``tile[bits, floats]``; arguments as in :mod:`neurons.cpu.kernels`."""
+    """The kernels for these instructions.
+
+    ``rows_int8``, ``rows_int4``, and by bits and whether inputs have factors ``tile[bits, floats]``;
+    arguments as in :mod:`neurons.cpu.kernels`.
+    """
     kind = INSTRUCTIONS[name]
 
     @intrinsic

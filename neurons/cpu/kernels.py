@@ -148,27 +148,43 @@ def rows_int4(module: ir.Module, kind: Portable) -> ir.Function:
                     for line in range(0, kind.step, 64):
                         w.prefetch(w.at(row, line))
                 for part, pair in zip(parts, variables, strict=True):
-                    mixed = kind.mix(w, [w.load(w.at(row, part), row_type, kind.width) for row in rows])
-                    sums_of = [[w.get(v, sum_type) for v in own] for own in pair]
-                    _add_nibbles(w, kind, lambda t, m, s=quad: kind.dot(w, t, m, s), sums_of, mixed)
-                    for own, values in zip(pair, sums_of, strict=True):
-                        for variable, value in zip(own, values, strict=True):
-                            w.set(variable, value)
+                    values = [w.load(w.at(row, part), row_type, kind.width) for row in rows]
+                    _add_four_rows(w, kind, pair, values, quad)
             for line in range(0, 2 * kind.step, 64):  # the next group's scales
                 w.prefetch(w.at(w.at(w.at(own_scales, stride), w.b.mul(column, i64(2))), line))
             for part, pair in zip(parts, variables, strict=True):
                 output = w.b.mul(w.b.add(column, i64(part)), i64(2))
-                for i in range(count):
-                    halves = _part_nibbles(w, kind, *(w.get(own[i], sum_type) for own in pair))
-                    for high, half in enumerate(halves):
-                        place = w.b.add(output, i64(kind.width * high + kind.lanes * i))
-                        scale = w.b.zext(w.load(w.at(own_scales, place), vector(i8, kind.lanes)), sum_type)
-                        target = w.at(sums, w.b.mul(place, i64(4)))
-                        before = w.load(target, sum_type, min(64, 4 * kind.lanes))
-                        total = w.b.add(before, w.b.mul(half, scale))
-                        w.store(total, target, min(64, 4 * kind.lanes))
+                _add_scaled(w, kind, pair, own_scales, output, sums)
     w.finish()
     return function
+
+
+def _add_four_rows(
+    w: Writer, kind: Portable, pair: list[list[ir.Value]], rows: list[ir.Value], spikes: ir.Value
+) -> None:
+    """Add the products of four rows' bytes and their spikes to a group's variables, of both halves."""
+    sum_type = vector(i32, kind.lanes)
+    mixed = kind.mix(w, rows)
+    sums = [[w.get(variable, sum_type) for variable in own] for own in pair]
+    _add_nibbles(w, kind, lambda totals, four: kind.dot(w, totals, four, spikes), sums, mixed)
+    for own, values in zip(pair, sums, strict=True):
+        for variable, value in zip(own, values, strict=True):
+            w.set(variable, value)
+
+
+def _add_scaled(
+    w: Writer, kind: Portable, pair: list[list[ir.Value]], scales: ir.Value, output: ir.Value, sums: ir.Value
+) -> None:
+    """Add a group's variables, times the scales of its outputs from ``output`` on, to the sums in memory."""
+    sum_type, align = vector(i32, kind.lanes), min(64, 4 * kind.lanes)
+    for i in range(kind.accumulators):
+        halves = _part_nibbles(w, kind, *(w.get(own[i], sum_type) for own in pair))
+        for high, half in enumerate(halves):
+            place = w.b.add(output, i64(kind.width * high + kind.lanes * i))
+            scale = w.b.zext(w.load(w.at(scales, place), vector(i8, kind.lanes)), sum_type)
+            target = w.at(sums, w.b.mul(place, i64(4)))
+            before = w.load(target, sum_type, align)
+            w.store(w.b.add(before, w.b.mul(half, scale)), target, align)
 
 
 def tiles(module: ir.Module, kind: Portable, bits: int, floats: bool) -> ir.Function:
@@ -208,18 +224,7 @@ def tiles(module: ir.Module, kind: Portable, bits: int, floats: bool) -> ir.Func
                 w.prefetch(w.at(base, STREAM_AHEAD + quad * size + line))
             places = [w.at(base, quad * size + i * kind.width) for i in range(vectors)]
             values = [w.load(place, vector(i8, kind.width), kind.width) for place in places]
-
-            of = "rounded" if floats else "any"
-            if bits == 4 and not kind.offset:
-                of = "nibbles"
-
-            def add(sums_of: list, read: list, x: ir.Value = x, of: str = of) -> list:
-                return [kind.dot_quads(w, *both, x, of) for both in zip(sums_of, read, strict=True)]
-
-            if bits == 8:
-                own[0] = add(own[0], values)
-            else:
-                _add_nibbles(w, kind, add, own, values)
+            _add_quad(w, kind, own, values, x, bits, floats)
         if bits == 4:
             for line in range(0, 8 * lanes, 64):
                 ahead = w.b.add(w.b.mul(group, i64(8 * lanes)), i64(SCALES_AHEAD + line))
@@ -234,6 +239,29 @@ def tiles(module: ir.Module, kind: Portable, bits: int, floats: bool) -> ir.Func
         w.store(w.get(variable, whole_type), w.at(sums, 4 * lanes * i), 4)
     w.finish()
     return function
+
+
+def _add_quad(
+    w: Writer,
+    kind: Portable,
+    own: list[list[ir.Value]],
+    values: list[ir.Value],
+    x: ir.Value,
+    bits: int,
+    floats: bool,
+) -> None:
+    """Add the products of four inputs ``x`` and their weights in a tile to a group's sums ``own``."""
+    of = "rounded" if floats else "any"
+    if bits == 4 and not kind.offset:
+        of = "nibbles"
+
+    def add(sums: list[ir.Value], read: list[ir.Value]) -> list[ir.Value]:
+        return [kind.dot_quads(w, *both, x, of) for both in zip(sums, read, strict=True)]
+
+    if bits == 8:
+        own[0] = add(own[0], values)
+    else:
+        _add_nibbles(w, kind, add, own, values)
 
 
 def _group_end(w: Writer, kind: Portable, bits: int, floats: bool) -> Callable[..., ir.Value]:

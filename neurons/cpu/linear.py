@@ -19,6 +19,7 @@ def layout_for(share: float, bits: int, instructions: str | None = None) -> str:
     """'rows' or 'tiles', whichever is faster where this share of the inputs fires.
 
     Args:
+        share: of the inputs, in [0, 1]. bits: of a weight, 8 or 4.
         instructions: a name of :data:`neurons.cpu.instructions.INSTRUCTIONS`; None: the best there are.
     """
     kind = INSTRUCTIONS[best() if instructions is None else instructions]

@@ -88,8 +88,11 @@ class Writer:
         return self.shuffle(x, x, range(first, first + count))
 
     def interleave(self, x: ir.Value, y: ir.Value, size: int, high: bool) -> ir.Value:
-        """Units of ``size`` bytes of ``x`` and ``y`` in turn, out of the lower or the higher half of every 16
-        bytes, as x86's unpack and, within 16 bytes, ARM's zip do it."""
+        """Units of ``size`` bytes of ``x`` and ``y`` in turn.
+
+        Out of the lower or the higher half of every 16 bytes, as x86's unpack and, within 16 bytes, ARM's zip
+        do it.
+        """
         width = x.type.count
         which: list[int] = []
         for lane in range(0, width, 16):

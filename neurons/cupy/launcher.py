@@ -35,8 +35,11 @@ class Source:
 
     @functools.cached_property
     def text(self) -> str:
-        """The source with its own includes put in: CuPy keeps binaries by the text that it is given, and
-        would not notice that an included file has changed."""
+        """The source with its own includes put in.
+
+        CuPy keeps binaries by the text that it is given, and would not notice that an included file has
+        changed.
+        """
         return _expand(self.path)
 
 
@@ -128,6 +131,7 @@ def launch(
     """Run kernel ``name`` of ``source``, compiled with ``options``, on torch's current stream of ``device``.
 
     Args:
+        source: where the kernel stands. name: the kernel's. device: of the tensors. options: of the compiler.
         grid, block: blocks, and threads of a block, along each of up to three axes.
         args: the kernel's arguments in their order, typed as its parameters are.
     """

@@ -72,6 +72,7 @@ class Operator:
         return *flat[: self.tensors], self.constants(*flat[self.tensors :])
 
     def __call__(self, *arguments: Any) -> Any:
+        """Run the operator, as one that torch knows where something dispatches on it."""
         if _dispatches():
             constants = () if self.constants is None else arguments[-1]
             return self.definition(*arguments[: self.tensors], *constants)

@@ -25,7 +25,7 @@ from spiking_mamba.common.provenance import provenance, refuse_changed_code
 from spiking_mamba.common.records import put_record
 from spiking_mamba.common.schema import Count, Name, Names, schema
 from spiking_mamba.common.settings import parse_settings
-from spiking_mamba.evaluation.scoring import compared
+from spiking_mamba.evaluation.scoring import kl_and_agreement
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.model.modes import evaluating
 from spiking_mamba.model.tokenizer import load_tokenizer
@@ -62,6 +62,7 @@ def documents_of(ids: np.ndarray, end: int) -> np.ndarray:
 
     Args:
         ids: int ``[rows, length]``, documents joined by ``end`` and cut.
+        end: the end-of-text token.
 
     Returns:
         int64 ``[rows, length]``, from 0.
@@ -106,7 +107,7 @@ def compare(
             columns = (torch.ones_like(nats[0]), *nats)
             for column, values in enumerate(columns):
                 np.add.at(sums[:, column], of, values.reshape(-1).numpy())
-            found = compared(ours, theirs)
+            found = kl_and_agreement(ours, theirs)
             kl, same = kl + found[0], same + found[1]
             share((start + len(batch)) / len(ids))
     tokens = int(sums[:, 0].sum())

@@ -127,14 +127,14 @@ class Records:
             (found,) = json.loads(path.read_text())["models"]
             self.tasks.setdefault(path.parent.name, {}).update(found["tasks"])
 
-    def told(self, text: str) -> str:
+    def filled(self, text: str) -> str:
         """A text with its numbers."""
         return PLACEHOLDER.sub(lambda found: self.value(*found.groups()), text)
 
-    def told_if_recorded(self, text: str) -> str:
+    def filled_if_recorded(self, text: str) -> str:
         """The same; nothing where it names a text that no student was measured on."""
         try:
-            return self.told(text)
+            return self.filled(text)
         except NotRecordedError:
             return ""
 

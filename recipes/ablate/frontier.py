@@ -23,7 +23,9 @@ def best_at(rows: Sequence[Row], scope: str, gain: float = TARGET_GAIN) -> Row |
     """Of the trained students with at least that gain the one with the lowest perplexity.
 
     Args:
+        rows: of finished runs.
         scope: "gain", of the projections alone, or a name of ``placeholders.ENERGIES``.
+        gain: the least that counts.
     """
     found = []
     for row in rows:
@@ -103,8 +105,11 @@ class Mark(NamedTuple):
 
 
 def students(rows: Sequence[Row]) -> list[Mark]:
-    """The best trained students of every energy, projections with neurons at fp32, three of them labelled:
-    the one nearest to the dense model, the target's and, of several seeds, the one with the largest gain."""
+    """The best trained students of every energy, projections with neurons at fp32.
+
+    Three of them are labelled: the one nearest to the dense model, the target's and, of several seeds, the
+    one with the largest gain.
+    """
     best, target = best_dense(rows), best_at(rows, "gain")
     found: dict[tuple[float, float], Row] = {}
     for row in rows:
@@ -125,8 +130,10 @@ def students(rows: Sequence[Row]) -> list[Mark]:
 
 
 def in_int8(rows: Sequence[Row]) -> list[Mark]:
-    """The target's student with int8 projections, and as the equal-level quantised network that multiplies
-    and skips zeros: one function, whose perplexity was measured, and two prices."""
+    """The target's student with int8 projections, and as the equal-level quantised network.
+
+    That one multiplies and skips zeros: one function, whose perplexity was measured, and two prices.
+    """
     row, best = best_at(rows, "gain"), best_dense(rows)
     changed = [] if row is None else row.values("checks", "int8", "perplexity")
     if row is None or not changed or not row.energies("with_neurons"):

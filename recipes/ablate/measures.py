@@ -182,8 +182,10 @@ def with_bf16_weights(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM
 
 
 def with_int8_projections(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
-    """A copy whose projections have int8 weights with a scale for each output channel, as floats: with counts
-    of 2D + 1 levels in front of them, the equal-level quantised network."""
+    """A copy whose projections have int8 weights with a scale for each output channel, as floats.
+
+    With counts of 2D + 1 levels in front of them, the equal-level quantised network.
+    """
     rounded = copy.deepcopy(model)
     with torch.no_grad():
         for projection in rounded.projections().values():

@@ -140,6 +140,7 @@ def fill(text: str, find: "Callable[[str], Row]") -> str:
     """The text with its numbers.
 
     Args:
+        text: with placeholders.
         find: gives the row of a name.
 
     Raises:

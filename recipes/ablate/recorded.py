@@ -89,8 +89,10 @@ class Row:
         return interval(self.over_teacher()) if dense is None else change(self, dense)
 
     def energies(self, name: str) -> list[float]:
-        """One of ``placeholders.ENERGIES`` of every finished run, by what was counted in it; none of a dense
-        row or without the teacher's configuration."""
+        """One of ``placeholders.ENERGIES`` of every finished run, by what was counted in it.
+
+        None of a dense row or without the teacher's configuration.
+        """
         found = []
         for run in self.done:
             if run["after"].get("mean_abs") is not None and Path(self.table.teacher, "config.json").is_file():
@@ -146,8 +148,10 @@ def read(table: Table) -> list[Row]:
 
 
 def best_dense(rows: Sequence[Row]) -> Row | None:
-    """The dense row of any length and learning rate whose mean perplexity is lowest; ``None`` where that is
-    the teacher as it is."""
+    """The dense row of any length and learning rate whose mean perplexity is lowest.
+
+    ``None`` where that is the teacher as it is.
+    """
     controls = [row for row in rows if row.dense and row.done]
     best = min(controls, key=lambda row: interval(row.over_teacher())["mean"], default=None)
     return None if best is None or interval(best.over_teacher())["mean"] >= 0 else best

@@ -105,9 +105,9 @@ def referee(settings: ResultsSettings, rows: Mapping[str, Sequence[Row]]) -> lis
     records = Records(rows, Path(settings.records))
     body = []
     for number, line in enumerate(settings.referee, 1):
-        measured = records.told_if_recorded(line.get("measured", ""))
+        measured = records.filled_if_recorded(line.get("measured", ""))
         left = "" if measured else line.get("else_unknown", "")
-        answer, unknown = (records.told(line[key]) for key in ("answer", "unknown"))
+        answer, unknown = (records.filled(line[key]) for key in ("answer", "unknown"))
         body.append([str(number), line["asked"], f"{answer} {measured}".strip(), f"{unknown} {left}".strip()])
     about = "Numbers come from the records, as everywhere on this page; what no record answers is named."
     header = ["", "asked", "answer", "not known yet"]

@@ -38,6 +38,7 @@ def section(table: Table, tables: Tables, path: str) -> list[Block]:
     """The section of a table.
 
     Args:
+        table: what it is made of.
         tables: the rows of all tables on the page by the tables' names: a text may name those of others.
         path: of the table's YAML file.
     """
@@ -51,7 +52,7 @@ def section(table: Table, tables: Tables, path: str) -> list[Block]:
         blocks.append(Paragraph(f"Planned, not run: {'; '.join(missing)}."))
     if body := changes(table, find):
         blocks.append(Cells(["change", "against", "perplexity, %", "gain fp32"], body))
-    texts = [told(finding["text"], finding.get("rows", []), find) for finding in table.findings]
+    texts = [filled(finding["text"], finding.get("rows", []), find) for finding in table.findings]
     blocks += [Paragraph(text) for text in texts if text is not None]
     if body := checks(table, rows):
         blocks.append(Cells(["row", "check", "perplexity as it is", "so changed"], body))
@@ -76,7 +77,7 @@ def finder(table: Table, tables: Tables) -> Callable[[str], Row]:
     return find
 
 
-def told(text: str, others: Sequence[str], find: Callable[[str], Row]) -> str | None:
+def filled(text: str, others: Sequence[str], find: Callable[[str], Row]) -> str | None:
     """A text with its numbers; None before every row that it names, or rests on beside, was run."""
     named, beside = ([find(name) for name in names] for names in (rows_named(text), others))
     if not all(row.done for row in named) or not all(row.runs for row in beside):
@@ -86,7 +87,7 @@ def told(text: str, others: Sequence[str], find: Callable[[str], Row]) -> str | 
 
 def verdict(claim: dict[str, Any], find: Callable[[str], Row]) -> str:
     """What the table says of a claim. One that rests on no row cannot be seen at this scale."""
-    found = told(claim.get("verdict", "Run, not yet judged."), claim.get("rows", []), find)
+    found = filled(claim.get("verdict", "Run, not yet judged."), claim.get("rows", []), find)
     return "Not yet run." if found is None else found
 
 
@@ -98,7 +99,7 @@ def spread(found: Mapping[str, Any], form: str, scale: float = 1.0) -> str:
     return f"{mean} [{scale * found['low']:{form}}, {scale * found['high']:{form}}]"
 
 
-def one(values: Sequence[float], form: str) -> str:
+def mean(values: Sequence[float], form: str) -> str:
     return f"{interval(values)['mean']:{form}}" if values else ""
 
 
@@ -112,13 +113,13 @@ def cells(row: Row, everything: Sequence[Row]) -> list[str]:
         row.label,
         ", ".join([state, *troubles]),
         f"{row.tokens / 1e6:.1f}",
-        one(row.values("before", "perplexity"), ".2f"),
+        mean(row.values("before", "perplexity"), ".2f"),
         spread(interval(after), ".3f") if after else "",
         over,
-        one(row.values("after", "mean_abs"), ".3f"),
-        one(row.values("after", "nonzero_share"), ".3f"),
-        one(row.values("after", "gain", "fp32"), ".2f"),
-        *(one(row.energies(name), ".2f") for name in gains),
+        mean(row.values("after", "mean_abs"), ".3f"),
+        mean(row.values("after", "nonzero_share"), ".3f"),
+        mean(row.values("after", "gain", "fp32"), ".2f"),
+        *(mean(row.energies(name), ".2f") for name in gains),
     ]
 
 
@@ -128,7 +129,7 @@ def changes(table: Table, find: Callable[[str], Row]) -> list[list[str]]:
     for lever in table.levers:
         row, against = find(lever["row"]), find(lever["against"])
         if row.done and against.done:
-            gains = (one(r.values("after", "gain", "fp32"), ".2f") for r in (against, row))
+            gains = (mean(r.values("after", "gain", "fp32"), ".2f") for r in (against, row))
             found = spread(change(row, against), "+.2f", 100.0)
             body.append([marked(lever["change"], [row]), against.label, found, " to ".join(gains)])
     return body
@@ -140,7 +141,7 @@ def checks(table: Table, rows: Sequence[Row]) -> list[list[str]]:
     for row in rows:
         for name in table.checks_of(row.row) if row.done else ():
             about = f"{name}, {DRIVEN_ROWS} rows" if name == "spike_driven" else name
-            pair = (one(row.values("checks", name, key), ".4f") for key in ("without", "perplexity"))
+            pair = (mean(row.values("checks", name, key), ".4f") for key in ("without", "perplexity"))
             body.append([row.label, about, *pair])
     return body
 

@@ -52,19 +52,19 @@ class Study:
         settings = settings_recorded(self.table.settings(row, seed))
         return fingerprint([self.measures.depends, settings, sorted(self.table.checks_of(row)), seed])
 
-    def kept(self, row: dict[str, Any], seed: int) -> dict[str, Any]:
+    def recorded(self, row: dict[str, Any], seed: int) -> dict[str, Any]:
         """The result that is recorded, of these settings or others; empty where there is none."""
         found = {tuple(map(each.get, IDENTITY)): each for each in read_records(self.table.records)}
         return found.get((row["name"], seed), {})
 
     def done(self, row: dict[str, Any], seed: int) -> bool:
         """Whether a result for exactly these settings is there."""
-        found = self.kept(row, seed)
+        found = self.recorded(row, seed)
         return found.get("key") == self.key(row, seed) and found.get("status") in MEASURED
 
     def keep(self, row: dict[str, Any], seed: int, result: dict[str, Any]) -> None:
         """Record a result; what is said of a row that failed takes no earlier result away."""
-        if result["status"] == "failed" and self.kept(row, seed).get("status") in MEASURED:
+        if result["status"] == "failed" and self.recorded(row, seed).get("status") in MEASURED:
             write_whole(self.table.folder(row, seed, ".failed.json"), json.dumps(result, indent=1) + "\n")
         else:
             put_record(self.table.records, result, IDENTITY)

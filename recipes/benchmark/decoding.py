@@ -27,6 +27,7 @@ from spiking_mamba.reports.document import markdown_table
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
 WAYS = ("plain", "captured", "generate()")
+Way = Callable[[torch.Tensor, int], None]  # decodes so many tokens behind a prompt
 
 
 def make(
@@ -53,7 +54,7 @@ def generate(model: SpikingMambaForCausalLM, prompt: torch.Tensor, tokens: int) 
     model.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **length)
 
 
-def rival(config: SpikingMambaConfig, args: argparse.Namespace) -> Callable[[torch.Tensor, int], None]:
+def rival(config: SpikingMambaConfig, args: argparse.Namespace) -> Way:
     ssd._triton_kernels()  # knows how to import a mamba-ssm that was built without CUDA
     from mamba_ssm.models.config_mamba import MambaConfig
     from mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel
@@ -88,8 +89,7 @@ def copy_bytes_per_second() -> float:
     return 2 * source.numel() / statistics.median(times)
 
 
-@fail_clearly()
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -99,16 +99,15 @@ def main() -> None:
     for name, default in {"batch": 1, "prompt": 64, "tokens": 256, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    args = parser.parse_args()
-    quiet()
-    config = published_config(f"state-spaces/mamba2-{args.size}")
-    config.num_hidden_layers = args.layers or config.num_hidden_layers
-    cuda = args.device == "cuda"
-    synchronize = torch.cuda.synchronize if cuda else lambda: None
-    prompt = torch.randint(0, config.vocab_size, (args.batch, args.prompt), device=args.device)
+    return parser.parse_args()
 
-    ways: dict[str, Callable[[torch.Tensor, int], None]] = {}
-    if cuda and importlib.util.find_spec("mamba_ssm"):
+
+def ways_to_decode(
+    config: SpikingMambaConfig, args: argparse.Namespace
+) -> tuple[dict[str, Way], SpikingMambaForCausalLM]:
+    """What is to be timed, by name, and the last of our models."""
+    ways: dict[str, Way] = {}
+    if args.device == "cuda" and importlib.util.find_spec("mamba_ssm"):
         ways["mamba-ssm, CUDA graph"] = rival(config, args)
     for kind, neuron in (("dense", None), ("spiking", NEURON)):
         if "plain" in args.only:
@@ -121,30 +120,50 @@ def main() -> None:
             ways[f"{kind}, captured"] = lambda p, n, model=model: loop(model, p, n)
         if "generate()" in args.only:
             ways[f"{kind}, captured, generate()"] = lambda p, n, model=model: generate(model, p, n)
+    return ways, model
 
+
+@torch.no_grad()
+def seconds_a_token(
+    ways: dict[str, Way], prompt: torch.Tensor, args: argparse.Namespace
+) -> dict[str, list[float]]:
+    """Each way's time of a token, once a repeat; ways that do not run here are left out."""
+    synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
+    times: dict[str, list[float]] = {}
+    for name, run in ways.items():
+        start = time.perf_counter()
+        try:
+            run(prompt, 4)
+            times[name] = []
+            print(f"{name}: the first call took {time.perf_counter() - start:.0f} s", file=sys.stderr)
+        except Exception as error:
+            print(f"{name} does not run here and is left out: {type(error).__name__}: {str(error)[:200]}")
+    for _ in range(args.repeats):
+        for name in times:  # in turn; the difference of two lengths leaves the prompt out
+            seconds = []
+            for tokens in (args.tokens // 4, args.tokens):
+                synchronize()
+                start = time.perf_counter()
+                ways[name](prompt, tokens)
+                synchronize()
+                seconds.append(time.perf_counter() - start)
+            times[name].append((seconds[1] - seconds[0]) / (args.tokens - args.tokens // 4))
+    return times
+
+
+@fail_clearly()
+def main() -> None:
+    args = parse_arguments()
+    quiet()
+    config = published_config(f"state-spaces/mamba2-{args.size}")
+    config.num_hidden_layers = args.layers or config.num_hidden_layers
+    cuda = args.device == "cuda"
+    prompt = torch.randint(0, config.vocab_size, (args.batch, args.prompt), device=args.device)
+    ways, model = ways_to_decode(config, args)
     weights = 2 * sum(p.numel() for p in model.parameters())
     floor = weights / copy_bytes_per_second() if cuda else float("nan")
-    times: dict[str, list[float]] = {}
-    with torch.no_grad():
-        for name, run in ways.items():
-            start = time.perf_counter()
-            try:
-                run(prompt, 4)
-                times[name] = []
-                print(f"{name}: the first call took {time.perf_counter() - start:.0f} s", file=sys.stderr)
-            except Exception as error:
-                print(f"{name} does not run here and is left out: {type(error).__name__}: {str(error)[:200]}")
-        for _ in range(args.repeats):
-            for name in times:  # in turn; the difference of two lengths leaves the prompt out
-                seconds = []
-                for tokens in (args.tokens // 4, args.tokens):
-                    synchronize()
-                    start = time.perf_counter()
-                    ways[name](prompt, tokens)
-                    synchronize()
-                    seconds.append(time.perf_counter() - start)
-                times[name].append((seconds[1] - seconds[0]) / (args.tokens - args.tokens // 4))
-    median = {name: statistics.median(found) for name, found in times.items()}
+    times = seconds_a_token(ways, prompt, args)
+    median = {name: statistics.median(seconds) for name, seconds in times.items()}
     first = next(iter(median.values()))
     rows = [
         [

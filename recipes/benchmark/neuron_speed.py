@@ -49,8 +49,10 @@ class Row:
 
     @property
     def floor_bytes(self) -> float:
-        """Input, spikes, both gradients, one bit an element written and read, the last potential. With SGC:
-        input, spikes and mixture; the mixture's gradient, the input again, its gradient."""
+        """Bytes moved: input, spikes, both gradients, a bit an element written and read, the last potential.
+
+        With SGC: input, spikes and mixture; the mixture's gradient, the input again, its gradient.
+        """
         element = torch.finfo(self.dtype).bits // 8
         if self.compensated:
             return self.T * self.N * 6 * element

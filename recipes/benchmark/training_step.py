@@ -153,8 +153,10 @@ def contenders(config: SpikingMambaConfig, args: argparse.Namespace) -> dict[str
 
 
 def flops_per_token(config: SpikingMambaConfig) -> float:
-    """Forward and backward, 6 per parameter that a token is multiplied with (the embedding as the head only),
-    without the scan: what model-FLOPs utilisation counts."""
+    """Operations of a forward and a backward pass, as model-FLOPs utilisation counts them.
+
+    6 per parameter that a token is multiplied with (the embedding as the head only), without the scan.
+    """
     with torch.device("meta"):
         model = SpikingMambaForCausalLM(config)
     return 6.0 * sum(p.numel() for p in model.parameters())

@@ -9,7 +9,7 @@ import numpy as np
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 from spiking_mamba.evaluation.statistics import kept_share, paired_gap
 
-__all__ = ["SIX", "ability", "guessing", "kept", "read_items", "write_items"]
+__all__ = ["SIX", "ability", "guessing", "read_items", "relative_ability", "write_items"]
 
 Outcomes = Mapping[str, Mapping[str, np.ndarray]]  # bool [items] by task and metric
 
@@ -36,8 +36,9 @@ def read_items(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
 
 
 def guessing(data: Any) -> dict[str, float]:
-    """What guessing gets right, by task: a choice at random, or always the most frequent right one. Where all
-    right choices are one, their place was not drawn, and says nothing: there it is the first.
+    """What guessing gets right, by task: a choice at random, or always the most frequent right one.
+
+    Where all right choices are one, their place was not drawn, and says nothing: there it is the first.
 
     Args:
         data: ``evaluated.npz``, see ``prepare.py``.
@@ -64,12 +65,18 @@ def ability(right: Outcomes, guess: Mapping[str, float], sets: Sequence[str]) ->
     return float(sum(_main(right, name).mean() - guess[name] for name in sets))
 
 
-def kept(own: Outcomes, others: Outcomes, guess: Mapping[str, float], sets: Sequence[str]) -> dict[str, Any]:
-    """The part of another model's ability that a model keeps, if that has any, and how many points less it
-    gets right on the six sets of the source, with 95% intervals over items, which both models answered.
+def relative_ability(
+    own: Outcomes, others: Outcomes, guess: Mapping[str, float], sets: Sequence[str]
+) -> dict[str, Any]:
+    """The part of another model's ability that a model keeps, and how many points less it gets right.
+
+    The part only if the other has any ability; the points on the six sets of the source; with 95% intervals
+    over items, which both models answered.
 
     Args:
+        own: of the model, by task.
         others: of at least as many items; the first ones are taken.
+        guess: what guessing gets right, by task, see :func:`guessing`. sets: the tasks.
 
     Raises:
         ValueError: the other model was asked fewer items.
@@ -81,7 +88,7 @@ def kept(own: Outcomes, others: Outcomes, guess: Mapping[str, float], sets: Sequ
         sides.append((theirs, ours))
     found: dict[str, Any] = {}
     if ability(others, guess, sets) > 0:
-        found["kept"] = kept_share(*sides[0], guess)
+        found["relative_ability"] = kept_share(*sides[0], guess)
     if sides[1][0]:
         found["gap"] = {key: 100 * value for key, value in paired_gap(*sides[1]).items() if key != "items"}
     return {

@@ -18,6 +18,7 @@ def captured(step: Step, example: torch.Tensor, warm_up: int = 3) -> Step:
 
     Args:
         step: from an input to a small result, both on CUDA.
+        example: an input. warm_up: how often the step runs first.
 
     Returns:
         The captured step; its result is overwritten by the next call.

@@ -92,8 +92,10 @@ def start_mixer(
 
 @torch.no_grad()
 def convert(source: LlamaWeights, expand: int = 2, seed: int = 0) -> SpikingMambaForCausalLM:
-    """A dense model whose MLPs, norms and embeddings are the source's and whose mixers start from its
-    attention, in float32 on the CPU, in evaluation mode."""
+    """A dense model whose MLPs, norms and embeddings are the source's; its mixers start from its attention.
+
+    In float32 on the CPU, in evaluation mode.
+    """
     shape = source.shape
     tied = source.head is source.embedding
     model = SpikingMambaForCausalLM(student_config(shape, len(source.layers), tied, expand))

@@ -30,8 +30,11 @@ def _behind(x: torch.Tensor, mixed: torch.Tensor, layer: Layer, eps: float) -> t
 
 
 def draw(logits: torch.Tensor, noise: torch.Tensor, temperature: float, min_p: float) -> torch.Tensor:
-    """A token ``[B]`` from logits ``[B, V]``: of those at least ``min_p`` times as probable as the most
-    probable (Nguyen et al., arXiv 2407.01082), the one of least ``noise`` (exponential) by probability."""
+    """A token ``[B]`` from logits ``[B, V]``, drawn by min-p sampling (Nguyen et al., arXiv 2407.01082).
+
+    Of those at least ``min_p`` times as probable as the most probable, the one of least ``noise``
+    (exponential) by probability.
+    """
     scores = logits.float() / temperature
     likely = scores >= scores.amax(-1, keepdim=True) + math.log(min_p)
     return torch.where(likely, scores - noise.log(), -math.inf).argmax(-1)

@@ -21,6 +21,10 @@ def window_hashes(tokens: torch.Tensor, n: int) -> torch.Tensor:
 class Evaluated:
     """The windows of n tokens of evaluated texts.
 
+    ``spiking_mamba.data.contamination`` looks for words, in texts of any tokenizer and on the processor. What
+    a model writes is token ids on the GPU, thousands a step: there it would have to be decoded and cut into
+    words first; and words cannot be told from ids.
+
     Args:
         tokens: ``[m]`` uint16, texts behind one another, each ended by ``end``.
     """

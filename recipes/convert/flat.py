@@ -98,14 +98,14 @@ class FlatParameters:
             {"params": [self.vectors], "weight_decay": 0.0},
         ]
 
-    def kept(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, torch.Tensor]:
         """What :meth:`restore` takes."""
         return {"matrices": self.matrices.data, "vectors": self.vectors.data}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what was kept."""
         with torch.no_grad():
-            for name, tensor in self.kept().items():
+            for name, tensor in self.state().items():
                 tensor.copy_(state[name])
         self.round()
 
@@ -122,8 +122,11 @@ class FlatParameters:
         return sum(flat.grad.square().sum(1) for flat in self.tensors()).sqrt()
 
     def clip_gradients(self, limit: float, each: bool) -> torch.Tensor:
-        """Scale gradients down to a norm of ``limit``: ``each`` module's by itself, or all by their common
-        norm. Returns that norm, or the mean of the modules' norms, as it was before."""
+        """Scale gradients down to a norm of ``limit``.
+
+        ``each`` module's by itself, or all by their common norm. Returns that norm, or the mean of the
+        modules' norms, as it was before.
+        """
         norms = self.gradient_norms()
         norm = norms if each else norms.square().sum().sqrt().expand_as(norms)
         self.scale_gradients((limit / norm.clamp(min=limit))[:, None])
@@ -202,7 +205,7 @@ class LowRankParameters(FlatParameters):
     def groups(self, weight_decay: float) -> list[dict[str, Any]]:
         return [{"params": self.tensors(), "weight_decay": 0.0}]
 
-    def kept(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, torch.Tensor]:
         return {"factors": self.factors.data, "vectors": self.vectors.data}
 
 
@@ -220,14 +223,14 @@ class Together:
         """As an optimiser's groups."""
         return [group for part in self.parts for group in part.groups(weight_decay)]
 
-    def kept(self) -> dict[str, torch.Tensor]:
+    def state(self) -> dict[str, torch.Tensor]:
         """What :meth:`restore` takes."""
-        return {f"{k}.{name}": t for k, part in enumerate(self.parts) for name, t in part.kept().items()}
+        return {f"{k}.{name}": t for k, part in enumerate(self.parts) for name, t in part.state().items()}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Take up what was kept."""
         for k, part in enumerate(self.parts):
-            part.restore({name: state[f"{k}.{name}"] for name in part.kept()})
+            part.restore({name: state[f"{k}.{name}"] for name in part.state()})
 
     def collect(self) -> None:
         """See :meth:`FlatParameters.collect`."""

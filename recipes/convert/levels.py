@@ -21,7 +21,9 @@ def recorded_inputs(
     """What every projection is given, flat float32, every n-th number where there are many, by its name.
 
     Args:
+        model: dense.
         ids: ``[B, L]``. first: places of each row that are left out.
+        most: numbers of a projection that are kept.
     """
     found: dict[str, list[torch.Tensor]] = {}
 
@@ -46,10 +48,13 @@ def recorded_inputs(
 def least_error(
     model: SpikingMambaForCausalLM, ids: torch.Tensor, neuron: dict, first: int = 0
 ) -> list[dict[str, float]]:
-    """V_th of every projection of a dense model, as ``threshold`` of a configuration takes them: of the
-    largest input over D and shares of it the one with the least squared error of ``V_th * S(x / V_th)``.
+    """V_th of every projection of a dense model, as ``threshold`` of a configuration takes them.
+
+    Of the largest input over D and shares of it the one with the least squared error of ``V_th * S(x /
+    V_th)``.
 
     Args:
+        model: dense.
         ids: ``[B, L]`` on the model's device. neuron: of the student. first: see :func:`recorded_inputs`.
     """
     node = neurons.build(neuron)

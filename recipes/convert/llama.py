@@ -26,8 +26,10 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary positions (Su et al., arXiv 2104.09864) in halves: ``x`` ``[..., P]``, ``cos`` and ``sin``
-    ``[..., P / 2]``."""
+    """Rotary positions (Su et al., arXiv 2104.09864) in halves.
+
+    ``x`` ``[..., P]``, ``cos`` and ``sin`` ``[..., P / 2]``.
+    """
     first, second = x.float().chunk(2, dim=-1)
     turned = torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
     return turned.to(x.dtype)

@@ -55,8 +55,9 @@ class LayerMatching:
 
 
 class LogitMatching:
-    """The mixers together learn the source's logits: ``KL(source || student)``, a mean over all tokens but
-    each row's first.
+    """The mixers together learn the source's logits: ``KL(source || student)``.
+
+    A mean over all tokens but each row's first.
 
     Calling it with ids ``[B, L]`` adds to the mixers' gradients and returns the KL as a tensor of one.
 
@@ -121,8 +122,10 @@ class Teacher:
 
 
 class SpikeMatching(LogitMatching):
-    """A student learns a teacher's logits, and to spike no more than it may: ``KL + w max(0, cost - limit)``,
-    means over all tokens but each row's first, which is of another size than all others.
+    """A student learns a teacher's logits, and to spike no more than it may.
+
+    ``KL + w max(0, cost - limit)``, means over all tokens but each row's first, which is of another size than
+    all others.
 
     Calling it with ids ``[B, L]`` adds to the student's gradients and returns, detached, the loss, the KL,
     the mean |s| and the share of non-zero counts, both by output width; the first two of a dense student.

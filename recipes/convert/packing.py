@@ -99,6 +99,7 @@ def second_moments(
     """The mean ``x x^T`` of what every projection of every mixer is given, by name: "0.in_proj" and so on.
 
     Args:
+        model: dense.
         ids: ``[B, L]``; first places are left out, as in training. rows: that go through the model at a time.
     """
     sums: dict[str, torch.Tensor] = {}
@@ -134,14 +135,17 @@ def pack_mixers(
     megabytes: float = 15.0,
     facts: dict[str, Any] | None = None,
 ) -> list[Path]:
-    """Write a model's mixers into files of at most so many megabytes, its configuration, and an index, as
-    :func:`spiking_mamba.model.converted.read_converted` reads them.
+    """Write a model's mixers into files of at most so many megabytes, its configuration, and an index.
+
+    As :func:`spiking_mamba.model.converted.read_converted` reads them.
 
     Args:
+        model: of mixers and MLPs. folder: to write into.
         source: of everything else, see :func:`spiking_mamba.model.source.load_source`.
         bits, group: see :func:`integers`; at most 4 bits are stored two in a byte.
         moments: inputs' second moments by projection, "0.in_proj" and so on, see :func:`integers`.
         facts: more to stand in the index.
+        megabytes: the most that a file holds.
 
     Returns:
         The files, the index first.

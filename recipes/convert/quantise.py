@@ -24,8 +24,10 @@ def quantise(model: SpikingMambaForCausalLM, weights: int, activations: int, gro
     """Round all projections' weights, and from here on what they are given, in place.
 
     Args:
+        model: dense.
         weights: bits; of 8 an output's inputs share a scale, of fewer ``group`` inputs do.
         activations: bits, a scale for each token.
+        group: inputs that share a scale.
     """
 
     def hook(_: torch.nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -9,9 +9,11 @@ _SHARES = [k / 20 for k in range(20, 12, -1)]
 
 
 def scales_of(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
-    """``[out, in] -> [out, in / group]``, of float16's values: the scale at which a group's largest weight is
-    the largest integer, or up to a third less where cutting that weight off lets the others err less. What is
-    rounded already keeps its scale."""
+    """The scales of weights in groups, ``[out, in] -> [out, in / group]``, of float16's values.
+
+    The scale at which a group's largest weight is the largest integer, or up to a third less where cutting
+    that weight off lets the others err less. What is rounded already keeps its scale.
+    """
     most = 2 ** (bits - 1) - 1
     parts = weight.unflatten(1, (-1, group))  # [out, in / group, group]
     whole = parts.abs().amax(-1) / most
@@ -26,8 +28,10 @@ def scales_of(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
 
 
 def _as_float16(values: torch.Tensor) -> torch.Tensor:
-    """The nearest numbers that float16 has, in float32, of normal ones: a compiler may leave out
-    ``.half().float()``, and does."""
+    """The nearest numbers that float16 has, in float32, of normal ones.
+
+    A compiler may leave out ``.half().float()``, and does.
+    """
     return ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 

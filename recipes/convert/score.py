@@ -92,8 +92,10 @@ def batches(lengths: np.ndarray, most: int) -> Iterator[np.ndarray]:
 
 @torch.no_grad()
 def likelihoods(scored: Scored, rows: list[np.ndarray], ends: np.ndarray, most: int) -> tuple[Any, Any]:
-    """The log-probability of the last ``ends[k]`` tokens of every row behind the others and the end-of-text
-    token in front, and whether each was the most probable one: float64 and bool ``[rows]``."""
+    """The log-probability of the last ``ends[k]`` tokens of every row, and whether each was the likeliest.
+
+    Behind the others and the end-of-text token in front; float64 and bool ``[rows]``.
+    """
     device = scored.source.head.device
     sums, greedy = np.zeros(len(rows)), np.zeros(len(rows), bool)
     lengths = np.array([len(row) + 1 for row in rows])
@@ -160,8 +162,10 @@ def tasks(right: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, float]
 def passages(
     scored: Scored, data: Any, count: int, most: int, length: int = 512, reference: Any = None
 ) -> dict[str, float]:
-    """Perplexity, KL from a reference, the source unless another is given, in nats a token, and how often
-    both hold the same token for the most probable one, on passages; positions 0 are left out."""
+    """Perplexity, KL from a reference in nats a token, and how often both have the same likeliest token.
+
+    On passages, positions 0 left out; the reference is the source unless another is given.
+    """
     found, reference = {}, reference or scored.source
     device = scored.source.head.device
     for name, short in PASSAGES.items():

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from ability import ability, guessing, kept, read_items, write_items
+from ability import ability, guessing, read_items, relative_ability, write_items
 from llama import Llama
 from pydantic import Field
 from quantise import quantise
@@ -77,8 +77,11 @@ class StudentScoreSettings:
 
 
 class CountedScored(Scored):
-    """A spiking student whose spikes are counted in the passes that score it: of text, and of rows' first
-    tokens, which are all one and the same token. Padding is left out, as are ends of text within a row."""
+    """A spiking student whose spikes are counted in the passes that score it.
+
+    Of text, and of rows' first tokens, which are all one and the same token. Padding is left out, as are ends
+    of text within a row.
+    """
 
     def __init__(self, source: Llama, student: SpikingMambaForCausalLM) -> None:
         super().__init__(source, student)
@@ -112,8 +115,10 @@ class CountedScored(Scored):
 
 @torch.no_grad()
 def by_projection(scored: Scored, data: Any, rows: int = 16) -> dict[str, Any]:
-    """Counts of every projection on some rows of passages, first tokens included: mean |s|, share of
-    non-zeros, share of counts at D, silent channels."""
+    """Counts of every projection on some rows of passages, first tokens included.
+
+    Mean |s|, share of non-zeros, share of counts at D, silent channels.
+    """
     assert scored.student is not None
     tokens = torch.from_numpy(data["openwebtext-passages"].astype(np.int64))
     rows = min(rows, len(tokens) // 511)
@@ -165,7 +170,7 @@ def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any
     entry |= {"tasks": found, "guessing": {name: round(value, 4) for name, value in guess.items()}}
     entry |= {"sets": sets, "ability": round(ability(right, guess, sets), 4)}
     if settings.against is not None:
-        entry |= kept(right, read_items(settings.against), guess, sets)
+        entry |= relative_ability(right, read_items(settings.against), guess, sets)
     if isinstance(scored, CountedScored):  # of the tasks alone
         entry["spikes"] = scored.spikes()
         entry["projections"] = by_projection(scored, data)

@@ -4,7 +4,7 @@ python recipes/convert/student.py recipes/distill/smollm2-63.yaml
 python -m torch.distributed.run --nproc-per-node 2 recipes/convert/student.py recipes/distill/smollm2-63.yaml
 """
 
-from dataclasses import replace
+from dataclasses import field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,32 +14,30 @@ from levels import least_error
 from llama import Llama
 from matching import SpikeMatching, Teacher, autocast
 from pydantic import Field
-from train import STATE, Stage, check_batch, run_stage
+from stage_settings import NotNegative, StageSettings
+from train import STATE, Stage, run_stage
 
 from spiking_mamba.common.checkpoint_files import locate
 from spiking_mamba.common.errors import fail_clearly
-from spiking_mamba.common.schema import Count, Fraction, Name, Natural, Positive, Seed, schema
+from spiking_mamba.common.schema import Count, Fraction, Name, Natural, Positive, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.source import PACKAGES, load_source
 from spiking_mamba.training.calibration import calibrate_thresholds
-from spiking_mamba.training.student import Length, Neuron
+from spiking_mamba.training.student import Neuron
 
 Share = Annotated[float, Field(gt=0, le=1)]
-Weight = Annotated[float, Field(ge=0)]
 
 
 @schema
-class StudentSettings:
+class StudentSettings(StageSettings):
     """Settings of a student; every field is a key of the YAML file.
 
     Attributes:
-        output: folder of the student: its state and its log, which it goes on with when called again.
         start: folder of the dense model that the student starts from, packed mixers or whole.
         teacher: whose logits it learns: `start` where null, a folder, or the Transformer that `start` was
             converted from, see ``source.PACKAGES``.
-        own_text, package_text: files of tokens (uint16), see ``write_text.py`` and ``prepare.py``.
         neuron: in front of every projection, mixers' and MLPs', see ``neurons.build``; null for a dense
             control.
         mean_abs, nonzero: the mean |s| and the share of non-zero counts, by output width and without each
@@ -48,66 +46,36 @@ class StudentSettings:
             penalty.
         size_weight, zeros_weight: of the penalties.
         calibration: rows that thresholds are calibrated on.
-        bits, group: to which mixers' matrices are rounded while they learn, groups of inputs sharing a scale;
-            bits 0: not rounded.
         rank: of what is added to the MLPs' matrices, so that a small file holds it; 0: they stay as they are;
             null: they are trained whole.
-        rows, length: of a process's batch, and tokens of a row.
-        own_share: of the rows that come from its own text.
-        steps: 0: as many as `budget` allows at the speed of the first steps.
-        budget: seconds of training, for ``steps: 0``.
-        seconds: after which this call ends, its state kept; 0: at the end.
-        learning_rate, final_learning_rate: after the warm-up, and at the end of a cosine.
-        warmup: steps of a linear rise from 0.
         weight_decay: of matrices; of factors of a low rank none.
-        clip: norm that all gradients together are cut to.
-        piece: rows whose logits are made at a time.
-        log_every: steps between two lines of the log.
-        compiles: use ``torch.compile``.
-        graph: replay steps as CUDA graphs.
-        seed: of rows and of the factors.
     """
 
-    output: Name
-    start: Name
-    own_text: list[Name]
-    package_text: list[Name]
+    start: Name = field(kw_only=True)
     teacher: Name | None = None
     neuron: Neuron | None = None
     mean_abs: Positive | None = None
     nonzero: Share | None = None
-    size_weight: Weight = 1.0
-    zeros_weight: Weight = 1.0
+    size_weight: NotNegative = 1.0
+    zeros_weight: NotNegative = 1.0
     calibration: Count = 8
-    bits: Annotated[int, Field(ge=0, le=8)] = 4
-    group: Count = 32
     rank: Natural | None = None
-    rows: Count = 32
-    length: Length = 512
+    # where a student differs from a stage
+    bits: Annotated[int, Field(ge=0, le=8)] = 4
     own_share: Fraction = 0.8
-    steps: Natural = 0
     budget: Positive = 150.0
-    seconds: Weight = 0.0
     learning_rate: Positive = 5e-4
-    final_learning_rate: Weight = 1e-5
     warmup: Natural = 50
-    weight_decay: Weight = 0.01
-    clip: Positive = 1.0
-    piece: Count = 8
-    log_every: Count = 50
-    compiles: bool = True
-    graph: bool = True
-    seed: Seed = 0
 
     def __post_init__(self) -> None:
-        check_batch(self)
+        super().__post_init__()
         if self.neuron is None and (self.mean_abs or self.nonzero):
             raise ValueError(
                 "neuron: a dense control has no spikes to ask for: mean_abs and nonzero are null."
             )
 
 
-def thresholds(settings: Any, dense: SpikingMambaForCausalLM, ids: torch.Tensor) -> Any:
+def thresholds(settings: StudentSettings, dense: SpikingMambaForCausalLM, ids: torch.Tensor) -> Any:
     """V_th of every projection, by tokens ``[B, L]`` on the model's device, first ones left out."""
     if settings.neuron is None:
         return 1.0
@@ -119,7 +87,7 @@ def thresholds(settings: Any, dense: SpikingMambaForCausalLM, ids: torch.Tensor)
         )
 
 
-def trained_parts(student: SpikingMambaForCausalLM, settings: Any, compiles: bool) -> Together:
+def trained_parts(student: SpikingMambaForCausalLM, settings: StudentSettings, compiles: bool) -> Together:
     """All blocks' parameters: mixers in few bits, MLPs whole or as what a low rank adds to them."""
     kinds: dict[str, list[Any]] = {"mamba": [], "mlp": []}
     for number, block in enumerate(student.backbone.layers):
@@ -134,8 +102,10 @@ def trained_parts(student: SpikingMambaForCausalLM, settings: Any, compiles: boo
 
 
 def load_teacher(name: str, dense: SpikingMambaForCausalLM, start: str, compiles: bool) -> Any:
-    """What gives the hidden states and the head to learn from, on the device of ``dense``, which it is itself
-    where the names are one."""
+    """What gives the hidden states and the head to learn from, on the device of ``dense``.
+
+    It is ``dense`` itself where the names are one.
+    """
     if name not in PACKAGES and locate(name)[1].get("model_type") != "llama":
         model = dense if name == start else load_dense(name).to(dense.device)
         return Teacher(model, compiles)
@@ -192,8 +162,10 @@ class StudentStage(Stage):
 
 
 def restored_student(path: str | Path) -> tuple[SpikingMambaForCausalLM, Together, dict[str, Any]]:
-    """The student of a stage's ``state.pt`` as training saw it, on the CPU, in evaluation mode; its
-    parameters; its progress."""
+    """The student of a stage's ``state.pt`` as training saw it, its parameters, and its progress.
+
+    On the CPU, in evaluation mode.
+    """
     state = torch.load(path, map_location="cpu", weights_only=True)
     settings = StudentSettings(**state["progress"]["settings"] | {"output": "-", "piece": 1})
     student = SpikingMambaForCausalLM.from_dense(

@@ -10,7 +10,7 @@ import os
 import time
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
 from capture import captured
@@ -18,17 +18,16 @@ from conversion import convert
 from flat import FlatParameters
 from llama import Llama
 from matching import LayerMatching, LogitMatching
-from pydantic import Field
+from stage_settings import StageSettings
 from tokens import Mixture, Stream, read_tokens
 
 from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.files import refuse_file
 from spiking_mamba.common.progress import quiet
-from spiking_mamba.common.schema import Count, Fraction, Name, Natural, Positive, Seed, schema
+from spiking_mamba.common.schema import Count, Name, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.converted import load_mixers, mixers_of
 from spiking_mamba.model.source import load_source
-from spiking_mamba.training.student import Length
 
 STARTED = time.monotonic()
 
@@ -38,76 +37,25 @@ _UNTIMED, _TIMED = 10, 30  # steps before the speed is taken, and over which it 
 
 
 @schema
-class TrainSettings:
+class TrainSettings(StageSettings):
     """Settings of a stage; every field is a key of the YAML file.
 
     Attributes:
-        output: folder of the stage: its state and its log, which it goes on with when called again.
         stage: 'layers': every mixer learns its attention layer's answers to the source's own inputs;
             'logits': all mixers together learn the source's logits.
         source: the Transformer, see ``source.load_source``.
-        own_text, package_text: files of tokens (uint16), see ``write_text.py`` and ``prepare.py``.
         start: folder of packed mixers to start from, or null: from attention's own weights.
         expand: width of a mixer over the residual stream's.
-        bits, group: to which mixers' matrices are rounded while they learn, groups of inputs sharing a scale:
-            packing them so costs nothing more; bits 0: not rounded.
-        rows, length: of a process's batch, and tokens of a row.
-        own_share: of the rows that come from its own text.
-        steps: of the stage; 0: as many as `budget` allows at the speed of the first steps.
-        budget: seconds of training that the stage has, for ``steps: 0``.
-        seconds: after which this call ends, its state kept; 0: at the stage's end.
-        learning_rate, final_learning_rate: after the warm-up, and at the end of a cosine.
-        warmup: steps of a linear rise from 0.
-        weight_decay: of matrices.
         clip: norm that gradients are cut to, each mixer's in 'layers', all together in 'logits'.
-        piece: rows whose logits are made at a time.
-        log_every: steps between two lines of the log.
-        compiles: use ``torch.compile``.
-        graph: replay steps as CUDA graphs.
-        seed: of rows and of what attention gives no mixer.
     """
 
-    output: Name
-    stage: Literal[STAGES]
-    source: Name
-    own_text: list[Name]
-    package_text: list[Name]
+    stage: Literal[STAGES] = field(kw_only=True)
+    source: Name = field(kw_only=True)
     start: Name | None = None
     expand: Count = 2
-    bits: Annotated[int, Field(ge=0, le=8)] = 0
-    group: Count = 32
-    rows: Count = 32
-    length: Length = 512
-    own_share: Fraction = 2 / 3
-    steps: Natural = 0
-    budget: Positive = 1200.0
-    seconds: Annotated[float, Field(ge=0)] = 0.0
-    learning_rate: Positive = 1e-3
-    final_learning_rate: Annotated[float, Field(ge=0)] = 1e-5
-    warmup: Natural = 100
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    clip: Positive = 1.0
-    piece: Count = 8
-    log_every: Count = 50
-    compiles: bool = True
-    graph: bool = True
-    seed: Seed = 0
-
-    def __post_init__(self) -> None:
-        check_batch(self)
 
 
-def check_batch(settings: Any) -> None:
-    """Raise a ValueError for texts, rows or bits that no stage can have."""
-    if not settings.own_text and not settings.package_text:
-        raise ValueError("own_text or package_text must name files.")
-    if settings.rows % settings.piece:
-        raise ValueError(f"piece must divide rows={settings.rows}, got {settings.piece}.")
-    if settings.bits == 1:
-        raise ValueError("bits must be 0 or 2 to 8, got 1.")
-
-
-def learning_rate(settings: TrainSettings, step: int, steps: int) -> float:
+def learning_rate(settings: StageSettings, step: int, steps: int) -> float:
     """Linear warm-up, then a cosine from ``learning_rate`` to ``final_learning_rate``."""
     share = min(1.0, step / max(1, steps))
     high, low = settings.learning_rate, settings.final_learning_rate
@@ -227,7 +175,7 @@ class Stage:
         state = {
             "progress": asdict(self.progress),
             "optimizer": self.optimizer.state_dict(),
-        } | self.flat.kept()
+        } | self.flat.state()
         torch.save(state, draft)
         draft.replace(self.folder / STATE)
 
@@ -359,7 +307,7 @@ class Stage:
         self.say(" ".join(f"{key} {value:,}" for key, value in shown.items()))
 
 
-def run_stage(kind: type[Stage], settings: Any) -> None:
+def run_stage(kind: type[Stage], settings: StageSettings) -> None:
     """Make a stage of that kind and run it, as a command does."""
     quiet()
     refuse_file(Path(settings.output))

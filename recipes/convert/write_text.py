@@ -123,8 +123,10 @@ def main_loop(settings: WriteSettings, rank: int, device: torch.device) -> dict[
 
 @torch.no_grad()
 def check(source: Llama, tokens: torch.Tensor) -> float:
-    """Mean log-probability of written tokens by the whole forward pass: far below the sampling's if a
-    step went wrong."""
+    """Mean log-probability of written tokens by the whole forward pass.
+
+    Far below the sampling's if a step went wrong.
+    """
     rows = tokens[: min(8, len(tokens))]
     logits = torch.nn.functional.linear(source.hidden_states(rows), source.head).float()
     found = logits[:, :-1].log_softmax(-1).gather(2, rows[:, 1:, None])

@@ -26,8 +26,11 @@ __all__ = ["summary", "write_report"]
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> str:
-    """Write ``results.json``, ``report.md``, ``report.html`` and ``report.png`` to ``folder``; return the
-    summary."""
+    """Write ``results.json``, ``report.md``, ``report.html`` and ``report.png`` to ``folder``.
+
+    Returns:
+        The summary.
+    """
     write_whole(folder / "results.json", json.dumps(results, indent=1))
     image = folder / "report.png"
     _draw(results, image)

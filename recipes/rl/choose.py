@@ -109,8 +109,10 @@ def of_run(folder: str) -> dict[str, Any]:
 
 
 def choose(records: Sequence[dict[str, Any]], rise: float) -> list[dict[str, Any]]:
-    """The same records with ``chosen``: of each method the run that gains most on the half to tune on, among
-    those whose perplexity rises by no more than ``rise``."""
+    """The same records with ``chosen``: of each method the run that gains most on the half to tune on.
+
+    Among those whose perplexity rises by no more than ``rise``.
+    """
     best: dict[str, dict[str, Any]] = {}
     for record in records:
         other = best.get(record["method"])

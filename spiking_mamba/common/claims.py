@@ -104,6 +104,7 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
     """A new folder below ``parent`` for the block; those that a kill has left there are removed.
 
     Args:
+        parent: where it is made.
         prefix: of its name; all below ``parent`` that begin so are taken for scratch folders.
     """
     parent.mkdir(parents=True, exist_ok=True)

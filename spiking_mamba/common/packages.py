@@ -28,6 +28,7 @@ class Package:
 
     @property
     def wheel(self) -> str:
+        """The name of its file."""
         return f"{self.name.replace('-', '_')}-{self.version}-py3-none-any.whl"
 
     @property
@@ -37,6 +38,7 @@ class Package:
 
     @property
     def requirement(self) -> str:
+        """The line of a requirements file that pins it."""
         return f"{self.name}=={self.version} --hash=sha256:{self.sha256}"
 
 

@@ -88,8 +88,10 @@ def reporting(progress: bool | Share, name: str) -> Iterator[Share]:
 
 
 def quiet() -> None:
-    """Silence what transformers says about this machine at every start (missing kernels and the like), and
-    the bars of a moment; those of downloads stay."""
+    """Silence what transformers says about this machine at every start, and the bars of a moment.
+
+    Missing kernels and the like; bars of downloads stay.
+    """
     transformers.logging.set_verbosity_error()
     datasets.disable_progress_bars()
     downloads = not are_progress_bars_disabled()

@@ -12,8 +12,16 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from enum import Enum
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, dataclass_transform, get_args
 
-from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetCoreSchemaHandler,
+    ValidationError,
+)
 from pydantic.dataclasses import dataclass as pydantic_dataclass
+from pydantic_core.core_schema import CoreSchema, no_info_after_validator_function
 
 from spiking_mamba.common.keys import shown, unknown_key
 from spiking_mamba.common.words import Words, hints_of, words
@@ -22,6 +30,7 @@ __all__ = [
     "Auto",
     "Count",
     "Fraction",
+    "Keys",
     "Name",
     "Names",
     "Natural",
@@ -130,17 +139,29 @@ Sources = Annotated[
 Auto = Annotated[bool | Literal["auto"], Words("true, false or 'auto'")]
 
 
-def mapping_of(cls: type) -> Any:
-    """The type of a mapping that ``cls`` takes as keyword arguments; the value stays as it was given."""
-    name = cls.__name__
+class Keys(Words):
+    """In an annotation: a mapping that ``cls`` takes as keyword arguments; it stays as it was given."""
 
-    def check(given: dict[str, Any]) -> dict[str, Any]:
+    def __init__(self, cls: type) -> None:
+        super().__init__("a mapping", cls)
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        return no_info_after_validator_function(self._check, handler(source))
+
+    def _check(self, given: dict[str, Any]) -> dict[str, Any]:
+        cls = self.fields
+        assert cls is not None
         if (unknown := unknown_key(given, hints_of(cls))) is not None:
-            raise SettingsError(name, [Problem("", f"Unknown key {unknown[0]} in ", f"; {unknown[1]}")])
+            raise SettingsError(
+                cls.__name__, [Problem("", f"Unknown key {unknown[0]} in ", f"; {unknown[1]}")]
+            )
         cls(**given)
         return given
 
-    return Annotated[dict[str, Any], AfterValidator(check), Words("a mapping", cls)]
+
+def mapping_of(cls: type) -> Any:
+    """The type of such a mapping, see :class:`Keys`, where a type is computed."""
+    return Annotated[dict[str, Any], Keys(cls)]
 
 
 # The decorator ------------------------------------------------------------------------------------------
@@ -206,6 +227,7 @@ def schema_of(cls: type, names: Iterable[str], annotations: Mapping[str, Any], n
     """A schema of fields of a dataclass that a library declares.
 
     Args:
+        cls: the dataclass.
         names: of the fields.
         annotations: of those whose own say too little.
         name: of the schema.

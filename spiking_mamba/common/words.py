@@ -97,14 +97,18 @@ def _power(value: Any) -> str:
 
 
 def descriptions(cls: type) -> dict[str, str]:
-    """What the ``Attributes`` of a class's docstring say of each; several may stand before one colon."""
-    _, _, text = inspect.cleandoc(cls.__doc__ or "").partition("\nAttributes:\n")
+    """What the ``Attributes`` of a class's docstring, and of its bases', say of each.
+
+    Several may stand before one colon; what a class says goes before what its bases say.
+    """
     found: dict[str, str] = {}
-    for entry in re.split(r"\n(?=\S)", textwrap.dedent(text)):
-        names, colon, about = entry.partition(":")
-        names = " ".join(names.split())  # a long list of them is wrapped
-        if colon and re.fullmatch(r"\w+(, \w+)*", names):
-            found |= dict.fromkeys(names.split(", "), " ".join(about.split()))
+    for each in reversed(cls.__mro__):
+        _, _, text = inspect.cleandoc(vars(each).get("__doc__") or "").partition("\nAttributes:\n")
+        for entry in re.split(r"\n(?=\S)", textwrap.dedent(text)):
+            names, colon, about = entry.partition(":")
+            names = " ".join(names.split())  # a long list of them is wrapped
+            if colon and re.fullmatch(r"\w+(, \w+)*", names):
+                found |= dict.fromkeys(names.split(", "), " ".join(about.split()))
     return found
 
 

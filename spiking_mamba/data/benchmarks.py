@@ -46,7 +46,7 @@ def _documents(content: bytes) -> list[dict[str, Any]]:
 
 
 def _questions(content: bytes, field: str) -> pa.Table:
-    """ARC's and OpenBookQA's own columns, from items that hold them as `Question: ...\\nAnswer:`."""
+    r"""ARC's and OpenBookQA's own columns, from items that hold them as `Question: ...\nAnswer:`."""
     rows = []
     for item in _documents(content):
         labels = [chr(ord("A") + i) for i in range(len(item["choices"]))]

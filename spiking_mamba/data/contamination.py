@@ -76,8 +76,11 @@ _CONTINUED: dict[str, Callable[[Mapping[str, Any]], tuple[str, list[str]]]] = {
 
 
 def evaluated_texts() -> Iterator[tuple[str, str]]:
-    """(set, text) of all that is evaluated: held-out passages, and items of the ten tasks and of Social IQA,
-    each of their texts by itself and as a task puts them together, WinoGrande's with the gap filled."""
+    """(set, text) of all that is evaluated.
+
+    Held-out passages, and items of the ten tasks and of Social IQA, each of their texts by itself and as a
+    task puts them together, WinoGrande's with the gap filled.
+    """
     for name in EVALUATED:
         for text in read_corpus(name):
             yield name, text
@@ -225,8 +228,9 @@ class EvaluatedWords:
 
 @cache
 def evaluated_words(n: int = WORDS_IN_A_ROW) -> EvaluatedWords:
-    """Those of all that is evaluated: made once, from two packages, and then mapped from a file in the cache
-    folder.
+    """Those of all that is evaluated.
+
+    Made once, from two packages, and then mapped from a file in the cache folder.
 
     Raises:
         DataError: the packages cannot be had, or the file cannot be kept.
@@ -280,6 +284,7 @@ def without_evaluated(
     """The documents, of column ``text``, that share no run of words with what is evaluated.
 
     Args:
+        documents: with a column ``text``.
         words: what is looked for; :func:`evaluated_words` by default.
 
     Raises:

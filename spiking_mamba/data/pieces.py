@@ -22,7 +22,9 @@ def pieces(text: str, encode: Encode, size: int = PIECE) -> Iterator[str]:
     """Pieces of a text, of about ``size`` characters where it has good cuts, else longer ones.
 
     Args:
+        text: to be cut.
         encode: gives the token ids of each of several texts, without special tokens.
+        size: in characters.
     """
     start, search = 0, size
     while search < len(text):

@@ -70,8 +70,10 @@ def _rows_of(source: str, name: str, subset: str, split: str) -> Sequence[dict[s
 def _without_evaluated(
     source: str, rows: Sequence[dict[str, Any]]
 ) -> tuple[Sequence[dict[str, Any]], dict[str, int]]:
-    """The rows that share no run of words with what is evaluated, and how many do, by set: the first that a
-    row meets."""
+    """The rows that share no run of words with what is evaluated, and how many do, by set.
+
+    It counts for the first set that a row meets.
+    """
     words, overlap, kept = evaluated_words(), Counter[str](), []
     texts = [(number, text) for number, row in enumerate(rows) for text in _read_as_one(row)]
     marks = [0] * len(rows)
@@ -126,8 +128,11 @@ def item_of(row: dict[str, Any], otherwise: int | None) -> Any:
 
 
 def half_of(row: dict[str, Any], seed: int = 0) -> str:
-    """To which of ``HALVES`` a row's question belongs: a hash of its text decides, so that all answers to a
-    question are in one half, whatever the order and the other rows."""
+    """To which of ``HALVES`` a row's question belongs.
+
+    A hash of its text decides, so that all answers to a question are in one half, whatever the order and the
+    other rows.
+    """
     question = row.get("prompt")
     if question is None:  # a conversation: what comes before the answer
         chosen = row.get("chosen") or row.get("completion")

@@ -273,11 +273,12 @@ def read_preferences(
 
     Args:
         source, split: see :func:`load_preferences`.
+        tokenizer: whose ids they become.
         length: tokens of prompt and completion together, what follows is cut off.
         end_of_text: let completions that are strings end with the end-of-text token.
         bad_rows: 'skip' leaves them out and counts them, 'refuse' raises; see ``BAD_ROWS``.
-        limit: how many rows to take at most, drawn by ``seed``; or of each task, how many items, with all
-            their rows, where ``per_task``.
+        limit, per_task: how many rows to take at most, drawn by ``seed``; or of each task, how many items,
+            with all their rows, where ``per_task``.
         seed: of the order.
         half: one of ``HALVES``, to take the rows of those questions alone, see :func:`half_of`; None: all.
         half_seed: of the division.

@@ -189,7 +189,9 @@ def _read_hub(source: str) -> datasets.Dataset:
 def draw_rows(
     source: str | Sequence[str], tokenizer: transformers.PreTrainedTokenizerBase, length: int, rows: int
 ) -> datasets.Dataset:
-    """At most `rows` rows of a text to measure on (see `load_text`, `tokenize`): the same ones whatever the
-    run's seed."""
+    """At most `rows` rows of a text to measure on, the same ones whatever the run's seed.
+
+    See `load_text` and `tokenize`.
+    """
     found = tokenize(load_text(source), tokenizer, length)
     return found.shuffle(seed=0).select(range(min(rows, len(found))))

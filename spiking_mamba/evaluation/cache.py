@@ -32,6 +32,7 @@ class ResultsCache:
         self.folder = folder
 
     def path(self, name: str, key: dict[str, Any]) -> Path:
+        """Where the result of this name for ``key`` is kept."""
         return self.folder / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', name)}-{_sha256(key)[:16]}.json"
 
     def get(self, name: str, key: dict[str, Any], measure: Callable[[], Any]) -> tuple[Any, bool]:

@@ -30,7 +30,7 @@ from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import count_bytes, rules_of, tokenize
 from spiking_mamba.evaluation.cache import ResultsCache
 from spiking_mamba.evaluation.scoring import perplexity, score, zero_shot
-from spiking_mamba.evaluation.settings import RESULTS, Checkpoint, EvaluationSettings, claim
+from spiking_mamba.evaluation.settings import RESULTS, Checkpoint, EvaluationSettings, claim_output
 from spiking_mamba.evaluation.statistics import gaps, groups
 from spiking_mamba.evaluation.tasks import describe, zero_shot_tasks
 from spiking_mamba.model.checkpoint import load_model
@@ -82,7 +82,7 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     tasks = zero_shot_tasks(settings.tasks, settings.data) if settings.tasks else {}
     texts = {str(corpus): load_text(str(corpus)) for corpus in settings.corpora}
     costs = COSTS_45NM | (load_costs(settings.costs) if settings.costs else {})
-    with claim(settings) as output:
+    with claim_output(settings) as output:
         cache = ResultsCache(output / "cache")
         with interruptible(lambda: _kept_in(cache)):
             models = []
@@ -293,8 +293,10 @@ class _Reference(NamedTuple):
 
 
 def reference_of(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
-    """Which one a checkpoint's predictions are compared with: of several references that of its own seed,
-    else the first; None for a reference, or where there is none."""
+    """Which reference a checkpoint's predictions are compared with.
+
+    Of several that of its own seed, else the first; None for a reference, or where there is none.
+    """
     found = [] if checkpoint.reference else [other for other in checkpoints if other.reference]
     return next((other for other in found if other.seed == checkpoint.seed), found[0] if found else None)
 

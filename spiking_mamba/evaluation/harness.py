@@ -88,8 +88,8 @@ class SpikingMambaLM(HFLM):
         # lengths of inputs whose last token is id 0 itself, by what stands before their last zeros
         self._ending_in_zero: dict[tuple[int, ...], int] = {}
         self.share: Share | None = None  # told how far a task is
-        self.asked: list[int] | None = None  # the numbers of the items that a task asks; None: all
-        self._asked = self._answered = 0  # requests
+        self.item_numbers: list[int] | None = None  # the numbers of the items that a task asks; None: all
+        self._requested = self._answered = 0  # requests
         with undisturbed():  # it warns of every model in memory
             super().__init__(
                 pretrained=model,
@@ -114,12 +114,12 @@ class SpikingMambaLM(HFLM):
         with torch.no_grad(), torch.autocast(kind, dtype=precision, enabled=precision is not None):
             logits = self.model(input_ids=inps, attention_mask=mask, use_cache=False).logits
         self._answered += len(inps)
-        if self.share is not None and self._asked:
-            self.share(self._answered / self._asked)
+        if self.share is not None and self._requested:
+            self.share(self._answered / self._requested)
         return logits
 
     def _loglikelihood_tokens(self, requests: list[Any], *args: Any, **options: Any) -> list[Any]:
-        self._ending_in_zero, self._asked, self._answered = {}, len(requests), 0
+        self._ending_in_zero, self._requested, self._answered = {}, len(requests), 0
         for _, context, continuation in requests:
             tokens = [*context, *continuation][-self.max_length - 1 : -1]  # as lm-eval cuts them
             if tokens and tokens[-1] == 0:
@@ -139,6 +139,6 @@ class SpikingMambaLM(HFLM):
         answers = super().loglikelihood(requests, disable_tqdm=hidden)
         for request, (score, _) in zip(requests, answers, strict=True):
             if math.isnan(score):
-                item = self.asked[request.doc_id] if self.asked else request.doc_id
+                item = self.item_numbers[request.doc_id] if self.item_numbers else request.doc_id
                 raise FloatingPointError(f"The model's logits are NaN in {request.task_name}, item {item}.")
         return answers

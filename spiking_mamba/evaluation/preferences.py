@@ -17,7 +17,7 @@ from spiking_mamba.model.modes import evaluating
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.spikes.energy import projection_energy
 
-__all__ = ["compare", "completion_log_probs", "judge", "preference_scores"]
+__all__ = ["compare", "completion_log_probs", "evaluate_preferences", "preference_scores"]
 
 
 def completion_log_probs(
@@ -29,8 +29,10 @@ def completion_log_probs(
     """Summed log-probability of each completion given its prompt, in nats; float64 ``[rows]``.
 
     Args:
+        model: spiking or dense.
         rows: prompts, at least one token each, and completions, as token ids.
         progress: whether to show a bar, or whom to tell the share that is done.
+        batch_size: rows of one forward pass.
 
     Raises:
         FloatingPointError: the model's logits are NaN.
@@ -104,7 +106,7 @@ def _accuracy(scores: dict[str, list[float]]) -> dict[str, float]:
     return found | {"average": math.fsum(found.values()) / len(found)}
 
 
-def judge(
+def evaluate_preferences(
     model: SpikingMambaForCausalLM,
     preferences: Sequence[Preference] | None,
     text: datasets.Dataset | None,
@@ -114,6 +116,8 @@ def judge(
     """Measure one model; the spikes are those of the very same forward passes.
 
     Args:
+        model: spiking or dense, on its device. preferences: pairs for the accuracy; None: none.
+        text: rows of equal length for the perplexity; None: none. batch_size: rows of one forward pass.
         stage: whose bar to move; it has a part for each of ``preferences`` and ``text``.
 
     Returns:
@@ -140,7 +144,7 @@ def judge(
 
 
 def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
-    """What changed from one :func:`judge` to another, of the same items.
+    """What changed from one :func:`evaluate_preferences` to another, of the same items.
 
     Returns:
         ``accuracy`` ``{kind: {task or "average": {"gain", "low", "high", "items"}}}``, with 95% intervals of

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from lm_eval.api.model import LM
     from lm_eval.api.task import Task
 
-__all__ = ["compared", "perplexity", "score", "zero_shot"]
+__all__ = ["kl_and_agreement", "perplexity", "score", "zero_shot"]
 
 
 def score(
@@ -52,10 +52,10 @@ def score(
     name = task.config.task
     lm_tasks = {"tasks": {name: task}, "groups": {}, "group_map": {}}
     drawn = draw_items(task, limit, seed)
-    lm.asked = drawn and drawn["items"]
+    lm.item_numbers = drawn and drawn["items"]
     with undisturbed(), reporting(progress, name) as lm.share:
         found = evaluate(lm, lm_tasks, samples=drawn and {name: drawn["items"]}, bootstrap_iters=0)
-    lm.share = lm.asked = None
+    lm.share = lm.item_numbers = None
     samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
     metrics, items = {}, {}
     for metric in samples[0]["metrics"]:
@@ -198,7 +198,7 @@ class _Sums:
         self.predicted += int(counts.sum())
         self.spelled += int((labels != -100).sum())
         if len(logits) > 1:
-            kl, same = compared(*(each[:-1][counts] for each in logits))
+            kl, same = kl_and_agreement(*(each[:-1][counts] for each in logits))
             self.divergence, self.agreed = self.divergence + kl, self.agreed + same
 
     def result(self, bytes: int | None, compares: bool) -> dict[str, float]:
@@ -216,12 +216,12 @@ class _Sums:
         return found
 
 
-def compared(logits: torch.Tensor, theirs: torch.Tensor) -> tuple[float, int]:
-    """KL(theirs || logits) in nats, summed in float64, and how many likeliest tokens are the same.
+def kl_and_agreement(logits: torch.Tensor, reference: torch.Tensor) -> tuple[float, int]:
+    """KL(reference || logits) in nats, summed in float64, and how many likeliest tokens are the same.
 
     Args:
-        logits, theirs: ``[..., vocabulary]``.
+        logits, reference: ``[..., vocabulary]``.
     """
-    log_q, log_p = logits.float().log_softmax(-1), theirs.float().log_softmax(-1)
+    log_q, log_p = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
     kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum().item()
-    return kl, int((logits.argmax(-1) == theirs.argmax(-1)).sum())
+    return kl, int((logits.argmax(-1) == reference.argmax(-1)).sum())

@@ -17,7 +17,7 @@ from spiking_mamba.common.files import unused, write_whole
 from spiking_mamba.common.schema import Count, Name, Names, Natural, Seed, Words, as_list, schema
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 
-__all__ = ["RESULTS", "Checkpoint", "EvaluationSettings", "claim"]
+__all__ = ["RESULTS", "Checkpoint", "EvaluationSettings", "claim_output"]
 
 RESULTS = "results.json"
 SETTINGS = "settings.yaml"
@@ -144,7 +144,7 @@ def _named(paths: list[Any]) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def claim(settings: EvaluationSettings) -> Iterator[Path]:
+def claim_output(settings: EvaluationSettings) -> Iterator[Path]:
     """The folder, this process's alone within the block, with the settings in it.
 
     Raises:

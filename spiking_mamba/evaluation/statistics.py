@@ -98,8 +98,10 @@ def kept_share(
     confidence: float = 0.95,
     seed: int = 0,
 ) -> dict[str, float]:
-    """What a model keeps of a reference's ability: the sum over tasks of its mean score above chance, over
-    the reference's, with a bootstrap interval of items in pairs as in :func:`paired_gap`.
+    """What a model keeps of a reference's ability.
+
+    The sum over tasks of its mean score above chance, over the reference's, with a bootstrap interval of
+    items in pairs as in :func:`paired_gap`.
 
     Args:
         reference, model: the scores of every item by task, both in the dataset's order.
@@ -173,8 +175,9 @@ def _items(model: Mapping[str, Any]) -> dict[str, Sequence[float]]:
 
 
 def gaps(models: Sequence[Mapping[str, Any]], resamples: int = 10_000, seed: int = 0) -> list[dict[str, Any]]:
-    """:func:`paired_gap` of every model against every reference: for each task that both were asked, and
-    for the source's average where both have all six.
+    """:func:`paired_gap` of every model against every reference.
+
+    For each task that both were asked, and for the source's average where both have all six.
 
     Args:
         models: the ``models`` of an evaluation's results.

@@ -133,6 +133,7 @@ def draw_items(task: "Task", limit: int | None, seed: int = 0) -> dict[str, Any]
     some of those that more are.
 
     Args:
+        task: of lm-eval.
         limit: how many; None for all.
         seed: of the draw.
 
@@ -162,8 +163,11 @@ def draw_items(task: "Task", limit: int | None, seed: int = 0) -> dict[str, Any]
 
 @contextlib.contextmanager
 def undisturbed() -> Iterator[None]:
-    """Whatever lm-eval does inside, the random generators stay as they were (a training run that evaluates
-    in between must not notice); of its log only errors show, and no bar of items, nor of `datasets`."""
+    """Keep the random generators as they were, and the log quiet, whatever lm-eval does inside.
+
+    A training run that evaluates in between must not notice; of the log only errors show, and no bar of
+    items, nor of `datasets`.
+    """
     logger = logging.getLogger("lm_eval")
     level, bars = logger.level, datasets.are_progress_bars_disabled()
     python, numpy = random.getstate(), np.random.get_state()

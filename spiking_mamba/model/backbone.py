@@ -1,6 +1,7 @@
 """The backbone: embeddings, blocks and the last norm."""
 
-from typing import Any, ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, cast
 
 import torch
 from spikingjelly.activation_based.base import MemoryModule
@@ -11,15 +12,17 @@ from spiking_mamba.model.block import SpikingMambaBlock
 from spiking_mamba.model.cache import Cache, SpikingMambaOutput, takes_any_cache_name
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.norms import RMSNorm
-from spiking_mamba.model.packing import documents_of, moved, pack, real_tokens, reject_unknown_arguments
+from spiking_mamba.model.packing import Packing, moved, packing_of, reject_unknown_arguments
 from spiking_mamba.model.pretrained import SpikingMambaPreTrainedModel
 
 __all__ = ["SpikingMambaModel", "Stream"]
 
 
 class Stream(MemoryModule):
-    """The state of a sequence fed token by token in step mode 's': the model's cache as a memory, which
-    ``functional.reset_net`` forgets."""
+    """The state of a sequence fed token by token in step mode 's'.
+
+    The model's cache as a memory, which ``functional.reset_net`` forgets.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -31,15 +34,61 @@ class Stream(MemoryModule):
         for states, key in () if self.cache is None else caches.tensors(self.cache):
             states[key].detach_()
 
-    def _apply(self, fn):
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor]) -> "Stream":
         self.reset()  # a sequence does not survive a move to another device or dtype
         return super()._apply(fn)
 
 
-class SpikingMambaModel(SpikingMambaPreTrainedModel):
-    """The backbone: embeddings, blocks and the last norm."""
+class _Run(NamedTuple):
+    """What a pass through all blocks leaves.
 
-    _keys_to_ignore_on_load_unexpected: ClassVar = [r"^lm_head\."]  # AutoModel wants the backbone alone
+    Attributes:
+        hidden_states: ``[B, L, hidden_size]``, behind the last norm.
+        residuals: the residual stream behind every block, where asked for.
+        costs: accumulations and fetched weights of each token, float32 ``[B, L, 2]``; None: not asked for; of
+            a dense model ``[2]``, zeros.
+    """
+
+    hidden_states: torch.Tensor
+    residuals: list[torch.Tensor]
+    costs: torch.Tensor | None
+
+    def moved(self, order: torch.Tensor) -> "_Run":
+        """The same with tokens in another order, see :func:`~spiking_mamba.model.packing.moved`."""
+        hidden_states, *residuals = (moved(each, order) for each in (self.hidden_states, *self.residuals))
+        costs = self.costs
+        return _Run(
+            hidden_states, residuals, costs if costs is None or costs.ndim == 1 else moved(costs, order)
+        )
+
+    def returned(
+        self, cache: Cache | None, with_residuals: bool, as_output: bool
+    ) -> tuple | SpikingMambaOutput:
+        """What the model returns of it, without what was not asked for."""
+        states = (*self.residuals, self.hidden_states) if with_residuals else None
+        accumulations, fetches = (None, None) if self.costs is None else self.costs.unbind(-1)
+        if not as_output:
+            values = (self.hidden_states, cache, states, accumulations)
+            return tuple(value for value in values if value is not None)
+        named: dict[str, Any] = {caches.OUTPUT_NAME: cache}
+        return SpikingMambaOutput(
+            last_hidden_state=self.hidden_states,
+            hidden_states=states,
+            accumulations=accumulations,
+            fetches=fetches,
+            **named,
+        )
+
+
+class SpikingMambaModel(SpikingMambaPreTrainedModel):
+    """The backbone: embeddings, blocks and the last norm.
+
+    In step mode 's' a call continues the sequence of the calls before it, unless the model trains, a cache is
+    passed, or ``use_cache=False`` asks for no state. Streams are for inference, under ``torch.no_grad()``:
+    their states move on in place.
+    """
+
+    _keys_to_ignore_on_load_unexpected = [r"^lm_head\."]  # noqa: RUF012  # AutoModel wants the backbone alone
 
     def __init__(self, config: SpikingMambaConfig) -> None:
         super().__init__(config)
@@ -51,11 +100,18 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
+    @property
+    def blocks(self) -> Sequence[SpikingMambaBlock]:
+        """The layers by their type, of which an ``nn.ModuleList`` says nothing."""
+        return cast("Sequence[SpikingMambaBlock]", self.layers)
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The layer that makes vectors of token ids, ``[vocab_size, hidden_size]``."""
         return self.embeddings
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.embeddings = value
+        """Put another layer in its place, or what an adapter has wrapped around it."""
+        self.embeddings = cast(nn.Embedding, value)
 
     @takes_any_cache_name
     def forward(
@@ -73,16 +129,11 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         cu_seq_lens_q: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> tuple | SpikingMambaOutput:
-        """A batch of sequences, or their next tokens behind those that a cache has seen.
-
-        In step mode 's' the call continues the sequence of the calls before it, unless the model trains, a
-        cache is passed, or ``use_cache=False`` asks for no state. Streams are for inference, under
-        ``torch.no_grad()``: their states move on in place.
+        """A batch of sequences, or their next tokens behind those that a cache, or the stream, has seen.
 
         Args:
             input_ids: ``[B, L]`` token ids. inputs_embeds: ``[B, L, hidden_size]`` instead of them.
-            cache: states of the tokens before these; they move on. Also called ``cache_params`` and
-                ``past_key_values``.
+            cache: states of the tokens before these; they move on. Has all of :data:`~.cache.CACHE_NAMES`.
             use_cache: return a cache, a new one where none is passed; by default as the configuration says,
                 and not in training.
             output_hidden_states: return the residual stream behind every block.
@@ -95,16 +146,49 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
 
         Raises:
             TypeError: an argument that is none of these, nor one of :data:`~.packing.IGNORED`.
-            ValueError: neither ids nor embeddings are given, or both; a token id lies outside the vocabulary
-                (checked on the CPU); the batch size has changed in the midst of a stream; a single token is
-                streamed in training; a cache is passed in training with gradient checkpointing, which would
-                run every block twice on it.
+            ValueError: arguments that do not go together, see :meth:`_embed` and :meth:`_begin`.
         """
         reject_unknown_arguments(kwargs)
-        if (input_ids is None) == (inputs_embeds is None):
+        hidden_states = self._embed(input_ids, inputs_embeds)
+        batch, length, _ = hidden_states.shape
+        streaming = self.streams(cache, use_cache)
+        cache, use_cache = self._begin(cache, use_cache, batch, length)
+        packed = (attention_mask, seq_idx, position_ids, cu_seq_lens_q, cache is not None)
+        order, packing = packing_of((batch, length), *packed, self._has_potentials)
+        config, moves = self.config, moved(hidden_states, order)
+        keeps = bool(config.output_hidden_states if output_hidden_states is None else output_hidden_states)
+        output = self._run_blocks(moves, cache, packing, keeps, output_accumulations)
+        if order is not None:
+            output = output.moved(torch.argsort(order, dim=1))
+        if streaming:
+            self.stream.cache = cache
+        as_output = bool(config.return_dict if return_dict is None else return_dict)
+        return output.returned(cache if use_cache else None, keeps, as_output)
+
+    def _embed(self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None) -> torch.Tensor:
+        """``[B, L, hidden_size]``, what the first block gets.
+
+        Raises:
+            ValueError: neither ids nor embeddings are given, or both; a token id lies outside the vocabulary
+                (checked on the CPU).
+        """
+        if inputs_embeds is not None and input_ids is None:
+            return inputs_embeds
+        if input_ids is None or inputs_embeds is not None:
             raise ValueError("Pass either input_ids or inputs_embeds.")
         self._check_ids(input_ids)
-        length = (input_ids if inputs_embeds is None else inputs_embeds).shape[1]
+        return self.embeddings(input_ids)
+
+    def _begin(
+        self, cache: Cache | None, use_cache: bool | None, batch: int, length: int
+    ) -> tuple[Cache | None, bool]:
+        """The cache that ``batch`` rows of ``length`` tokens go on from, and whether to return it.
+
+        Raises:
+            ValueError: the batch size has changed in the midst of a stream; a single token is streamed in
+                training; a cache is passed in training with gradient checkpointing, which would run every
+                block twice on it.
+        """
         if self._asks_to_stream(cache, use_cache) and self.training and length == 1:
             raise ValueError(
                 "Step mode 's' streams in inference alone, and this model is in training: call eval(), or "
@@ -112,7 +196,7 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
             )
         streaming = self.streams(cache, use_cache)
         if streaming:
-            cache = self._stream_cache((input_ids if inputs_embeds is None else inputs_embeds).shape[0])
+            cache = self._stream_cache(batch)
         if use_cache is None:
             use_cache = streaming or (self.config.use_cache and not self.training)
         if self.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -121,49 +205,28 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
             use_cache = False
         if use_cache and cache is None:
             cache = caches.new_cache(self.config)
+        return cache, use_cache
 
-        hidden_states = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        shape = hidden_states.shape[:2]
-        real = real_tokens(attention_mask, shape)
-        document = documents_of(shape, seq_idx, position_ids, cu_seq_lens_q, real)
-        order, packing = pack(shape, real, document, cache is not None, self._has_potentials)
-        hidden_states = moved(hidden_states, order)
-        if output_hidden_states is None:
-            output_hidden_states = self.config.output_hidden_states
-        kept: tuple[torch.Tensor, ...] = ()
-        costs = None
-        for block in self.layers:
+    def _run_blocks(
+        self,
+        hidden_states: torch.Tensor,
+        cache: Cache | None,
+        packing: Packing | None,
+        keeps_residuals: bool,
+        output_accumulations: bool,
+    ) -> "_Run":
+        residuals: list[torch.Tensor] = []
+        costs: torch.Tensor | None = None
+        for block in self.blocks:
             hidden_states = block(
                 hidden_states, cache=cache, packing=packing, output_accumulations=output_accumulations
             )
             if output_accumulations:
                 hidden_states, cost = hidden_states
                 costs = cost if costs is None else costs + cost
-            if output_hidden_states:
-                kept += (hidden_states,)
-        hidden_states = self.norm_f(hidden_states)
-        if order is not None:
-            back = torch.argsort(order, dim=1)
-            hidden_states, *kept = (moved(tensor, back) for tensor in (hidden_states, *kept))
-            costs = None if costs is None or costs.ndim == 1 else moved(costs, back)
-        if streaming:
-            self.stream.cache = cache
-
-        all_states = (*kept, hidden_states) if output_hidden_states else None
-        accumulations, fetches = (None, None) if costs is None else costs.unbind(-1)
-        cache = cache if use_cache else None
-        if not (self.config.return_dict if return_dict is None else return_dict):
-            return tuple(
-                value for value in (hidden_states, cache, all_states, accumulations) if value is not None
-            )
-        named = {caches.OUTPUT_NAME: cache}
-        return SpikingMambaOutput(
-            last_hidden_state=hidden_states,
-            hidden_states=all_states,
-            accumulations=accumulations,
-            fetches=fetches,
-            **named,
-        )
+            if keeps_residuals:
+                residuals.append(hidden_states)
+        return _Run(self.norm_f(hidden_states), residuals, costs)
 
     def _check_ids(self, input_ids: torch.Tensor | None) -> None:
         if input_ids is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
@@ -185,7 +248,7 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
     def one_token(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """``[B, 1] -> [B, 1, hidden_size]`` with a cache that has states; they move on in place."""
         hidden_states = self.embeddings(input_ids)
-        for block in self.layers:
+        for block in self.blocks:
             hidden_states = block.step(hidden_states, cache)
         return self.norm_f(hidden_states)
 

@@ -9,6 +9,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -29,8 +30,10 @@ __all__ = ["SpikingMambaBlock", "SpikingMambaMixer"]
 
 
 def _last(window: torch.Tensor, taps: int, packing: Packing | None) -> torch.Tensor:
-    """The last ``taps`` inputs ``[B, taps, C]`` of each row of ``[B, taps + L, C]`` before its padding, zeros
-    where they belong to a document before the last."""
+    """The last ``taps`` inputs ``[B, taps, C]`` of each row of ``[B, taps + L, C]`` before its padding.
+
+    Zeros where they belong to a document before the last.
+    """
     if packing is None:
         return window[:, -taps:]
     ends = packing.lengths(window[:, taps:])
@@ -61,7 +64,8 @@ class SpikingMambaMixer(SpikeFed):
         self.conv_dim = self.intermediate_size + 2 * config.n_groups * config.state_size
         self.chunk_size = config.chunk_size
         self.activation = config.hidden_act
-        self.time_step_limit = config.time_step_limit
+        low, high = config.time_step_limit
+        self.time_step_limit = (low, high)
 
         self.conv1d = nn.Conv1d(
             self.conv_dim,
@@ -87,6 +91,7 @@ class SpikingMambaMixer(SpikeFed):
         """Set ``A = -1, -2, ...``, ``D = 1`` and the bias of the time step.
 
         Args:
+            config: its ``time_step_min``, ``time_step_max`` and ``time_step_floor`` count.
             quantiles: ``[num_heads]`` in [0, 1], where each head's time step lies between the logarithms of
                 ``time_step_min`` and ``time_step_max``.
         """
@@ -113,14 +118,17 @@ class SpikingMambaMixer(SpikeFed):
         accumulations: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
         """``[B, L, hidden_size] -> [B, L, hidden_size]``; states are read from and written to the cache.
-        ``packing`` and ``accumulations`` as in :class:`SpikeFed`."""
+
+        ``packing`` and ``accumulations`` as in :class:`SpikeFed`.
+        """
         batch, length, _ = hidden_states.shape
         scan_state = conv_state = None
         if cache is not None:
             scan_state = caches.scan_state(cache, self.layer_idx)
             conv_state = caches.conv_state(cache, self.layer_idx)
             moves_in_place = length == 1 and packing is None and not torch.is_grad_enabled()
-            if conv_state is not None and moves_in_place and accumulations is None:
+            moves_in_place = moves_in_place and accumulations is None
+            if conv_state is not None and scan_state is not None and moves_in_place:
                 return self.step(hidden_states, conv_state, scan_state, cache)
 
         gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache, packing, accumulations))
@@ -211,8 +219,10 @@ _MIXERS: dict[str, type[SpikeFed]] = {"mamba": SpikingMambaMixer, "mlp": Spiking
 
 
 class SpikingMambaBlock(GradientCheckpointingLayer):
-    """The residual block around a :class:`SpikingMambaMixer`, or around a :class:`SpikingMambaMLP` where the
-    configuration's ``layers_block_type`` says "mlp"."""
+    """The residual block around a :class:`SpikingMambaMixer` or a :class:`SpikingMambaMLP`.
+
+    The latter where the configuration's ``layers_block_type`` says "mlp".
+    """
 
     def __init__(self, config: SpikingMambaConfig, layer_idx: int) -> None:
         super().__init__()
@@ -222,7 +232,8 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         self.mixer = _MIXERS[config.block_type(layer_idx)](config, layer_idx)
         self.compiles = False
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As :meth:`forward`, which learns here whether somebody looks into the block."""
         # gradient checkpointing computes again, when those who watched have gone, what was computed here
         watched = self.compiles and self._is_watched()  # which a token has no time for where it is not asked
         return super().__call__(*args, **{"watched": watched} | kwargs)
@@ -236,9 +247,11 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         output_accumulations: bool = False,
         watched: bool = False,
     ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
-        """``[B, L, hidden_size] -> [B, L, hidden_size]``, and if asked for, how many accumulations the spikes
-        of each token cost and how many weights they fetch, float32 ``[B, L, 2]``. One whose inside is watched
-        runs uncompiled."""
+        """``[B, L, hidden_size] -> [B, L, hidden_size]``, and if asked for, what the spikes cost.
+
+        How many accumulations those of each token cost and how many weights they fetch, float32 ``[B, L,
+        2]``. One whose inside is watched runs uncompiled.
+        """
         run = self._run
         if self.compiles and cache is None and not watched:
             run = functools.partial(_compiled_block(), self)
@@ -259,8 +272,10 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         return hidden_states, sum(accumulations, torch.zeros(2, device=residual.device))
 
     def weight_before(self, name: str) -> torch.Tensor:
-        """The weight that scales what the neuron before ``in_proj`` or ``out_proj`` gets: 1 / V_th folds into
-        it."""
+        """The weight that scales what the neuron before ``in_proj`` or ``out_proj`` gets.
+
+        1 / V_th folds into it.
+        """
         return self.norm.weight if name == "in_proj" else self.mixer.before_out_proj()
 
     def _normalise(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -269,10 +284,14 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         return self.norm(hidden_states.to(self.norm.weight.dtype)), residual
 
     def step(self, hidden_states: torch.Tensor, cache: Cache) -> torch.Tensor:
-        """One token with a cache that has states, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``; compiled
-        unless its neurons have states."""
+        """One token with a cache that has states, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``.
+
+        Compiled unless its neurons have states.
+        """
         conv_state = caches.conv_state(cache, self.layer_idx)
         scan_state = caches.scan_state(cache, self.layer_idx)
+        assert conv_state is not None, "the cache has states"
+        assert scan_state is not None
         if self.mixer.states_per_neuron:
             return self._step(hidden_states, conv_state, scan_state, cache)
         return _compiled_step()(self, hidden_states, conv_state, scan_state)
@@ -294,7 +313,7 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
 
 
 @functools.cache
-def _compiled_block() -> Callable[..., torch.Tensor]:
+def _compiled_block() -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
     # one function for all blocks of all models: they share what was compiled, being alike
     return torch.compile(SpikingMambaBlock._run)
 

@@ -11,11 +11,14 @@ import inspect
 import operator
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from transformers import Cache, DynamicCache, GenerationMixin, PretrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+if TYPE_CHECKING:
+    from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
 __all__ = [
     "CACHE_NAMES",
@@ -129,6 +132,11 @@ def new_cache(config: PretrainedConfig) -> Cache:
     return DynamicCache(config=config)
 
 
+def _layer(cache: Cache, layer_idx: int) -> "LinearAttentionCacheLayerMixin":
+    # what a configuration whose layers are all of linear attention makes a cache of
+    return cast("LinearAttentionCacheLayerMixin", cache.layers[layer_idx])
+
+
 def conv_state(cache: Cache, layer_idx: int) -> torch.Tensor | None:
     """``[B, conv_dim, K]``, the last inputs of a layer's convolution; None before the first token."""
     return cache.get_conv_state(layer_idx)
@@ -136,7 +144,7 @@ def conv_state(cache: Cache, layer_idx: int) -> torch.Tensor | None:
 
 def update_conv_state(cache: Cache, layer_idx: int, state: torch.Tensor) -> None:
     """Replace the last inputs ``[B, conv_dim, K]`` of a layer's convolution."""
-    layer = cache.layers[layer_idx]
+    layer = _layer(cache, layer_idx)
     layer.has_previous_state[0] = False  # or it would be put behind what is there
     cache.update_conv_state(state, layer_idx, conv_kernel_size=state.shape[-1])
 
@@ -156,27 +164,29 @@ def neuron_states(cache: Cache, layer_idx: int, slots: range) -> list[torch.Tens
 
     Slot 0 of a layer holds convolution and scan, see ``SpikingMambaConfig.number_of_conv_states``.
     """
-    layer = cache.layers[layer_idx]
-    return [layer.recurrent_states[slot] for slot in slots if layer.has_previous_state[slot]]
+    layer = _layer(cache, layer_idx)
+    begun = [slot for slot in slots if layer.has_previous_state[slot]]
+    return [cast(torch.Tensor, layer.recurrent_states[slot]) for slot in begun]
 
 
 def update_neuron_states(cache: Cache, layer_idx: int, slots: range, states: list[torch.Tensor]) -> None:
     """Replace the states of :func:`neuron_states`."""
-    layer = cache.layers[layer_idx]
+    layer = _layer(cache, layer_idx)
     for slot, state in zip(slots, states, strict=True):
         layer.update_recurrent_state(state, slot)
         layer.has_previous_state[slot] = True
 
 
-def tensors(cache: Cache) -> Iterator[tuple[dict[int, torch.Tensor | None], int]]:
+def tensors(cache: Cache) -> Iterator[tuple[dict[int, torch.Tensor], int]]:
     """Where a cache keeps its tensors: every dictionary and key."""
-    for layer in cache.layers:
+    for layer_idx in range(len(cache.layers)):
+        layer = _layer(cache, layer_idx)
         for states in (layer.conv_states, layer.recurrent_states):
             for key, state in states.items():
                 if state is not None:
-                    yield states, key
+                    yield cast("dict[int, torch.Tensor]", states), key
 
 
 def batch_size(cache: Cache) -> int | None:
     """How many sequences a cache holds; None before their first token."""
-    return next((states[key].shape[0] for states, key in tensors(cache)), None)  # type: ignore[union-attr]
+    return next((states[key].shape[0] for states, key in tensors(cache)), None)

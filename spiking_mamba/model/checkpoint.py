@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, 
 from spiking_mamba.common.checkpoint_files import WEIGHTS, locate, one_line
 from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.conversion import fold_thresholds
 from spiking_mamba.model.converted import is_converted, read_converted
 from spiking_mamba.model.dense import read_dense
@@ -29,8 +30,10 @@ def load_dense(name: str | Path) -> SpikingMambaForCausalLM:
 
 
 def load_model(name: str | Path) -> SpikingMambaForCausalLM:
-    """A model of this package, spiking, event-driven or dense, from any form of checkpoint: see
-    ``load_dense``."""
+    """A model of this package, spiking, event-driven or dense, from any form of checkpoint.
+
+    The forms are those of :func:`load_dense`.
+    """
     folder, settings = locate(name)
     dense = settings.get("neuron") is None and settings.get("model_type") != EventDrivenMambaConfig.model_type
     if dense:
@@ -48,7 +51,7 @@ def load_model(name: str | Path) -> SpikingMambaForCausalLM:
 
 
 def export_dense(
-    model: Mamba2ForCausalLM,
+    model: SpikingMambaForCausalLM | Mamba2ForCausalLM,
     folder: str | Path,
     form: str = "transformers",
     tokenizer: PreTrainedTokenizerBase | None = None,
@@ -81,7 +84,7 @@ def export_dense(
         draft.replace(folder)
 
 
-def _write_dense(model: Mamba2ForCausalLM, folder: Path, form: str) -> None:
+def _write_dense(model: SpikingMambaForCausalLM | Mamba2ForCausalLM, folder: Path, form: str) -> None:
     if form == "transformers":
         if "mlp" in (getattr(model.config, "layers_block_type", None) or ()):
             raise ValueError("transformers' Mamba2 has no MLP layers: save_pretrained() writes this model.")
@@ -94,7 +97,11 @@ def _write_dense(model: Mamba2ForCausalLM, folder: Path, form: str) -> None:
         dense.generation_config = copy.deepcopy(model.generation_config)
         dense.save_pretrained(folder)
     else:
-        settings, weights = to_state_spaces(model.config, model.state_dict())
+        config = model.config
+        if not isinstance(config, SpikingMambaConfig):  # transformers', which has the same fields
+            own = {k: v for k, v in config.to_dict().items() if k not in ("model_type", "architectures")}
+            config = SpikingMambaConfig.from_dict(own)
+        settings, weights = to_state_spaces(config, model.state_dict())
         folder.mkdir(parents=True)
         torch.save({key: weight.detach().cpu() for key, weight in weights.items()}, folder / WEIGHTS[1])
         (folder / "config.json").write_text(json.dumps(settings, indent=4))

@@ -2,7 +2,7 @@
 
 import json
 import math
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal, get_args
 
 from huggingface_hub.dataclasses import strict
 from spikingjelly.activation_based.base import MemoryModule
@@ -18,7 +18,8 @@ __all__ = ["PROJECTIONS", "SGC_FUNCTIONS", "SGC_MODES", "SGC_SCHEDULES", "Spikin
 
 PROJECTIONS = ("in_proj", "out_proj")
 BLOCK_TYPES = ("mamba", "mlp")
-MEMBRANES = ("token", "sequence")
+Membrane = Literal["token", "sequence"]
+MEMBRANES: tuple[str, ...] = get_args(Membrane)
 SGC_MODES = compensation.MODES
 SGC_FUNCTIONS = tuple(compensation.SMOOTH_FUNCTIONS)
 SGC_SCHEDULES = ("constant", "linear", "cosine")
@@ -236,6 +237,8 @@ class SpikingMambaConfig(PretrainedConfig):
 
     @property
     def number_of_conv_states(self) -> int:
-        """State slots of one layer of transformers' cache: slot 0 holds convolution and scan, the others
-        the neurons' states, in_proj before out_proj."""
+        """State slots of one layer of transformers' cache.
+
+        Slot 0 holds convolution and scan, the others the neurons' states, in_proj before out_proj.
+        """
         return 1 + len(PROJECTIONS) * self.states_per_neuron

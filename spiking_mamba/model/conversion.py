@@ -31,15 +31,16 @@ def spike_driven(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
 
 @torch.no_grad()
 def fold_thresholds(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
-    """A copy of ``model`` with every V_th equal to 1: 1/V_th is folded into the weight before the
-    neuron, of a norm or of an MLP's upper half, and V_th into the projection, so that accumulations stay
-    accumulations.
+    """A copy of ``model`` with every V_th equal to 1.
+
+    1/V_th is folded into the weight before the neuron, of a norm or of an MLP's upper half, and V_th into the
+    projection, so that accumulations stay accumulations.
 
     Exact where V_th is a power of two; else in float32 up to rounding, which may tip a spike that stands
     on a tie.
     """
     folded = copy.deepcopy(model)
-    for block in folded.backbone.layers:
+    for block in folded.backbone.blocks:
         for name, projection in spike_fed(block.mixer):
             threshold = projection.spikes.threshold
             block.weight_before(name).div_(threshold)

@@ -70,8 +70,9 @@ def read_index(folder: Path) -> dict[str, Any]:
 
 
 def read_converted(folder: Path, cls: type[Model]) -> Model:
-    """A model of packed mixers and of the source's embeddings, norms and MLPs, fetched: a dense one,
-    or a spiking student with its thresholds, its own norms and what it adds to the MLPs.
+    """A model of packed mixers and of the source's embeddings, norms and MLPs, which are fetched.
+
+    A dense one, or a spiking student with its thresholds, its own norms and what it adds to the MLPs.
 
     Args:
         folder: as ``recipes/convert/pack.py`` or ``pack_student.py`` writes it.
@@ -108,8 +109,11 @@ def read_converted(folder: Path, cls: type[Model]) -> Model:
 
 
 def _add_student(weights: dict[str, torch.Tensor], folder: Path, name: str) -> None:
-    """Put a student's own tensors in: those of a low rank, ``NAME:a`` ``[rank, in]`` and ``NAME:b``
-    ``[out, rank]``, are added as ``b @ a``, the others replace what is there."""
+    """Put a student's own tensors in.
+
+    Those of a low rank, ``NAME:a`` ``[rank, in]`` and ``NAME:b`` ``[out, rank]``, are added as ``b @ a``, the
+    others replace what is there.
+    """
     try:
         own = load_file(folder / name)
         for key, value in own.items():
@@ -139,7 +143,7 @@ def _read_config(folder: Path, spiking: bool) -> SpikingMambaConfig:
 
 def mixers_of(model: PreTrainedModel) -> list[SpikingMambaMixer]:
     """The Mamba2 mixers of a model, first to last."""
-    return [block.mixer for block in model.backbone.layers if isinstance(block.mixer, SpikingMambaMixer)]
+    return [module for module in model.modules() if isinstance(module, SpikingMambaMixer)]
 
 
 def kept_weights(source: LlamaWeights) -> dict[str, torch.Tensor]:
@@ -196,8 +200,11 @@ def _read_mixers(folder: Path, index: dict[str, Any]) -> dict[str, torch.Tensor]
 
 
 def _unpacked(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Float32 tensors by their own names; a packed one is in parts: ``NAME:scale`` ``[out, in / group]``, and
-    ``NAME:integers`` int8 ``[out, in]``, or ``NAME:nibbles`` uint8, two integers in a byte."""
+    """Float32 tensors by their own names.
+
+    A packed one is in parts: ``NAME:scale`` ``[out, in / group]``, and ``NAME:integers`` int8 ``[out, in]``,
+    or ``NAME:nibbles`` uint8, two integers in a byte.
+    """
     found = {}
     for key, value in packed.items():
         name, _, part = key.partition(":")

@@ -154,8 +154,10 @@ class CpuDecoder:
 
     @property
     def spikes(self) -> np.ndarray:
-        """The last token's inputs of both projections of every block, int8 ``[L, d + I]``, where kept; I of
-        the wider kind of block."""
+        """The last token's inputs of both projections of every block, int8 ``[L, d + I]``, where kept.
+
+        I of the wider kind of block.
+        """
         return self._buffers.spikes
 
     @property
@@ -166,8 +168,10 @@ class CpuDecoder:
 
     @property
     def fired(self) -> np.ndarray:
-        """Inputs that have fired so far, int64 ``[4]``: of input and output projections, of all mixers, then
-        of all MLP blocks."""
+        """Inputs that have fired so far, int64 ``[4]``.
+
+        Of input and output projections, of all mixers, then of all MLP blocks.
+        """
         return self._buffers.fired
 
     def _projections(self) -> list[tuple[Any, int]]:

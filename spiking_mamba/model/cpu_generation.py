@@ -4,7 +4,7 @@ import contextlib
 import copy
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -46,8 +46,9 @@ def cannot_generate(model: SpikingMambaForCausalLM, args: tuple, kwargs: dict[st
 
 
 class Decoders:
-    """A model's decoders, one for each caller at a time, all of the same weights in memory; made where they
-    are needed first, and anew when a weight has changed.
+    """A model's decoders, one for each caller at a time, all of the same weights in memory.
+
+    Made where they are needed first, and anew when a weight has changed.
 
     Args:
         threads: for one token; None: torch's number of threads, at most that of the cores.
@@ -87,7 +88,7 @@ class Decoders:
             tokens = sum(decoder.tokens for decoder in used)
             if not tokens:
                 return None
-            return used[0].fetched(sum(decoder.fired for decoder in used) / tokens)
+            return used[0].fetched(np.sum([decoder.fired for decoder in used], axis=0) / tokens)
 
     def firing(self) -> list[float]:
         """Shares of inputs that fired, see :meth:`CpuDecoder.firing`, a mean over all tokens decoded."""
@@ -135,7 +136,7 @@ def _chooser(text: _Text, processors: LogitsProcessorList, samples: bool) -> Cal
         return lambda logits: int(logits.argmax())
 
     def choose(logits: np.ndarray) -> int:
-        scores = processors(text.ids, torch.from_numpy(logits.copy())[None])
+        scores = processors(cast(torch.LongTensor, text.ids), torch.from_numpy(logits.copy())[None])
         if not samples:
             return int(scores.argmax())
         return int(torch.multinomial(F.softmax(scores, -1), 1))
@@ -168,8 +169,9 @@ def decode(
     streamer: Any = None,
     **model_kwargs: Any,
 ) -> torch.Tensor:
-    """The loop of ``generate()`` for one sequence, greedy or sampling; what transformers calls
-    ``custom_generate``, with its arguments.
+    """The loop of ``generate()`` for one sequence, greedy or sampling.
+
+    What transformers calls ``custom_generate``, with its arguments.
 
     Returns:
         The tokens, ``[1, n]``, the prompt first.

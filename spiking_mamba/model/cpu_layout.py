@@ -59,8 +59,10 @@ class Matrices(NamedTuple):
 
 
 class Weights(NamedTuple):
-    """A model: L blocks, d wide, of which M are mixers with H heads of P channels, I = H * P, G groups, N
-    states, C = I + 2 * G * N; the others are MLPs of width F."""
+    """A model: L blocks, d wide, of which M are mixers, the others MLPs of width F.
+
+    Mixers have H heads of P channels, I = H * P, G groups, N states, C = I + 2 * G * N.
+    """
 
     embeddings: np.ndarray  # float32 [V, d]
     place: np.ndarray  # int64 [L], a mixer's place among mixers; an MLP's among MLPs, as -1, -2, ...
@@ -121,7 +123,7 @@ def _array(tensor: torch.Tensor) -> np.ndarray:
 def read(model: SpikingMambaForCausalLM, kind: Kind, arena: Arena) -> tuple[Weights, list[np.ndarray]]:
     """A model's weights in the arena, and the arrays that their addresses point into."""
     keep: list[np.ndarray] = []
-    config, blocks = model.config, list(model.backbone.layers)
+    config, blocks = model.config, list(model.backbone.blocks)
     of_type: dict[str, list[Any]] = {"mamba": [], "mlp": []}
     place = np.zeros(len(blocks), np.int64)
     for i, block in enumerate(blocks):
@@ -147,13 +149,13 @@ def read(model: SpikingMambaForCausalLM, kind: Kind, arena: Arena) -> tuple[Weig
         out_proj=matrices([m.out_proj for m in mixers], kind.layouts[1]),
         mlp_in=matrices([m.in_proj for m in mlps], kind.layouts[2]),
         mlp_out=matrices([m.out_proj for m in mlps], kind.layouts[3]),
-        ones=np.ones(config.intermediate_size if mlps else 0, f32),
+        ones=np.ones((config.intermediate_size or 0) if mlps else 0, f32),
         last_norm=arena.copy(_array(model.backbone.norm_f.weight)),
         head=matrices([model.lm_head], "tiles"),
         eps=f32(config.layer_norm_epsilon),
         max_spike_count=f32(config.max_spike_count or 0),
         dt_low=f32(low),
-        dt_high=f32(min(high, np.finfo(f32).max)),  # compiled code knows no infinity
+        dt_high=f32(min(high, float(np.finfo(f32).max))),  # compiled code knows no infinity
     )
     return weights, keep
 

@@ -329,8 +329,9 @@ def _mlp_block(kind: Kind) -> Any:
 
 @cache
 def token_functions(kind: Kind) -> tuple[Any, Any]:
-    """The compiled ``token(me, threads, token, w, s, local)``: thread ``me``'s share of one token; and
-    ``serve(me, threads, w, s, local)``: its share of all tokens until none has come for a while.
+    """The compiled ``token(me, threads, token, w, s, local)``: thread ``me``'s share of one token.
+
+    And ``serve(me, threads, w, s, local)``: its share of all tokens until none has come for a while.
 
     ``w`` are :class:`~.cpu_layout.Weights`, ``s`` the :class:`~.cpu_layout.Buffers`, ``local`` this thread's
     :class:`~.cpu_layout.Local`.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from spiking_mamba.model.cache import Cache, batch_size, tensors
+from spiking_mamba.model.cache import Cache, tensors
 
 __all__ = ["DecodingGraph", "DecodingGraphs"]
 
@@ -34,7 +34,7 @@ class DecodingGraph:
         self._tensors = [states[key] for states, key in tensors(self._cache)]
         self._tenant: weakref.ref[Cache] | None = None
         device = self._tensors[0].device
-        self._input_ids = torch.zeros(batch_size(cache), 1, dtype=torch.long, device=device)
+        self._input_ids = torch.zeros(self._tensors[0].shape[0], 1, dtype=torch.long, device=device)
         self._step = step
         self._graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":

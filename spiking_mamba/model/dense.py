@@ -14,11 +14,12 @@ from spiking_mamba.common.checkpoint_files import locate, one_line, read_weights
 from spiking_mamba.common.errors import CheckpointError, DataError
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.converted import is_converted, is_spiking, read_converted
+from spiking_mamba.model.pretrained import SpikingMambaPreTrainedModel
 from spiking_mamba.model.state_spaces import from_state_spaces
 
 __all__ = ["read_dense", "student_of"]
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=SpikingMambaPreTrainedModel)
 
 
 def read_dense(name: str | Path, cls: type[Model]) -> Model:

@@ -8,7 +8,7 @@ activations rounded to int8 in blocks of 32.
 import copy
 import functools
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -78,7 +78,7 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
     """
 
     config_class = EventDrivenMambaConfig
-    _tied_weights_keys = None
+    _tied_weights_keys = None  # type: ignore[assignment]  # transformers' own default
 
     def __init__(self, config: EventDrivenMambaConfig) -> None:
         super().__init__(config)
@@ -137,8 +137,10 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
 
     @property
     def decoders(self) -> Any:
-        """Where compiled code runs, a :class:`~spiking_mamba.model.cpu_generation.Decoders`; None before its
-        first token."""
+        """The :class:`~spiking_mamba.model.cpu_generation.Decoders` where compiled code runs.
+
+        None before its first token.
+        """
         return self._decoders
 
     @takes_any_cache_name
@@ -207,13 +209,13 @@ def event_driven(
     }
     made.load_state_dict(kept, strict=False)
     with torch.no_grad():
-        for block, source in zip(made.backbone.layers, model.backbone.layers, strict=True):
+        for block, source in zip(made.backbone.blocks, model.backbone.blocks, strict=True):
             for name, projection in spike_fed(source.mixer):
                 threshold = torch.as_tensor(projection.threshold).item()
-                _fill(getattr(block.mixer, name), projection.linear, threshold)
+                _fill(getattr(block.mixer, name), cast(nn.Linear, projection.linear), threshold)
                 if name == "out_proj" and isinstance(block.mixer, SpikingMambaMLP):
                     # what its neuron gets comes straight from the upper half of the input projection
-                    block.mixer.in_proj.scale.chunk(2)[1].div_(threshold)
+                    cast(torch.Tensor, block.mixer.in_proj.scale).chunk(2)[1].div_(threshold)
                 else:
                     block.weight_before(name).div_(threshold)
         _fill(made.lm_head, model.lm_head, 1.0)
@@ -221,7 +223,7 @@ def event_driven(
     return made.eval()
 
 
-def _fill(layer: EventDrivenLinear, linear: nn.Module, threshold: float) -> None:
+def _fill(layer: EventDrivenLinear, linear: nn.Linear, threshold: float) -> None:
     """Put a linear layer's weights, rounded, into an integer one; V_th goes into their scale."""
     if not 0 < threshold < math.inf:
         raise ValueError(f"A threshold must be finite and positive, got {threshold}.")

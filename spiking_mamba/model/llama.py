@@ -28,8 +28,10 @@ class Shape(NamedTuple):
 
 
 class Layer(NamedTuple):
-    """Weights of one layer, as ``F.linear`` takes them: query, key and value rows are stacked in ``qkv``,
-    gate and up rows in ``gate_up``."""
+    """Weights of one layer, as ``F.linear`` takes them.
+
+    Query, key and value rows are stacked in ``qkv``, gate and up rows in ``gate_up``.
+    """
 
     attention_norm: torch.Tensor
     qkv: torch.Tensor

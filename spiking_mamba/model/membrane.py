@@ -3,6 +3,7 @@
 import copy
 import functools
 import json
+from typing import Any
 
 import torch
 from spikingjelly.activation_based.base import MemoryModule
@@ -25,6 +26,7 @@ def drive(node: MemoryModule, x_seq: torch.Tensor, states: list) -> torch.Tensor
     may share it, and monitors see the call.
 
     Args:
+        node: in any step mode.
         x_seq: ``[T, N, *]``.
         states: after the step before, each ``[N, *]``; empty for a fresh sequence. Replaced by those after
             the last step.
@@ -54,8 +56,10 @@ def drive_pieces(node: MemoryModule, u: torch.Tensor, states: list, pieces: Piec
     All pieces run side by side, the shorter ones leaving at their ends.
 
     Args:
+        node: as in :func:`drive`.
         u: ``[B, L, C]``.
         states: each ``[B, C]``, or empty, as in :func:`drive`; those of a row without a token stay.
+        pieces: where the documents are.
     """
     spikes = torch.zeros_like(u)
     fresh, batch = fresh_states(node), u.shape[0]
@@ -107,7 +111,7 @@ def probe(spec: str, membrane: str) -> None:
     Raises:
         ValueError: it does not; the neuron is named.
     """
-    node = neurons.build(json.loads(spec))
+    node: Any = neurons.build(json.loads(spec))
     name = type(node).__name__
     if hasattr(node, "backend"):
         node.backend = "torch"  # the others may need a machine that is not here

@@ -45,8 +45,10 @@ class SpikingMambaMLP(SpikeFed):
         packing: Packing | None = None,
         accumulations: list[torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        """``[B, L, hidden_size] -> [B, L, hidden_size]``; ``packing`` and
-        ``accumulations`` as in :class:`SpikeFed`."""
+        """``[B, L, hidden_size] -> [B, L, hidden_size]``.
+
+        ``packing`` and ``accumulations`` as in :class:`SpikeFed`.
+        """
         gate, up = self._project("in_proj", hidden_states, cache, packing, accumulations).chunk(2, dim=-1)
         return self._project("out_proj", F.silu(gate) * up, cache, packing, accumulations)
 

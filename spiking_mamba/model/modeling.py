@@ -5,7 +5,8 @@ One explicit-state core with two skins. transformers': ``generate()`` and ``cach
 sequences. A dense Mamba2 is the same model with ``config.neuron = None``.
 """
 
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from spikingjelly.activation_based.base import MemoryModule
@@ -15,7 +16,12 @@ from transformers import GenerationMixin, Mamba2ForCausalLM
 import neurons
 from spiking_mamba.model import cache as caches
 from spiking_mamba.model.backbone import SpikingMambaModel
-from spiking_mamba.model.cache import Cache, SpikingMambaCausalLMOutput, takes_any_cache_name
+from spiking_mamba.model.cache import (
+    Cache,
+    SpikingMambaCausalLMOutput,
+    SpikingMambaOutput,
+    takes_any_cache_name,
+)
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.decoding import DecodingGraphs
 from spiking_mamba.model.dense import read_dense, student_of
@@ -26,8 +32,10 @@ __all__ = ["SpikingMambaForCausalLM"]
 
 
 def _positions_to_keep(hidden_states: torch.Tensor, which: int | torch.Tensor) -> torch.Tensor:
-    """``[B, L, C]`` at the last ``which`` positions (0: all), or at those that a tensor of indices names: one
-    list for all rows ``[n]``, or one for each ``[B, n]``."""
+    """``[B, L, C]`` at the last ``which`` positions (0: all), or at those that a tensor of indices names.
+
+    One list for all rows ``[n]``, or one for each ``[B, n]``.
+    """
     if isinstance(which, int):
         return hidden_states[:, -which:] if which else hidden_states
     if which.ndim == 2:
@@ -35,10 +43,28 @@ def _positions_to_keep(hidden_states: torch.Tensor, which: int | torch.Tensor) -
     return hidden_states[:, which]
 
 
+def _returned(
+    loss: torch.Tensor | None, logits: torch.Tensor, backbone: SpikingMambaOutput, return_dict: bool
+) -> tuple | SpikingMambaCausalLMOutput:
+    cache = getattr(backbone, caches.OUTPUT_NAME)
+    if not return_dict:
+        values = (loss, logits, cache, backbone.hidden_states, backbone.accumulations)
+        return tuple(value for value in values if value is not None)
+    named: dict[str, Any] = {caches.OUTPUT_NAME: cache}
+    return SpikingMambaCausalLMOutput(
+        loss=loss,
+        logits=logits,
+        hidden_states=backbone.hidden_states,
+        accumulations=backbone.accumulations,
+        fetches=backbone.fetches,
+        **named,
+    )
+
+
 class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
     """The language model; ``config.neuron = None`` makes it a dense Mamba2."""
 
-    _tied_weights_keys: ClassVar = {"lm_head.weight": "backbone.embeddings.weight"}
+    _tied_weights_keys = {"lm_head.weight": "backbone.embeddings.weight"}  # noqa: RUF012
 
     def __init__(self, config: SpikingMambaConfig) -> None:
         super().__init__(config)
@@ -47,16 +73,20 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         self.graphs: DecodingGraphs | None = None
         self.post_init()
 
-    def _apply(self, fn, recurse=True):
+    def _apply(
+        self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True
+    ) -> "SpikingMambaForCausalLM":
         if self.graphs is not None:  # they read the tensors that are about to move
             self.capture_decoding()
         return super()._apply(fn, recurse)
 
-    def get_input_embeddings(self) -> nn.Module:
-        return self.backbone.embeddings
+    def get_input_embeddings(self) -> nn.Embedding:
+        """The backbone's."""
+        return self.backbone.get_input_embeddings()
 
     def set_input_embeddings(self, value: nn.Module) -> None:
-        self.backbone.embeddings = value
+        """Put another layer in its place."""
+        self.backbone.set_input_embeddings(value)
 
     @takes_any_cache_name
     def generate(self, *args: Any, cache: Cache | None = None, **kwargs: Any) -> Any:
@@ -118,13 +148,11 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         Returns:
             Logits ``[B, L, vocab_size]`` in float32, and the mean cross-entropy.
         """
-        return_dict = self.config.return_dict if return_dict is None else return_dict
-        others = labels, attention_mask, seq_idx, position_ids, cu_seq_lens_q
+        return_dict = bool(self.config.return_dict if return_dict is None else return_dict)
+        others = (labels, attention_mask, seq_idx, position_ids, cu_seq_lens_q)
         plain = all(value is None for value in others) and not (output_hidden_states or output_accumulations)
-        if self.graphs is not None and plain and return_dict:
-            logits, moved = self._captured(input_ids, cache, use_cache)
-            if logits is not None:
-                return SpikingMambaCausalLMOutput(logits=logits, **{caches.OUTPUT_NAME: moved})
+        if plain and return_dict and (output := self._captured(input_ids, cache, use_cache)) is not None:
+            return output
         output = self.backbone(
             input_ids,
             inputs_embeds=inputs_embeds,
@@ -139,26 +167,16 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
             cu_seq_lens_q=cu_seq_lens_q,
             **kwargs,
         )
-        hidden_states = _positions_to_keep(output.last_hidden_state, logits_to_keep)
-        logits = self._head(hidden_states)
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(
-                logits=logits,
-                labels=labels,
-                vocab_size=self.config.vocab_size,
-                num_items_in_batch=num_items_in_batch,
-            )
-        if not return_dict:
-            values = loss, logits, output.cache, output.hidden_states, output.accumulations
-            return tuple(value for value in values if value is not None)
-        return SpikingMambaCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            hidden_states=output.hidden_states,
-            accumulations=output.accumulations,
-            fetches=output.fetches,
-            **{caches.OUTPUT_NAME: output.cache},
+        logits = self._head(_positions_to_keep(output.last_hidden_state, logits_to_keep))
+        loss = None if labels is None else self._loss(logits, labels, num_items_in_batch)
+        return _returned(loss, logits, output, return_dict)
+
+    def _loss(
+        self, logits: torch.Tensor, labels: torch.Tensor, num_items_in_batch: int | torch.Tensor | None
+    ) -> torch.Tensor:
+        size = self.config.vocab_size
+        return self.loss_function(
+            logits=logits, labels=labels, vocab_size=size, num_items_in_batch=num_items_in_batch
         )
 
     def _head(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -166,19 +184,22 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
 
     def _captured(
         self, input_ids: torch.Tensor | None, cache: Cache | None, use_cache: bool | None
-    ) -> tuple[torch.Tensor | None, Cache | None]:
-        """One more token's logits by a graph, and the cache; None twice where something else is asked for."""
+    ) -> SpikingMambaCausalLMOutput | None:
+        """One more token's logits by a graph, and the cache.
+
+        None where there are no graphs, where something else is asked for, or somebody watches.
+        """
+        if self.graphs is None:
+            return None
         if self.backbone.streams(cache, use_cache):
             cache = self.backbone.stream.cache
-        goes = (
-            cache is not None
-            and input_ids is not None
-            and input_ids.shape[1] == 1
-            and not self.training
-            and not torch.is_grad_enabled()
-            and caches.batch_size(cache) == input_ids.shape[0]
-        )
-        return (self.graphs(input_ids, cache), cache) if goes else (None, None)
+        if cache is None or input_ids is None or input_ids.shape[1] != 1:
+            return None
+        if self.training or torch.is_grad_enabled() or caches.batch_size(cache) != input_ids.shape[0]:
+            return None
+        logits = self.graphs(input_ids, cache)
+        named: dict[str, Any] = {caches.OUTPUT_NAME: cache}
+        return None if logits is None else SpikingMambaCausalLMOutput(logits=logits, **named)
 
     def _one_token(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         return self._head(self.backbone.one_token(input_ids, cache))
@@ -190,7 +211,7 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
     @property
     def compiles(self) -> bool:
         """Whether the blocks go through ``torch.compile``."""
-        return self.backbone.layers[0].compiles
+        return self.backbone.blocks[0].compiles
 
     def compile_blocks(self, compiles: bool = True) -> None:
         """Run the blocks through ``torch.compile`` wherever no cache is used.
@@ -201,7 +222,7 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         comes out one quantum apart. Blocks that somebody watches by forward hooks, as ``count_spikes`` does,
         run uncompiled meanwhile.
         """
-        for block in self.backbone.layers:
+        for block in self.backbone.blocks:
             block.compiles = compiles
 
     def capture_decoding(self, captures: bool = True) -> None:
@@ -258,5 +279,6 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         )
         if isinstance(neuron, nn.Module):  # an example may have learned something
             for projection in student.projections().values():
+                assert projection.neuron is not None, "of those that neurons feed"
                 projection.neuron.load_state_dict(neuron.state_dict())
         return student

@@ -22,12 +22,15 @@ class RMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
     def extra_repr(self) -> str:
+        """What ``repr()`` shows between the brackets."""
         return f"{self.weight.shape[0]}, eps={self.eps}"
 
 
 class GatedRMSNorm(nn.Module):
-    """:class:`RMSNorm` of ``x * SiLU(gate)``, over each of ``groups`` parts of the last axis by itself
-    (Dao & Gu, arXiv 2405.21060, section 7)."""
+    """:class:`RMSNorm` of ``x * SiLU(gate)``, over each of ``groups`` parts of the last axis by itself.
+
+    (Dao & Gu, arXiv 2405.21060, section 7)
+    """
 
     def __init__(self, size: int, groups: int, eps: float) -> None:
         super().__init__()
@@ -43,4 +46,5 @@ class GatedRMSNorm(nn.Module):
         return self.weight * wide.flatten(-2).to(x.dtype)
 
     def extra_repr(self) -> str:
+        """What ``repr()`` shows between the brackets."""
         return f"{self.weight.shape[0]}, groups={self.groups}, eps={self.eps}"

@@ -8,7 +8,16 @@ from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["Packing", "Pieces", "documents_of", "moved", "pack", "real_tokens", "reject_unknown_arguments"]
+__all__ = [
+    "Packing",
+    "Pieces",
+    "documents_of",
+    "moved",
+    "pack",
+    "packing_of",
+    "real_tokens",
+    "reject_unknown_arguments",
+]
 
 # What collators of packed rows give beside that, for attention: it says nothing new.
 IGNORED = ("cu_seq_lens_k", "max_length_q", "max_length_k")
@@ -61,8 +70,9 @@ def reject_unknown_arguments(given: dict[str, Any]) -> None:
 
 
 def real_tokens(attention_mask: torch.Tensor | None, shape: tuple[int, int]) -> torch.Tensor | None:
-    """The mask of a batch's own tokens, bool ``[B, L]``, out of one that covers a cache's past too; None
-    where all are tokens.
+    """The mask of a batch's own tokens, bool ``[B, L]``, out of one that covers a cache's past too.
+
+    None where all are tokens.
 
     Raises:
         ValueError: it is shorter than the batch.
@@ -93,6 +103,7 @@ def documents_of(
     """``Packing.document`` of a batch ``(B, L)``, in its own order, from one or more of what says it.
 
     Args:
+        shape: ``(B, L)``.
         seq_idx: ``[B, L]``, another number for another document.
         position_ids: ``[B, L]``, 0 where a document begins, counting up within it.
         cu_seq_lens: ``[documents + 1]``, where the documents of a single row begin, then its length.
@@ -141,6 +152,7 @@ def pack(
     """How to move a batch's padding to the end of its rows, and what its blocks have to know then.
 
     Args:
+        shape: ``(B, L)``.
         real, document: as in :class:`Packing`, in the batch's own order.
         keeps_states: whether states behind the last token are asked for.
         with_pieces: whether there are neurons with states.
@@ -160,6 +172,24 @@ def pack(
     if real is None and document is None:
         return order, None
     return order, Packing(real, document, _pieces(shape, real, document) if with_pieces else None)
+
+
+def packing_of(
+    shape: tuple[int, int],
+    attention_mask: torch.Tensor | None,
+    seq_idx: torch.Tensor | None,
+    position_ids: torch.Tensor | None,
+    cu_seq_lens: torch.Tensor | None,
+    keeps_states: bool,
+    with_pieces: bool,
+) -> tuple[torch.Tensor | None, Packing | None]:
+    """:func:`pack` of a batch ``(B, L)`` that a forward pass's arguments describe.
+
+    See :func:`real_tokens` and :func:`documents_of`.
+    """
+    real = real_tokens(attention_mask, shape)
+    document = documents_of(shape, seq_idx, position_ids, cu_seq_lens, real)
+    return pack(shape, real, document, keeps_states, with_pieces)
 
 
 def _pieces(shape: tuple[int, int], real: torch.Tensor | None, document: torch.Tensor | None) -> Pieces:
@@ -182,4 +212,5 @@ def _pieces(shape: tuple[int, int], real: torch.Tensor | None, document: torch.T
     row, start, size = row[order], start[order], size[order]
     lengths = [(int(each), int((size >= each).sum())) for each in size.unique(sorted=True)]
     goes_on = number[row, start] == 0
-    return Pieces(*(t.to(device) for t in (row, start, size, goes_on, last)), lengths)
+    row, start, size, goes_on, last = (each.to(device) for each in (row, start, size, goes_on, last))
+    return Pieces(row, start, size, goes_on, last, lengths)

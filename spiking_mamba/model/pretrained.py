@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import nn
@@ -42,8 +42,10 @@ def _same(one: nn.Module | None, other: nn.Module | None) -> bool:
 
 
 def _check_sizes(cls: type, folder: Path, config: Any, renamed: dict[str, str]) -> None:
-    """Raise a CheckpointError before memory is taken for weights that the folder's files do not hold, or hold
-    as integers, booleans or complex numbers, which loading would cast."""
+    """Raise a CheckpointError before memory is taken for weights that the folder's files do not hold.
+
+    Or hold as integers, booleans or complex numbers, which loading would cast.
+    """
     if not any((folder / name).is_file() or (folder / (name + INDEX)).is_file() for name in WEIGHTS):
         if (folder / MIXERS).is_file():
             raise CheckpointError(
@@ -78,12 +80,18 @@ def _check_sizes(cls: type, folder: Path, config: Any, renamed: dict[str, str]) 
 class SpikingMambaPreTrainedModel(PreTrainedModel):
     """Weights, initialisation and loading of the spiking Mamba2."""
 
+    config: SpikingMambaConfig
     config_class = SpikingMambaConfig
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar = ["SpikingMambaBlock"]
-    _keep_in_fp32_modules_strict: ClassVar = {"log_threshold"}
+    _no_split_modules = ["SpikingMambaBlock"]  # noqa: RUF012
+    _keep_in_fp32_modules_strict = {"log_threshold"}  # noqa: RUF012
     _is_stateful = True  # no way back from a state: generate() refuses what would crop it
+
+    if TYPE_CHECKING:  # transformers' own is wrapped in what hides its signature
+
+        def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
+            """As of any module."""
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -127,7 +135,8 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
         kwargs["key_mapping"] = FIRST_FORM | (kwargs.get("key_mapping") or {})
         if args and isinstance(args[0], str | Path) and Path(args[0]).is_dir() and "subfolder" not in kwargs:
             _check_sizes(cls, Path(args[0]), kwargs.get("config"), kwargs["key_mapping"])
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = cast("tuple[Self, dict[str, Any]]", loaded)
         problems = {
             key: sorted(map(str, info[key]))
             for key in ("missing_keys", "unexpected_keys", "mismatched_keys")

@@ -24,8 +24,11 @@ __all__ = ["SpikeEncoder", "Spikes", "SpikingProjection", "project", "spike_fed"
 
 
 def _scalar(value: float) -> torch.Tensor:
-    """A number that a compiled block takes in, where a Python number would be compiled in; always a true
-    float32 on the CPU, even where the model is made on the meta device or in a 16-bit default dtype."""
+    """A number that a compiled block takes in, where a Python number would be compiled in.
+
+    Always a true float32 on the CPU, even where the model is made on the meta device or in a 16-bit default
+    dtype.
+    """
     return torch.tensor(float(value), dtype=torch.float32, device="cpu")
 
 
@@ -76,6 +79,7 @@ class SpikeEncoder(nn.Module):
         self.spike_driven = spike_driven
 
     def extra_repr(self) -> str:
+        """What ``repr()`` shows between the brackets."""
         if self.neuron is None:
             return ""
         threshold = torch.as_tensor(self.threshold).item()
@@ -83,8 +87,10 @@ class SpikeEncoder(nn.Module):
 
     @property
     def threshold(self) -> float | torch.Tensor:
-        """V_th: a number, or a float32 tensor ``[1]`` where it is learned. Setting it makes it a number, from
-        which a learned one goes on."""
+        """V_th: a number, or a float32 tensor ``[1]`` where it is learned.
+
+        Setting it makes it a number, from which a learned one goes on.
+        """
         return self._threshold if self.log_threshold is None else self.log_threshold.float().exp()
 
     @threshold.setter
@@ -136,6 +142,7 @@ class SpikeEncoder(nn.Module):
         module, whatever order a checkpointed backward pass recomputes in, and whoever calls at the same time.
 
         Args:
+            x: in the units of the weights' inputs, any float dtype.
             states: the neuron's states after the previous token, each ``[B, C]``, or an empty list for a
                 fresh sequence; replaced by the states after the last token.
             packing: where the tokens are.
@@ -188,6 +195,7 @@ class SpikeEncoder(nn.Module):
             lam = self._compiled_lambda if compiling else self._sgc_lambda
             spike = self._emit(u, states, packing)
             return spike, compensate(u, spike, mode, function, lam, self.max_spike_count)
+        assert node is not None
         spike, mixed = node.compensated(u[None], mode, function, self._sgc_lambda)
         return spike[0], mixed[0]
 
@@ -232,7 +240,7 @@ class SpikingProjection(nn.Module):
         """The node; another one may be put in its place."""
         return self.spikes.neuron
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: torch.Tensor | nn.Module) -> None:
         if name == "neuron":  # torch would take a module for a new one of this layer's own
             self.spikes.neuron = value  # type: ignore[assignment]
         else:
@@ -245,10 +253,12 @@ class SpikingProjection(nn.Module):
 
     @property
     def in_features(self) -> int:
+        """The width of what the neuron gets."""
         return self.linear.in_features  # type: ignore[return-value]
 
     @property
     def out_features(self) -> int:
+        """The width of what comes out."""
         return self.linear.out_features  # type: ignore[return-value]
 
     @property

@@ -27,8 +27,9 @@ def round_blocks(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 class QuantisedLinear(EventDrivenLinear):
-    """``y = scale * (sum over blocks of a[block] * sum over the block of q * W) + bias`` with ``x = a * q``
-    rounded by :func:`round_blocks`; weights, arguments and attributes as in ``EventDrivenLinear``.
+    """``y = scale * (sum over blocks of a[block] * sum over the block of q * W) + bias``, ``x = a * q``.
+
+    ``x`` is rounded by :func:`round_blocks`; weights, arguments and attributes as in ``EventDrivenLinear``.
 
     One scale for all inputs would err by 1.7% of the largest logit in a language model's head.
     """

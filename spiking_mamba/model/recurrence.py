@@ -22,6 +22,7 @@ def recurrence(
     Args:
         x: ``[B, L, H, P]``. dt: ``[B, L, H]``, before bias and softplus. A: ``[H]``, negative.
         B, C: ``[B, L, G, N]``; the heads of a group share them. D, dt_bias: ``[H]``.
+        dt_limit: what time steps are clamped to.
         state: ``[B, H, P, N]`` before the first token.
 
     Returns:

@@ -49,6 +49,12 @@ def _triton_kernels() -> types.SimpleNamespace | None:
     )
 
 
+def _loaded() -> types.SimpleNamespace:
+    kernels = _triton_kernels()
+    assert kernels is not None
+    return kernels
+
+
 @torch.compiler.assume_constant_result
 def _has_triton_kernels() -> bool:
     return _triton_kernels() is not None
@@ -141,7 +147,7 @@ def _scan_operator(
         limit = dt_min, dt_max
         return scan_torch(x, dt, A, B, C, chunk_size, D, dt_bias, limit, document=document)[0].contiguous()
     options = _options(D, dt_bias, document, dt_min, dt_max)
-    return _triton_kernels().forward(x, dt, A, B, C, chunk_size, **options)[0].contiguous()
+    return _loaded().forward(x, dt, A, B, C, chunk_size, **options)[0].contiguous()
 
 
 @_scan_operator.register_fake
@@ -169,7 +175,7 @@ def _scan_backward_operator(
     gradients: Sequence[torch.Tensor]
     if _on_triton(x):
         options = _options(D, dt_bias, document, dt_min, dt_max)
-        found = _triton_kernels().backward(grad, x, dt, A, B, C, y, chunk_size, **options)
+        found = _loaded().backward(grad, x, dt, A, B, C, y, chunk_size, **options)
         gradients = [*found[:6], found[7]]  # between them is that of a gate, and behind them of first states
     else:
         gradients = scan_torch_backward(grad, inputs, chunk_size, (dt_min, dt_max), document)
@@ -216,7 +222,9 @@ def chunk_scan(
     Args:
         x: ``[B, L, H, P]``. dt: ``[B, L, H]``, before bias and softplus. A: ``[H]``, negative.
         B, C: ``[B, L, G, N]``. D, dt_bias: ``[H]``.
+        chunk_size: tokens of a chunk. dt_limit: what time steps are clamped to.
         initial_states: ``[B, H, P, N]``, where document 0 begins.
+        return_final_states: whether to return the last states.
         document: int32 ``[B, L]``, ascending in every row: each but 0 begins at zeros.
         real: bool ``[B, L]``, false for padding, at which no state moves.
 
@@ -229,10 +237,11 @@ def chunk_scan(
     if not _on_triton(x):
         y, last = scan_torch(x, dt, A, B, C, chunk_size, D, dt_bias, dt_limit, initial_states, document, real)
         return (y, last) if return_final_states else y
+    bias: torch.Tensor | None = dt_bias
     softplus = real is None
     if not softplus:  # the kernel knows no padding
-        dt, dt_bias, dt_limit = time_steps(dt, dt_bias, dt_limit, real), None, (0.0, math.inf)
-    return _triton_kernels().chunk_scan(
+        dt, bias, dt_limit = time_steps(dt, dt_bias, dt_limit, real), None, (0.0, math.inf)
+    return _loaded().chunk_scan(
         x,
         dt,
         A,
@@ -240,7 +249,7 @@ def chunk_scan(
         C,
         chunk_size,
         D=D,
-        dt_bias=dt_bias,
+        dt_bias=bias,
         initial_states=initial_states,
         seq_idx=document,
         dt_softplus=softplus,
@@ -263,7 +272,9 @@ def state_update(
     """One token of :func:`chunk_scan`; ``state`` ``[B, H, P, N]`` moves on in place.
 
     Args:
+        state: ``[B, H, P, N]``.
         x: ``[B, H, P]``. dt: ``[B, H]``. A, D, dt_bias: ``[H]``. B, C: ``[B, G, N]``.
+        dt_limit: what time steps are clamped to.
 
     Returns:
         ``y`` ``[B, H, P]``.
@@ -273,7 +284,7 @@ def state_update(
         softplus = tuple(dt_limit) == (0.0, math.inf)
         if not softplus:  # the kernel knows no limit
             dt, dt_bias = F.softplus(dt + dt_bias.to(dt.dtype)).clamp(*dt_limit), torch.zeros_like(dt_bias)
-        return _triton_kernels().state_update(
+        return _loaded().state_update(
             state,
             x,
             dt[..., None].expand(-1, -1, head_dim),

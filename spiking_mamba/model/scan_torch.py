@@ -22,8 +22,11 @@ def _segment_sums(a: torch.Tensor) -> torch.Tensor:
 
 
 class _Documents(NamedTuple):
-    """Which parts of a chunked scan stay within one document: bool, of tokens ``[b, c, l, s]``, from the
-    start of a chunk and to its end ``[b, c, l]``, and from end to end ``[b, c]``."""
+    """Which parts of a chunked scan stay within one document: bool.
+
+    Of tokens ``[b, c, l, s]``, from the start of a chunk and to its end ``[b, c, l]``, and from end to end
+    ``[b, c]``.
+    """
 
     pairs: torch.Tensor
     from_start: torch.Tensor
@@ -66,6 +69,7 @@ def _states(
     Args:
         a_sums: ``[b, c, g, r, l]``. B: ``[b, c, l, g, n]``. inputs: ``[b, c, l, g, r, p]``.
         initial_states: ``[b, h, p, n]``.
+        within: what stays within one document; None: all does.
     """
     to_end = (a_sums[..., -1:] - a_sums).exp().permute(0, 1, 4, 2, 3)[..., None]  # [b, c, l, g, r, 1]
     if within is not None:
@@ -143,6 +147,7 @@ def scan_torch_backward(
 
     Args:
         grad: of ``y``. inputs: ``x``, ``dt``, ``A``, ``B``, ``C``, ``D`` and ``dt_bias``, in that order.
+        chunk_size, dt_limit, document: as in :func:`scan_torch`.
 
     Returns:
         The inputs' gradients.
@@ -150,8 +155,8 @@ def scan_torch_backward(
 
     def differentiate() -> tuple[torch.Tensor, ...]:
         leaves = [tensor.detach().requires_grad_() for tensor in inputs]
-        *scanned, D, dt_bias = leaves
-        y, _ = scan_torch(*scanned, chunk_size, D, dt_bias, dt_limit, document=document)
+        x, dt, A, B, C, D, dt_bias = leaves
+        y, _ = scan_torch(x, dt, A, B, C, chunk_size, D, dt_bias, dt_limit, document=document)
         return torch.autograd.grad(y, leaves, grad)
 
     with ThreadPoolExecutor(1) as thread:  # within an operator this one has no autograd

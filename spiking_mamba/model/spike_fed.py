@@ -16,8 +16,10 @@ __all__ = ["SpikeFed"]
 
 
 class SpikeFed(nn.Module):
-    """A module with linear layers ``in_proj`` and ``out_proj``, and what feeds them with spikes:
-    ``in_spikes`` and ``out_spikes``."""
+    """A module with linear layers ``in_proj`` and ``out_proj``, and what feeds them with spikes.
+
+    That is ``in_spikes`` and ``out_spikes``.
+    """
 
     encoders: ClassVar = {"in_proj": "in_spikes", "out_proj": "out_spikes"}
 
@@ -41,6 +43,16 @@ class SpikeFed(nn.Module):
         """The weight that scales what ``out_proj``'s neuron gets."""
         raise NotImplementedError
 
+    def step(
+        self,
+        hidden_states: torch.Tensor,
+        conv_state: torch.Tensor,
+        scan_state: torch.Tensor,
+        cache: Cache | None = None,
+    ) -> torch.Tensor:
+        """One token, ``[B, 1, hidden_size] -> [B, 1, hidden_size]``; the layer's states move on in place."""
+        raise NotImplementedError
+
     def _project(
         self,
         name: str,
@@ -52,6 +64,8 @@ class SpikeFed(nn.Module):
         """Run a projection; its neuron's states live in slots of the cache behind convolution and scan.
 
         Args:
+            name: "in_proj" or "out_proj". x: ``[B, L, in_features]``.
+            cache: states of the tokens before; None without.
             packing: where the tokens are.
             accumulations: takes up how many accumulations the spikes cost, and how many weights they fetch,
                 float32 ``[B, L, 2]``.

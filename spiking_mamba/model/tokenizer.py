@@ -21,8 +21,9 @@ def has_tokenizer(folder: Path) -> bool:
 
 
 def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) -> PreTrainedTokenizerBase:
-    """The tokenizer of a checkpoint, or the one named by ``tokenizer``: a folder or a hub name. That of a
-    converted model is its source's.
+    """The tokenizer of a checkpoint, or the one named by ``tokenizer``: a folder or a hub name.
+
+    That of a converted model is its source's.
 
     Raises:
         CheckpointError: there is none.

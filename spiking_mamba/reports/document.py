@@ -38,6 +38,8 @@ class Heading:
 
 @dataclass(frozen=True)
 class Paragraph:
+    """Text, in Markdown's inline marks."""
+
     text: str
 
 
@@ -180,8 +182,10 @@ def write_document(folder: Path, blocks: Sequence[Block]) -> None:
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """A Markdown table, padded so that it reads well in a terminal too; all but the first column are
-    aligned to the right."""
+    """A Markdown table, padded so that it reads well in a terminal too.
+
+    All but the first column are aligned to the right.
+    """
     cells = [[str(cell) for cell in row] for row in (header, *rows)]
     widths = [max(2, *map(len, column)) for column in zip(*cells, strict=True)]  # "-:" takes two
 

@@ -163,10 +163,10 @@ def _operations(models: Sequence[Model]) -> list[Block]:
 
 
 def _energy_table(
-    title: str, found: Sequence[tuple[Model, Mapping[str, Mapping[str, Any]] | None]]
+    title: str, measured: Sequence[tuple[Model, Mapping[str, Mapping[str, Any]] | None]]
 ) -> list[Block]:
     rows = []
-    for model, tables in found:
+    for model, tables in measured:
         for table, row in (tables or {}).items():
             hypothetical = table in (model["energy"].get("hypothetical") or ())
             energies = [row.get(key) for key in _SPENDERS]

@@ -37,8 +37,10 @@ _UNITS = ((1e12, "J"), (1e9, "mJ"), (1e6, "µJ"), (1e3, "nJ"), (1.0, "pJ"))
 
 
 def short(name: str, length: int = 34) -> str:
-    """A name that fits a picture. It never starts with an underscore, which matplotlib leaves out of
-    legends."""
+    """A name that fits a picture.
+
+    It never starts with an underscore, which matplotlib leaves out of legends.
+    """
     name = "".join(c if c.isprintable() else " " for c in name)
     if len(name) > length:
         name = name[: length // 2 - 1] + "…" + name[-(length // 2) :]
@@ -54,8 +56,9 @@ def unit(picojoules: float) -> tuple[float, str]:
 def picture(
     path: Path, width: float, height: float, *, dpi: int = 130, **grid: Any
 ) -> "Iterator[tuple[Figure, Any]]":
-    """A figure of ``width`` x ``height`` inches and its axes (``Figure.subplots``), written to ``path`` as a
-    PNG at the end of the block, whole or not at all.
+    """A figure of ``width`` x ``height`` inches and its axes (``Figure.subplots``).
+
+    It is written to ``path`` as a PNG at the end of the block, whole or not at all.
 
     Nothing of matplotlib's global state is left changed, so that a program's own figures stay as they are.
     """
@@ -137,8 +140,10 @@ def accuracy_and_energy(
 
 
 def draw_accuracy_energy(models: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Accuracy over energy gain, a point a model, a row of panels for each of :func:`drawn_tables`; where a
-    group has several runs, its mean with 95 % intervals over them."""
+    """Accuracy over energy gain, a point a model, a row of panels for each of :func:`drawn_tables`.
+
+    Where a group has several runs, its mean with 95 % intervals over them.
+    """
     found = {table: accuracy_and_energy(models, table) for table in drawn_tables(models)}
     found = {table: (points, label) for table, (points, label) in found.items() if points}
     looks = _group_looks([point for points, _ in found.values() for point in points])
@@ -244,11 +249,13 @@ def _layer_axis(axis: Any) -> None:
 
 
 def draw_layer_energy(energy: Mapping[str, Any], path: Path) -> None:
-    """Energy per token of every projection by layer: the dense product and the spiking one, a panel for each
-    of :func:`drawn_tables` and each kind of projection.
+    """Energy per token of every projection by layer: the dense product and the spiking one.
+
+    A panel for each of :func:`drawn_tables` and each kind of projection.
 
     Args:
         energy: of one model, see :func:`spiking_mamba.spikes.energy.model_energy`.
+        path: of the PNG.
     """
     sides = _by_projection({row["name"]: row for row in energy["layers"]})
     model = {"energy": energy}

@@ -22,9 +22,11 @@ _COLUMNS = 1024  # as many as the picture has pixels for
 
 
 def draw_spike_map(counts: SpikeCounts, path: str | Path) -> None:
-    """Draw mean ``|s|`` of every channel of every layer to a PNG, one panel for each kind of projection
-    (their widths differ), all on one logarithmic colour scale; silent channels are grey. Of more channels
-    than a picture has columns, each column shows the busiest. Beside each panel stand the layers' means.
+    """Draw mean ``|s|`` of every channel of every layer to a PNG.
+
+    One panel for each kind of projection (their widths differ), all on one logarithmic colour scale; silent
+    channels are grey. Of more channels than a picture has columns, each column shows the busiest. Beside each
+    panel stand the layers' means.
 
     Raises:
         ValueError: there are no spikes to draw: the model is dense or has seen no token; or they are not
@@ -37,11 +39,13 @@ def draw_spike_map(counts: SpikeCounts, path: str | Path) -> None:
 
 
 def draw_spikes(spikes: Mapping[str, Any], path: Path) -> bool:
-    """Draw spikes as an evaluation's results have them: :func:`draw_spike_map` where they have the means of
-    every channel, else :func:`draw_count_map`. Returns whether they had either.
+    """Draw spikes as an evaluation's results have them; returns whether they had any to draw.
+
+    :func:`draw_spike_map` where they have the means of every channel, else :func:`draw_count_map`.
 
     Args:
         spikes: see :meth:`SpikeCounts.to_dict`.
+        path: of the PNG.
     """
     rows = {name: row for name, row in spikes["projections"].items() if row["tokens"]}
     if rows and all(row.get("channels") for row in rows.values()):
@@ -85,6 +89,7 @@ def draw_count_map(rows: Mapping[str, Mapping[str, Any]], path: Path) -> None:
 
     Args:
         rows: of the projections by name, see :meth:`ProjectionSpikes.to_dict`, all with a ``histogram``.
+        path: of the PNG.
     """
     kinds = _kinds(rows, "histogram")
     height = min(12.0, max(3.2, 1.6 + 0.13 * max(len(kind.rows) for kind in kinds)))
@@ -116,6 +121,7 @@ def heat_map(
     """Rows of numbers as colours, the first row at the top; what is not above zero is grey.
 
     Args:
+        panel: the axes to draw into.
         values: ``[layers, columns]``.
         layers: the rows' names.
         across: left and right end on the horizontal axis.

@@ -60,8 +60,10 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, mask: torch.Tensor, length: int) -> "Layout":
-        """The last ``length`` tokens of ``mask`` ``[B, >= L]``, which covers a cache's past too, as the
-        blocks see them: before their padding."""
+        """The last ``length`` tokens of ``mask`` ``[B, >= L]``, which covers a cache's past too.
+
+        As the blocks see them: before their padding.
+        """
         before, here = mask[:, :-length].bool().sum(1), mask[:, -length:].bool().sum(1)
         step = torch.arange(length, device=mask.device)
         real = step < here[:, None]
@@ -104,6 +106,7 @@ class ProjectionSpikes:
         """Count spikes ``[B, L, in_features]``, without waiting for the device.
 
         Args:
+            spike: of any float dtype.
             layout: where the tokens are; ``None``: there is no padding and positions run from 0 to L - 1.
         """
         batch, length, _ = spike.shape
@@ -114,7 +117,7 @@ class ProjectionSpikes:
             # the context costs about as much as the launch
             here = spike.device.index == torch.cuda.current_device()
             with nullcontext() if here else torch.cuda.device(spike.device):
-                kernel.tally(spike, padding, position, sums, self.max_spike_count, self.count_levels)
+                kernel.accumulate(spike, padding, position, sums, self.max_spike_count, self.count_levels)
             return
         size = spike.abs()
         if layout is not None:
@@ -190,8 +193,10 @@ class ProjectionSpikes:
 
     @property
     def signed_digits(self) -> int | None:
-        """Non-zero digits of all counts in canonical signed-digit form, of all codes in -1, 0 and 1 times
-        powers of two the one with fewest; ``None`` without a histogram."""
+        """Non-zero digits of all counts in canonical signed-digit form; ``None`` without a histogram.
+
+        Of all codes in -1, 0 and 1 times powers of two the one with fewest.
+        """
         histogram = self.histogram
         if histogram is None:
             return None
@@ -208,6 +213,7 @@ class ProjectionSpikes:
 
     @property
     def nonzero_share(self) -> float:
+        """Share of the counts that are not zero."""
         return self.nonzero / max(1, self.tokens * self.in_features)
 
     @property
@@ -227,8 +233,10 @@ class ProjectionSpikes:
 
     @property
     def position_mean_abs(self) -> torch.Tensor:
-        """Mean ``|s|`` over batch and channels at every position, float64 ``[positions seen]``; NaN at a
-        position that was skipped."""
+        """Mean ``|s|`` over batch and channels at every position, float64 ``[positions seen]``.
+
+        NaN at a position that was skipped.
+        """
         seen = int(self.position_tokens.nonzero().max()) + 1 if self.tokens else 0
         return self.position_sum[:seen] / (self.position_tokens[:seen] * self.in_features)
 
@@ -292,14 +300,17 @@ class SpikeCounts:
 
     @property
     def accumulations(self) -> float:
+        """Those of all projections, ``sum |s| * out_features`` over the tokens seen."""
         return self._sum("accumulations")
 
     @property
     def dense_macs(self) -> float:
+        """Multiply-accumulations of the dense products for these tokens."""
         return self._sum("dense_macs")
 
     @property
     def nonzero_macs(self) -> float:
+        """Of :attr:`dense_macs` those of inputs whose count is not zero."""
         return self._sum("nonzero_macs")
 
     @property

@@ -46,8 +46,10 @@ _PRECISION = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
 def _compare(energy: dict[str, float]) -> dict[str, float | None]:
-    """The machines' energies and the spiking one's gains; a gain is ``None`` where it takes no energy, and an
-    energy where it is not known."""
+    """The machines' energies and the spiking one's gains.
+
+    A gain is ``None`` where it takes no energy, and an energy where it is not known.
+    """
     spiking = energy["spiking"]
     known = {name: None if math.isnan(value) else value for name, value in energy.items()}
     gains = {
@@ -83,8 +85,11 @@ class _Projection:
         }
 
     def memory(self, cost: Costs, tokens: int) -> dict[str, float]:
-        """Weights once a pass of ``tokens``; once a token inputs, written and read, and outputs, written.
-        Spike counts and the rival's activations have the same levels and take whole bytes."""
+        """Numbers that move: weights once a pass of ``tokens``; inputs and outputs once a token.
+
+        Inputs written and read, outputs written. Spike counts and the rival's activations have the same
+        levels and take whole bytes.
+        """
         code = 2 * math.ceil(math.log2(self.levels) / 8) * self.in_features
         weights, output = self.macs / tokens, self.out_features * cost.width
         dense = (weights + 2 * self.in_features) * cost.width + output
@@ -102,8 +107,11 @@ class _Projection:
 def _event_driven(
     projections: list[_Projection], cost: Costs, spiking: float, dense: float
 ) -> dict[str, float | None]:
-    """A token decoded by integers that are fetched where a spike asks for them: of what the spiking machine
-    takes, ``spiking``, int8 rows that fire instead of all weights; and the gain over ``dense``."""
+    """A token decoded by integers that are fetched where a spike asks for them.
+
+    Of what the spiking machine takes, ``spiking``, int8 rows that fire instead of all weights; and the gain
+    over ``dense``.
+    """
     spared = sum(p.macs * cost.width - p.fetched for p in projections) * cost.byte
     energy = spiking - spared
     return {"pj_per_token": energy, "gain": dense / energy if energy > 0 else None}
@@ -309,8 +317,11 @@ def _priced(
 
 
 def _encoders(inputs: int, steps: int, config: SpikingMambaConfig, cost: Costs) -> dict[str, float]:
-    """What makes the projections' inputs, pJ a token: a neuron compares and subtracts once a micro-step, and
-    leaks; the rivals scale and round, and shift-and-add recodes with an addition."""
+    """What makes the projections' inputs, pJ a token.
+
+    A neuron compares and subtracts once a micro-step, and leaks; the rivals scale and round, and
+    shift-and-add recodes with an addition.
+    """
     leak = inputs * cost.mac if config.states_per_neuron else 0.0
     rival = inputs * cost.mac
     return {

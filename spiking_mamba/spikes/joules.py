@@ -1,5 +1,6 @@
-"""Energy that an NVIDIA GPU says it has used, from NVML's counter, with its idle power taken off; and a
-processor's, from the counter that Linux shows.
+"""Energy that an NVIDIA GPU or a processor says it has used, with its idle power taken off.
+
+The GPU by NVML's counter, the processor by the one that Linux shows.
 
 A measurement of this machine and these kernels: it stands beside the analytic figures of
 :mod:`spiking_mamba.spikes.energy` and is never mixed with them.
@@ -163,6 +164,8 @@ def measure_joules(
 
     Args:
         function: what to measure, of ``tokens_per_call`` tokens.
+        tokens_per_call: for joules a token; None: those of a call alone.
+        seconds, min_calls: how long, and how often, at least.
         idle_seconds, device: see :class:`JouleMeter`.
 
     Returns:

@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-__all__ = ["tally"]
+__all__ = ["accumulate"]
 
 # tokens a block, tokens at a time, channels a block, its warps: the fastest of ten on an H100 at 768 and 1536
 # channels (18 and 24 us for 8192 tokens; smaller blocks meet too often in the atomics)
@@ -24,7 +24,7 @@ _REUSES = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 3)
 
 
 @triton.jit
-def _tally(
+def _accumulate_kernel(
     spike,  # [B, L, C] with strides (stride_b, stride_l, 1)
     padding,  # bool [B, L]
     position,  # int64 [B, L]
@@ -74,7 +74,7 @@ def _tally(
     tl.atomic_add(channel_nonzero + column, tl.sum(nonzero, 0).to(tl.float64), mask=in_width, sem="relaxed")
 
 
-def tally(
+def accumulate(
     spike: torch.Tensor,
     padding: torch.Tensor | None,
     position: torch.Tensor | None,
@@ -89,6 +89,7 @@ def tally(
         padding, position: contiguous ``[B, L]``, bool and int64, or both ``None``.
         sums: float64, of channels ``[C]`` (of ``|s|``, of non-zeros), of positions ``[P]`` (of ``|s|``, of
             tokens), and of levels ``[2D + 1]``, the middle one of which is not touched.
+        max_spike_count: D. count_levels: whether to count the levels.
     """
     batch, length, channels = spike.shape
     if spike.numel() == 0:
@@ -120,6 +121,6 @@ def tally(
     if aligned and (kernel := _compiled.get(key)) is not None:
         kernel[grid](*arguments)
         return
-    kernel = _tally[grid](*arguments, num_warps=WARPS)
+    kernel = _accumulate_kernel[grid](*arguments, num_warps=WARPS)
     if _REUSES and aligned and kernel is not None:  # Triton's interpreter returns none
         _compiled[key] = kernel

@@ -45,9 +45,11 @@ def _in_proj_width(config: SpikingMambaConfig) -> int:
 
 
 def traffic(config: SpikingMambaConfig, batch: int, length: int) -> dict[str, float]:
-    """Numbers that the rest of the model, all but its projections, moves through memory for one token of a
-    pass over ``batch`` sequences of ``length`` tokens: weights once a pass, states in and out once a
-    sequence, every operand and result once a token."""
+    """Numbers that the rest of the model, all but its projections, moves through memory for one token.
+
+    Of a pass over ``batch`` sequences of ``length`` tokens: weights once a pass, states in and out once a
+    sequence, every operand and result once a token.
+    """
     width, inner, state, heads = config.hidden_size, _inner(config), config.state_size, config.num_heads
     conv, layers = inner + 2 * config.n_groups * state, config.number_of_blocks("mamba")
     mlps, gated = config.number_of_blocks("mlp"), _gated(config)

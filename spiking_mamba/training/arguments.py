@@ -4,12 +4,14 @@ import dataclasses
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import torch
 from pydantic import AfterValidator, Field
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.integrations import get_reporting_integration_callbacks
+from transformers.trainer_utils import SchedulerType
+from transformers.training_args import OptimizerNames
 
 from spiking_mamba.common.keys import unknown_key
 from spiking_mamba.common.machine import bf16_pays
@@ -152,8 +154,9 @@ def training_arguments(
     evaluates: bool = False,
     **others: Any,
 ) -> TrainingArguments:
-    """transformers' ``TrainingArguments`` from a recipe's ``training`` mapping; or a ``cls`` derived from
-    them, whose further fields ``others`` are.
+    """``TrainingArguments`` of transformers from a recipe's ``training`` mapping.
+
+    Or a ``cls`` derived from them, whose further fields ``others`` are.
 
     ``bf16: auto`` means where the hardware makes it pay. Defaults that differ from transformers': nothing
     is reported to services, logs and checkpoints go to ``folder``, AdamW with betas (0.9, 0.95).
@@ -168,7 +171,7 @@ def training_arguments(
         raise SettingsError("training", [problem.within("training") for problem in error.problems]) from None
     if given.get("max_steps") == 0:  # a study has such rows, and trains none
         raise ValueError(f"training.max_steps must be {_MAX_STEPS}, got 0.")
-    defaults = {
+    defaults: dict[str, Any] = {
         "report_to": "none",
         "disable_tqdm": False,  # transformers would decide by how much it is to say itself
         "logging_steps": 10,
@@ -212,21 +215,20 @@ def _rehearse(made: TrainingArguments, evaluates: bool) -> None:
         )
     if (made.fp16 or made.fp16_full_eval) and not torch.cuda.is_available():
         raise ValueError("training.fp16 needs a GPU.")
-    if made.optim_args and made.optim.value.startswith("adamw_torch"):
-        raise ValueError(f"training.optim_args: {made.optim.value} takes none.")
+    optimiser, schedule = OptimizerNames(made.optim).value, SchedulerType(made.lr_scheduler_type).value
+    if made.optim_args and optimiser.startswith("adamw_torch"):
+        raise ValueError(f"training.optim_args: {optimiser} takes none.")
     try:
         optimizer_class, options = Trainer.get_optimizer_cls_and_kwargs(made)
         optimizer = optimizer_class([torch.nn.Parameter(torch.zeros(1))], **options)
     except Exception as error:  # whatever an optimiser's package raises
-        raise ValueError(
-            f"training.optim={made.optim.value} with optim_args={made.optim_args}: {error}"
-        ) from error
+        raise ValueError(f"training.optim={optimiser} with optim_args={made.optim_args}: {error}") from error
     steps = made.max_steps if made.max_steps > 0 else 100
-    options = made.lr_scheduler_kwargs or {}
+    options = cast("dict[str, Any]", made.lr_scheduler_kwargs or {})  # the arguments have parsed text
     try:
         get_scheduler(made.lr_scheduler_type, optimizer, made.get_warmup_steps(steps), steps, options)
     except Exception as error:
-        said = f"training.lr_scheduler_type={made.lr_scheduler_type.value} with lr_scheduler_kwargs={options}"
+        said = f"training.lr_scheduler_type={schedule} with lr_scheduler_kwargs={options}"
         raise ValueError(f"{said}: {error}") from error
     try:
         for callback in get_reporting_integration_callbacks(made.report_to):

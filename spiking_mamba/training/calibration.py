@@ -1,7 +1,17 @@
-"""Thresholds that let a student start as close to its teacher as its spikes allow."""
+"""Thresholds that let a student start as close to its teacher as its spikes allow.
+
+Counting its input in steps of V adds to a projection's input an error of variance V^2 / 12 (Widrow, IRE
+Trans. Circuit Theory 3, 1956), which to second order raises the KL divergence from the teacher by V^2 F / 24
+a token, with the Fisher information ``F = sum_o E[g_o^2] sum_c W_oc^2``, where g is the gradient of the
+log-probability of a token drawn from the teacher by the projection's output. Its spikes cost ``A / V``
+accumulations, ``A = out_features * sum_c E|u_c|``. The least sum of the first for a given sum of the second
+has ``V = k (A / F)^(1/3)``. Errors are taken as independent, and what is cut off at D or hardly spikes as if
+it were rounded like the rest.
+"""
 
 import math
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,15 +43,9 @@ def calibrate_thresholds(
     first: int = 0,
     **student: Any,
 ) -> list[dict[str, float]]:
-    r"""V_th of every projection, so that a student spikes as much as asked and loses least.
+    """V_th of every projection, so that a student spikes as much as asked and loses least.
 
-    Counting its input in steps of V adds to a projection's input an error of variance V^2 / 12 (Widrow, IRE
-    Trans. Circuit Theory 3, 1956), which to second order raises the KL divergence from the teacher by
-    V^2 F / 24 a token, with the Fisher information ``F = sum_o E[g_o^2] sum_c W_oc^2``, where g is the
-    gradient of the log-probability of a token drawn from the teacher by the projection's output. Its spikes
-    cost ``A / V`` accumulations, ``A = out_features * sum_c E|u_c|``. The least sum of the first for a given
-    sum of the second has ``V = k (A / F)^(1/3)``; k is found by counting. Errors are taken as independent,
-    and what is cut off at D or hardly spikes as if it were rounded like the rest.
+    They are ``k (A / F)^(1/3)``, see this module; k is found by counting.
 
     Args:
         teacher: dense; it is evaluated and left as it is.
@@ -62,14 +66,7 @@ def calibrate_thresholds(
         ValueError: ``mean_abs`` or ``nonzero`` is not positive, both are None, the teacher is not dense, or
             no V_th gives what is asked for.
     """
-    wanted = {"mean |s|": mean_abs, "share of non-zero counts": nonzero}
-    asked = {name: value for name, value in wanted.items() if value is not None}
-    if not asked:
-        raise ValueError("Thresholds are calibrated for a mean_abs or a share of non-zero counts.")
-    for name, value in (("mean_abs", mean_abs), ("nonzero", nonzero)):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if value is not None and not (number and 0 < value < math.inf):
-            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+    targets = _targets(mean_abs, nonzero)
     if teacher.config.neuron is not None:
         raise ValueError("Thresholds are calibrated by a dense teacher; this one has neurons.")
     input_ids = input_ids.to(teacher.device)
@@ -77,30 +74,10 @@ def calibrate_thresholds(
     cost, information = _cost_and_information(teacher, batches, first)
     shape = {name: (cost[name] / information[name]) ** (1 / 3) for name in cost}
     model = SpikingMambaForCausalLM.from_dense(teacher, neuron=neuron, **student).eval()
-
-    def found(scale: float) -> dict[str, float]:
-        for name, projection in model.projections().items():
-            projection.spikes.threshold = scale * shape[name]
-        return _spiking(model, batches, first)
-
     # mean |s| falls about as 1 / V: start where the costs say, then close in
-    projections = model.projections().values()
-    ops = sum(p.in_features * p.out_features for p in projections)
-    scale = sum(cost[name] / shape[name] for name in cost) / ops / min(asked.values())
-    low, high = 0.0, math.inf
-    for _ in range(_HALVINGS):
-        got = found(scale)
-        excess = max(got[name] / value for name, value in asked.items())
-        if abs(excess - 1) < _CLOSE:
-            break
-        low, high = (scale, high) if excess > 1 else (low, scale)
-        scale = scale * excess if excess > 0 else scale / 2
-        if not low < scale < high:
-            scale = (low + high) / 2 if high < math.inf else 2 * low
-    else:
-        tried = " and ".join(f"a {name} of {value}" for name, value in asked.items())
-        last = " and ".join(f"{got[name]:.4g}" for name in asked)
-        raise ValueError(f"No threshold gives {tried}; the last try gave {last}.")
+    products = sum(p.in_features * p.out_features for p in model.projections().values())
+    start = sum(cost[name] / shape[name] for name in cost) / products / min(targets.values())
+    scale = _close_in(targets, start, lambda scale: _spiking(model, batches, first, scale, shape))
     _warn_of_clipping(model, batches[0])
     layers: list[dict[str, float]] = [{} for _ in range(teacher.config.num_hidden_layers)]
     for name, value in shape.items():
@@ -109,10 +86,49 @@ def calibrate_thresholds(
     return layers
 
 
+def _targets(mean_abs: float | None, nonzero: float | None) -> dict[str, float]:
+    """What is asked for, by the names of :func:`_spiking`."""
+    named = {"mean |s|": mean_abs, "share of non-zero counts": nonzero}
+    targets = {name: value for name, value in named.items() if value is not None}
+    if not targets:
+        raise ValueError("Thresholds are calibrated for a mean_abs or a share of non-zero counts.")
+    for name, value in (("mean_abs", mean_abs), ("nonzero", nonzero)):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if value is not None and not (number and 0 < value < math.inf):
+            raise ValueError(f"{name} must be a positive number, got {value!r}.")
+    return targets
+
+
+def _close_in(targets: dict[str, float], scale: float, measure: Callable[[float], dict[str, float]]) -> float:
+    """The scale at which ``measure`` gives of nothing more than its target; the first tried is ``scale``."""
+    low, high = 0.0, math.inf
+    for _ in range(_HALVINGS):
+        got = measure(scale)
+        excess = max(got[name] / value for name, value in targets.items())
+        if abs(excess - 1) < _CLOSE:
+            return scale
+        low, high = (scale, high) if excess > 1 else (low, scale)
+        scale = scale * excess if excess > 0 else scale / 2
+        if not low < scale < high:
+            scale = (low + high) / 2 if high < math.inf else 2 * low
+    tried = " and ".join(f"a {name} of {value}" for name, value in targets.items())
+    last = " and ".join(f"{got[name]:.4g}" for name in targets)
+    raise ValueError(f"No threshold gives {tried}; the last try gave {last}.")
+
+
 def _spiking(
-    model: SpikingMambaForCausalLM, batches: tuple[torch.Tensor, ...], first: int
+    model: SpikingMambaForCausalLM,
+    batches: tuple[torch.Tensor, ...],
+    first: int,
+    scale: float,
+    shape: dict[str, float],
 ) -> dict[str, float]:
-    """The mean ``|s|`` and the share of non-zero counts, weighted by output width."""
+    """The mean ``|s|`` and the share of non-zero counts at V_th ``scale * shape``.
+
+    Weighted by output width; the ``first`` places of each row are left out.
+    """
+    for name, projection in model.projections().items():
+        projection.spikes.threshold = scale * shape[name]
     sums = {"mean |s|": 0.0, "share of non-zero counts": 0.0}
     with torch.no_grad():
         for ids in batches:
@@ -144,6 +160,8 @@ def resolve_threshold(threshold: Any, teacher: SpikingMambaForCausalLM, rows: An
     """``threshold`` as it is, or, of ``{"mean_abs": number}``, the thresholds calibrated on the first rows.
 
     Args:
+        threshold: what a recipe's key says.
+        teacher: see :func:`calibrate_thresholds`.
         rows: a data set with ``input_ids`` of equal length.
         student: see :func:`calibrate_thresholds`.
     """
@@ -164,8 +182,10 @@ def asks_for_calibration(threshold: Any) -> bool:
 def _cost_and_information(
     teacher: SpikingMambaForCausalLM, batches: tuple[torch.Tensor, ...], first: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """``A`` and ``F`` of :func:`calibrate_thresholds`, by the projections' names, a token; the ``first``
-    places of each row are left out."""
+    """``A`` and ``F`` of :func:`calibrate_thresholds`, by the projections' names, a token.
+
+    The ``first`` places of each row are left out.
+    """
     modules = {n: m for n, m in teacher.named_modules() if n.rpartition(".")[2] in PROJECTIONS}
     sizes = {name: 0.0 for name in modules}
     squares: dict[str, Any] = {name: 0.0 for name in modules}

@@ -50,7 +50,7 @@ class Checkpoints(TrainerCallback):
         self.trainer = trainer
         self.limit, trainer.args.save_total_limit = trainer.args.save_total_limit, None
         self.begun = time.time()
-        self.kept: dict[str, Any] = {}  # of the checkpoint that this training goes on from
+        self.resumed: dict[str, Any] = {}  # of the checkpoint that this training goes on from
         self.first_step = 0
         self.at_first: dict[str, Any] = {}
 
@@ -60,16 +60,17 @@ class Checkpoints(TrainerCallback):
         path = self._sums(checkpoint(args.output_dir, state.global_step))
         if not state.global_step or not path.is_file():  # written before there were sums
             return
-        self.kept = json.loads(path.read_text())
+        self.resumed = json.loads(path.read_text())
         trainer = self.trainer
-        trainer._tr_loss = torch.tensor(self.kept["loss"], device=args.device)
-        trainer._total_loss_scalar = self.kept["total_loss"]
-        trainer._globalstep_last_logged = self.kept["logged"]
+        trainer._tr_loss = torch.tensor(self.resumed["loss"], device=args.device)
+        trainer._total_loss_scalar = self.resumed["total_loss"]
+        trainer._globalstep_last_logged = self.resumed["logged"]
         if hasattr(trainer, "_parts"):
-            trainer._parts = {k: [torch.tensor(v) for v in part] for k, part in self.kept["parts"].items()}
+            trainer._parts = {k: [torch.tensor(v) for v in part] for k, part in self.resumed["parts"].items()}
         if hasattr(trainer, "_metrics"):  # trl's
-            trainer._metrics["train"].update(self.kept["metrics"])
-            trainer._total_train_tokens = self.kept["tokens"]
+            trainer._metrics["train"].update(self.resumed["metrics"])
+        if hasattr(trainer, "_total_train_tokens"):  # trl's, too
+            trainer._total_train_tokens = self.resumed["tokens"]
 
     def on_save(self, args, state, control, **kwargs) -> None:
         trainer, folder = self.trainer, checkpoint(args.output_dir, state.global_step)
@@ -100,22 +101,23 @@ class Checkpoints(TrainerCallback):
 
     def seconds(self) -> float:
         """Spent on training so far, that of earlier parts with it, as far as checkpoints tell."""
-        return self.kept.get("seconds", 0.0) + time.time() - self.begun
+        return self.resumed.get("seconds", 0.0) + time.time() - self.begun
 
     def history(self) -> list[dict[str, float]]:
         """The log's rows, whose last is the summary of the whole training, however often it was stopped."""
         state, args = self.trainer.state, self.trainer.args
         rows = [row for row in state.log_history if row["step"] <= state.max_steps]
         finished = bool(self.first_step) and self.first_step >= state.max_steps
-        if finished and (before := _summary(Path(args.output_dir), state.max_steps)) is not None:
+        if finished and (before := _summary(Path(str(args.output_dir)), state.max_steps)) is not None:
             return [row for row in rows if "train_runtime" not in row] + [before]
         if not self.first_step:
             return rows
         total, steps = self.trainer._total_loss_scalar, min(state.global_step, state.max_steps)
         summary = {"total_flos": state.total_flos, "epoch": state.epoch}
         if finished:  # Trainer has made a step more, see LeaveFinished
-            total, summary = self.kept.get("total_loss", 0.0) + self.kept.get("loss", 0.0), self.at_first
-        seconds = self.kept.get("seconds", 0.0) if finished else self.seconds()
+            total = self.resumed.get("total_loss", 0.0) + self.resumed.get("loss", 0.0)
+            summary = self.at_first
+        seconds = self.resumed.get("seconds", 0.0) if finished else self.seconds()
         samples = steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         row = {
             "train_runtime": round(seconds, 4),
@@ -126,7 +128,7 @@ class Checkpoints(TrainerCallback):
             "epoch": summary["epoch"],
             "step": steps,
         }
-        if not self.kept:  # of a checkpoint without sums nothing is known
+        if not self.resumed:  # of a checkpoint without sums nothing is known
             del row["train_loss"]
         return [row for row in rows if "train_runtime" not in row] + [row]
 

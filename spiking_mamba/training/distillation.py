@@ -12,7 +12,6 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from transformers import (
     PreTrainedTokenizerBase,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
@@ -20,7 +19,7 @@ from transformers import (
 
 from spiking_mamba import data
 from spiking_mamba.common.interruption import interruptible
-from spiking_mamba.common.schema import Auto, Name, Seed, Source, Sources, Words, mapping_of, schema
+from spiking_mamba.common.schema import Auto, Keys, Name, Seed, Source, Sources, Words, schema
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
@@ -44,7 +43,7 @@ from spiking_mamba.training.trainer import SpikingTrainer, sgc_lambda
 __all__ = ["DistillationSettings", "DistillationTrainer", "distill", "sgc_lambda"]
 
 
-class DistillationTrainer(SpikingTrainer, Trainer):
+class DistillationTrainer(SpikingTrainer):
     """transformers' ``Trainer`` with a teacher.
 
     Args:
@@ -148,7 +147,7 @@ class DistillationSettings:
     membrane: Membrane = "token"
     threshold: Threshold = 1.0
     learn_threshold: bool = False
-    loss: mapping_of(DistillationLoss) = field(default_factory=dict)
+    loss: Annotated[dict[str, Any], Keys(DistillationLoss)] = field(default_factory=dict)
     freeze_embeddings: bool = True
     training: Training = field(default_factory=dict)
     compile: Auto = "auto"
@@ -191,6 +190,7 @@ def distill(
     """Distil a student as the settings say.
 
     Args:
+        settings: every key of the recipe.
         teacher, tokenizer: what ``settings.teacher`` names, where they are in memory already.
         rows: ``input_ids`` of equal length instead of ``settings.data``; no tokenizer is needed then, and
             where none is given, the teacher's configuration says which token ends a text.
@@ -209,10 +209,9 @@ def distill(
         tokenizer = load_tokenizer(settings.teacher, settings.tokenizer)
     settings.check_student(teacher.config)  # tokenizing takes long
     arguments = settings.make_arguments()
-    if rows is None:
-        text = training_text(settings.data, "train", settings.decontaminate)
-        rows = data.tokenize(text, tokenizer, settings.length)
+    rows = _tokenized(settings, tokenizer) if rows is None else rows
     check_rows(rows, arguments, teacher.config.vocab_size)
+    end = _end_of_text(settings, teacher.config if tokenizer is None else tokenizer)
     student = SpikingMambaForCausalLM.from_dense(
         teacher,
         neuron=settings.neuron,
@@ -222,7 +221,6 @@ def distill(
         learn_threshold=settings.learn_threshold,
     )
     compile_blocks(settings.compile, student, teacher)
-    end = (teacher.config if tokenizer is None else tokenizer).eos_token_id
     with (
         interruptible(lambda: kept_in(Path(settings.output))),
         run_folder(settings, settings.resume, settings.overwrite) as folder,
@@ -234,11 +232,28 @@ def distill(
             freeze_embeddings=settings.freeze_embeddings,
             args=arguments,
             train_dataset=rows,
-            data_collator=partial(collate, end_of_text=end if settings.separate_documents else None),
+            data_collator=partial(collate, end_of_text=end),
             callbacks=list(callbacks),
         )
         history = run(trainer, settings.resume)
         return finish_run(whole_model(trainer), tokenizer, folder), history
+
+
+def _tokenized(settings: DistillationSettings, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:
+    text = training_text(settings.data, "train", settings.decontaminate)
+    return data.tokenize(text, tokenizer, settings.length)
+
+
+def _end_of_text(
+    settings: DistillationSettings, source: SpikingMambaConfig | PreTrainedTokenizerBase
+) -> int | None:
+    """The token between the documents of a row; None where they are not told apart."""
+    end = source.eos_token_id if settings.separate_documents else None
+    if isinstance(end, list):
+        raise ValueError(
+            f"One token parts the documents of a row, the teacher names {end}: pass a tokenizer."
+        )
+    return end
 
 
 def _threshold(

@@ -76,6 +76,7 @@ def compared_states(model: Any, output: Any, input_ids: torch.Tensor, kind: str)
     """The hidden states ``[B, L, hidden_size]`` of every block that the hidden term compares.
 
     Args:
+        model: of this package. output: made with ``output_hidden_states``. input_ids: ``[B, L]``, of it.
         kind: 'block', the residual stream behind a block, or 'mixer', what the block adds to it; float32.
     """
     # transformers lists the residual stream behind every block, then the last norm's output
@@ -165,8 +166,9 @@ TERMS = {
 
 @schema
 class DistillationLoss:
-    """What the student is trained on: ``kl * KL + hidden * L_hidden + cross_entropy * CE + sparsity * S +
-    zeros * Z``.
+    """``kl * KL + hidden * L_hidden + cross_entropy * CE + sparsity * S + zeros * Z``, of a student.
+
+    What it is trained on.
 
     Every term is averaged over unmasked tokens, the hidden term over layers too. ``S`` is what the spikes
     cost: their mean ``|s|``, over projections weighted by output width as in ``SpikeCounts.mean_abs``, as far
@@ -248,6 +250,7 @@ class DistillationLoss:
         """The loss, and its parts for the log.
 
         Args:
+            student, teacher: the models that made the outputs.
             student_output, teacher_output: made with ``output_hidden_states``; their last hidden states
                 are what the heads turn into logits here, a piece at a time. The teacher's is used where
                 ``needs_teacher`` says so.

@@ -1,6 +1,6 @@
 """A training that leaves the finite numbers stops there: nothing of it is saved or exported."""
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -72,18 +72,18 @@ class StopWhenNotFinite(TrainerCallback):
         if control.should_log or control.should_save or control.should_evaluate:
             self._settle()
         if control.should_save:
-            check_weights(self.trainer.model, state.global_step)
+            check_weights(cast(nn.Module, self.trainer.model), state.global_step)
 
     on_step_end = on_epoch_end = _before_writing
 
     def on_evaluate(self, args, state, control, **kwargs) -> None:
         if args.save_strategy == "best":  # Trainer decides to save after this
             self._settle()
-            check_weights(self.trainer.model, state.global_step)
+            check_weights(cast(nn.Module, self.trainer.model), state.global_step)
 
     def on_train_end(self, args, state, control, **kwargs) -> None:
         self._settle()
-        check_weights(self.trainer.model, state.global_step)
+        check_weights(cast(nn.Module, self.trainer.model), state.global_step)
 
     def _stop(self, step: int) -> None:
         raise DivergedError(f"The loss is not finite in step {step}: {self._reason()}. Nothing is exported.")

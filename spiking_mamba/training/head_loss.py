@@ -103,9 +103,9 @@ class _HeadLoss(torch.autograd.Function):
                 )
                 for name, value in found.items():
                     sums[name] += value
-                if own_gradient:
+                if hidden_grad is not None:
                     hidden_grad[piece] = gradient @ matrix
-                if weight_gradient:
+                if weight_grad is not None and gradient is not None:
                     weight_grad += gradient.T @ own
         ctx.dtypes = hidden.dtype, weight.dtype
         ctx.save_for_backward(hidden_grad, weight_grad)

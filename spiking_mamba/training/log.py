@@ -3,8 +3,9 @@
 import math
 import sys
 import time
-from typing import Any
+from typing import Any, cast
 
+from datasets import Dataset
 from tqdm import tqdm
 from transformers import PrinterCallback, ProgressCallback, Trainer, TrainerCallback
 
@@ -38,7 +39,7 @@ def show_table(trainer: Trainer) -> "TrainingTable":
     trainer.remove_callback(PrinterCallback)
     trainer.remove_callback(ProgressCallback)
     spiking = isinstance(trainer, SpikingTrainer) and trainer.student.config.neuron is not None
-    row = trainer.train_dataset[0].get("input_ids")
+    row = cast(Dataset, trainer.train_dataset)[0].get("input_ids")
     batch = trainer.args.train_batch_size * trainer.args.world_size
     table = TrainingTable(None if row is None else batch * len(row), spiking)
     trainer.add_callback(table)

@@ -42,7 +42,7 @@ def _objective_of(method: str, config: type) -> type:
     """The schema of a method's ``objective``; ``config`` is the class of trl's arguments."""
     trainers = {f.name for f in dataclasses.fields(TrainingArguments)}
     own = [f.name for f in dataclasses.fields(config) if f.init and f.name not in _DECIDED | trainers]
-    loss = Literal[_LOSSES[method]]
+    loss: Any = Literal[_LOSSES[method]]
     kinds = _OBJECTIVE | {
         "loss_type": loss if method == "kto" else loss | Annotated[list[loss], Field(min_length=1)]
     }
@@ -55,6 +55,7 @@ def check_objective(method: str, config: type, given: dict[str, Any]) -> None:
     Args:
         method: 'dpo' or 'kto'.
         config: the class of trl's arguments that ``given`` goes to.
+        given: the recipe's ``objective``.
     """
     known = _objective_of(method, config)
     reject_unknown_keys(given, hints_of(known), "objective")

@@ -1,14 +1,12 @@
 """Preference optimisation of a spiking or dense model: DPO and KTO, by trl's trainers."""
 
-import copy
-import dataclasses
 import json
 import os
 import time
 from collections.abc import Sequence
 from dataclasses import field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 import datasets
 from accelerate import PartialState
@@ -31,22 +29,21 @@ from spiking_mamba.common.schema import (
 )
 from spiking_mamba.data.preferences import Preference, RowReport, read_preferences
 from spiking_mamba.data.text import draw_rows
-from spiking_mamba.evaluation.preferences import compare, judge
+from spiking_mamba.evaluation.preferences import compare, evaluate_preferences
 from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
-from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.training.arguments import Training, compile_blocks, training_arguments
 from spiking_mamba.training.objective import check_objective
+from spiking_mamba.training.preference_trainer import (
+    METHODS,
+    SpikingDPOTrainer,
+    SpikingKTOTrainer,
+    check_batch_size,
+)
 from spiking_mamba.training.run import finish_run, kept_in, run, run_folder, whole_model
 from spiking_mamba.training.student import Compensation, Length, check_student
-from spiking_mamba.training.trainer import SpikingTrainer
-
-try:
-    from trl import DPOConfig, DPOTrainer, KTOConfig, KTOTrainer
-except ImportError as error:
-    raise ImportError('Preference optimisation needs trl: pip install "spiking-mamba[recipes]"') from error
 
 __all__ = [
     "METHODS",
@@ -56,90 +53,6 @@ __all__ = [
     "optimise",
     "pair_rows",
 ]
-
-
-def _check_reference(reference: str) -> None:
-    if reference not in ("copy", "precomputed"):
-        raise ValueError(f"reference must be 'copy' or 'precomputed', got {reference!r}.")
-
-
-class _PreferenceTrainer(SpikingTrainer):
-    """What the trainers below add to trl's.
-
-    Args:
-        model: spiking or dense; as it is now, it is the reference.
-        reference: 'copy' keeps a copy of the model, frozen; 'precomputed' asks the model for the reference's
-            log-probabilities before training and keeps those.
-        freeze_embeddings: do not train the embeddings (nor a head tied to them).
-        others: as in trl. ``train_dataset`` holds token ids, see :func:`pair_rows`.
-
-    Logged beside what trl logs: mean ``|s|`` weighted by output width and SGC's lambda.
-    """
-
-    def __init__(
-        self,
-        model: SpikingMambaForCausalLM,
-        reference: str = "copy",
-        freeze_embeddings: bool = True,
-        **kwargs: Any,
-    ) -> None:
-        _check_reference(reference)
-        model.eval()  # training mode has SGC's path, which the reference has not
-        kwargs["args"] = dataclasses.replace(
-            kwargs["args"], precompute_ref_log_probs=reference == "precomputed"
-        )
-        frozen = copy.deepcopy(model).requires_grad_(False) if reference == "copy" else None
-        super().__init__(model, freeze_embeddings, ref_model=frozen, **kwargs)
-
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not (model.training and self._log_due()):
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with count_spikes(self.student, histogram=False) as spikes:
-            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        self._note_spikes(spikes)
-        return loss
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        return dataset  # trl would tokenize here, and leave out and cut rows without a word
-
-    def _send_telemetry(self) -> None:
-        pass
-
-    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        pass  # trl writes one at every checkpoint, over what the run's folder holds
-
-
-class SpikingDPOTrainer(_PreferenceTrainer, DPOTrainer):
-    """trl's ``DPOTrainer`` for a spiking model; rows have ``prompt_ids, chosen_ids, rejected_ids``."""
-
-
-class SpikingKTOTrainer(_PreferenceTrainer, KTOTrainer):
-    """trl's ``KTOTrainer`` for a spiking model. Rows have ``prompt_ids``, ``completion_ids``, ``label``.
-
-    The KL term compares prompts with the completions of their neighbours in a step's rows, whose order is
-    the data set's, as trl asks; trl pairs within one process, here it is within all, so that several
-    processes train as one does.
-    """
-
-    def _prepare_dataset(self, dataset, processing_class, args, dataset_name):
-        if not self.calculate_KL:
-            return dataset
-        completions, size = dataset["completion_ids"][:], args.train_batch_size * args.world_size
-        rotated = []
-        for start in range(0, len(completions), size):
-            rows = completions[start : start + size]
-            rotated += [rows[-1], *rows[:-1]]
-        return dataset.add_column("KL_completion_ids", rotated)
-
-
-class Method(NamedTuple):
-    """The trainer of a method, and trl's arguments for it."""
-
-    trainer: type[_PreferenceTrainer]
-    config: type[TrainingArguments]
-
-
-METHODS = {"dpo": Method(SpikingDPOTrainer, DPOConfig), "kto": Method(SpikingKTOTrainer, KTOConfig)}
 
 
 def pair_rows(preferences: Sequence[Preference], method: str, seed: int = 0) -> datasets.Dataset:
@@ -275,9 +188,7 @@ class PreferenceSettings:
             max_length=self.length,
             **self.objective,
         )
-        # trl asks in the trainer
-        if self.method == "kto" and made.per_device_train_batch_size < 2 and made.loss_type == "kto":
-            raise ValueError("training.per_device_train_batch_size must be at least 2 for KTO's KL term.")
+        check_batch_size(made)
         return made
 
 
@@ -298,8 +209,8 @@ def optimise(settings: PreferenceSettings) -> dict[str, Any] | None:
     """Train a model on preferences as the settings say, and measure it before and after.
 
     Returns:
-        What ``results.json`` holds, on the first process: see :func:`judge` and :func:`compare`; ``rows``
-        and ``held_out`` say what became of the data.
+        What ``results.json`` holds, on the first process: see :func:`evaluate_preferences` and
+        :func:`compare`; ``rows`` and ``held_out`` say what became of the data.
 
     Raises:
         RunError, CheckpointError, DataError, ValueError: before anything is written or trained.
@@ -328,10 +239,7 @@ def optimise(settings: PreferenceSettings) -> dict[str, Any] | None:
     ):
         main = PartialState().is_main_process
         if main:
-            print(f"{settings.data}: {report}.")
-            if held_out_report is not None:
-                half = f", its half to {settings.held_out_half}" if settings.held_out_half else ""
-                print(f"Held out, {settings.held_out}{half}: {held_out_report}.")
+            _tell(settings, report, held_out_report)
         if settings.reference == "precomputed":
             rows = _on_disk(rows, folder / "rows")
         trainer = METHODS[settings.method].trainer(
@@ -349,11 +257,7 @@ def optimise(settings: PreferenceSettings) -> dict[str, Any] | None:
         seconds = time.time() - start
         del trainer, model  # room for the two to be measured
         results = {
-            "method": settings.method,
-            "model": str(trained),
-            "rows": report.to_dict(),
-            "held_out": held_out_report
-            and held_out_report.to_dict() | {"half": settings.held_out_half, "half_seed": settings.half_seed},
+            **_described(settings, trained, report, held_out_report),
             **_measured(settings.model, trained, held_out, text, arguments),
             "log": history,
             "seconds": {"training": seconds, "all": time.time() - start},
@@ -361,6 +265,26 @@ def optimise(settings: PreferenceSettings) -> dict[str, Any] | None:
         }
         write_whole(folder / "results.json", json.dumps(results, indent=1))
     return results
+
+
+def _tell(settings: PreferenceSettings, report: RowReport, held_out: RowReport | None) -> None:
+    print(f"{settings.data}: {report}.")
+    if held_out is not None:
+        half = f", its half to {settings.held_out_half}" if settings.held_out_half else ""
+        print(f"Held out, {settings.held_out}{half}: {held_out}.")
+
+
+def _described(
+    settings: PreferenceSettings, trained: Path, report: RowReport, held_out: RowReport | None
+) -> dict[str, Any]:
+    """What was trained, and on what."""
+    half = {"half": settings.held_out_half, "half_seed": settings.half_seed}
+    return {
+        "method": settings.method,
+        "model": str(trained),
+        "rows": report.to_dict(),
+        "held_out": None if held_out is None else held_out.to_dict() | half,
+    }
 
 
 def _measured(
@@ -375,7 +299,7 @@ def _measured(
     with Stage(2 * ((held_out is not None) + (text is not None)), "evaluating") as stage:
         for stage.label, name in (("before", before), ("after", after)):
             # one model at a time: no variable of it
-            found[stage.label] = judge(
+            found[stage.label] = evaluate_preferences(
                 load_model(name).to(arguments.device),
                 held_out,
                 text,
@@ -386,8 +310,10 @@ def _measured(
 
 
 def _on_disk(rows: datasets.Dataset, folder: Path) -> datasets.Dataset:
-    """The same rows from a file: beside it trl keeps the reference's log-probabilities, for all processes to
-    find, and for a resumed run."""
+    """The same rows from a file.
+
+    Beside it trl keeps the reference's log-probabilities, for all processes to find, and for a resumed run.
+    """
     with PartialState().main_process_first():
         if not folder.exists():
             draft = folder.with_name(folder.name + ".part")

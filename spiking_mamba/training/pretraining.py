@@ -18,11 +18,11 @@ from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.schema import (
     Auto,
     Count,
+    Keys,
     Name,
     Positive,
     Seed,
     Sources,
-    mapping_of,
     schema,
     schema_of,
 )
@@ -46,6 +46,7 @@ class PretrainingTrainer(Trainer):
     documents begin.
     """
 
+    model: SpikingMambaForCausalLM
     loss_is_scaled_for_ga = False
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
@@ -97,8 +98,10 @@ _MODEL: dict[str, Any] = {
     "membrane": Membrane,
     "threshold": Threshold,
 }
-_OTHERS = ("use_bias", "use_conv_bias", "residual_in_fp32", "rescale_prenorm_residual")
-_OTHERS += ("tie_word_embeddings", "learn_threshold", "layers_block_type")
+_OTHERS = (
+    *("use_bias", "use_conv_bias", "residual_in_fp32", "rescale_prenorm_residual"),
+    *("tie_word_embeddings", "learn_threshold", "layers_block_type"),
+)
 _Model = schema_of(SpikingMambaConfig, (*_MODEL, *_OTHERS), _MODEL, "model")
 
 
@@ -135,7 +138,7 @@ class PretrainingSettings:
     separate_documents: bool = True
     tokenizer: Name | None = None
     held_out: Sources | None = None
-    model: mapping_of(_Model) = field(default_factory=dict)
+    model: Annotated[dict[str, Any], Keys(_Model)] = field(default_factory=dict)
     training: Training = field(default_factory=dict)
     compile: Auto = "auto"
     save_dtype: Literal["float32", "bfloat16"] = "float32"
@@ -151,6 +154,7 @@ class PretrainingSettings:
         """The model's configuration; the number of heads follows from the widths.
 
         Args:
+            vocab_size: entries of the tokenizer.
             end: id of the end-of-text token.
         """
         checked = _Model(**self.model)  # whose numbers are what the configuration takes

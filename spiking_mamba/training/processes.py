@@ -26,7 +26,8 @@ def on_first_process(action: Callable[..., Any], *arguments: Any) -> None:
         action(*arguments)
         return
     distributed.barrier()
-    failure, reason = None, [None]
+    failure: Exception | None = None
+    reason: list[str | None] = [None]
     if distributed.get_rank() == 0:
         try:
             action(*arguments)

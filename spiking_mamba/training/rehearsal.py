@@ -20,8 +20,11 @@ _SMALL_LENGTH = 64
 
 
 def estimate(config: SpikingMambaConfig, frozen_embeddings: bool = True) -> dict[str, float]:
-    """What a distillation holds at least, without activations: parameters of a student like ``config``, and
-    bytes of student, gradients, AdamW's two moments and teacher, in float32."""
+    """What a distillation holds at least, without activations.
+
+    Parameters of a student like ``config``, and bytes of student, gradients, AdamW's two moments and teacher,
+    in float32.
+    """
     with torch.device("meta"):
         model = SpikingMambaForCausalLM(config)
     parameters = sum(p.numel() for p in model.parameters())

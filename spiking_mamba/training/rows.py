@@ -20,6 +20,7 @@ def training_text(source: Any, split: str | None, decontaminate: bool) -> datase
     """Documents to train on, see ``load_text``.
 
     Args:
+        source, split: as in ``load_text``.
         decontaminate: leave out those that overlap what is evaluated; the first process prints how many.
 
     Raises:

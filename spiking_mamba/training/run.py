@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -42,7 +42,7 @@ def run(trainer: Trainer, resume: bool) -> list[dict[str, float]]:
     if trainer.is_fsdp_enabled:
         # accelerate would cast every weight to bf16, A_log and dt_bias too; autocast casts the products alone
         trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy()
-    folder = Path(trainer.args.output_dir)
+    folder = Path(str(trainer.args.output_dir))
     table = show_table(trainer)
     checkpoints = Checkpoints(trainer)
     for callback in (StopWhenNotFinite(trainer), checkpoints, LeaveFinished()):
@@ -75,17 +75,18 @@ def whole_model(trainer: Trainer) -> SpikingMambaForCausalLM | None:
 
     Every process has to call it.
     """
+    trained = cast(SpikingMambaForCausalLM, trainer.model)
     if not trainer.is_fsdp_enabled:
-        return trainer.model
+        return trained
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
     weights = get_model_state_dict(trainer.model_wrapped, options=whole)
     if not trainer.is_world_process_zero():
         return None
     with torch.device("meta"):
-        model = SpikingMambaForCausalLM(copy.deepcopy(trainer.model.config))
+        model = SpikingMambaForCausalLM(copy.deepcopy(trained.config))
     model.load_state_dict(weights, assign=True)
     model.tie_weights()
-    model.generation_config = trainer.model.generation_config
+    model.generation_config = trained.generation_config
     return model
 
 
@@ -101,13 +102,14 @@ def finish_run(
     Args:
         model: what :func:`whole_model` gives: processes other than the first need none.
         record: what ``training.json`` is to hold, beside the model.
+        tokenizer: to go beside the model; None: there is none. folder: of the run. name: of the folder in it.
     """
     target, draft = folder / name, folder / f"{name}{PART}"
 
     def save() -> None:
         shutil.rmtree(draft, ignore_errors=True)
         with _writing(folder):
-            export(model, draft, tokenizer)
+            export(cast(SpikingMambaForCausalLM, model), draft, tokenizer)
             if record is not None:
                 (draft / _RECORD).write_text(json.dumps(record, indent=1, default=str) + "\n")
         replace_folder(draft, target)

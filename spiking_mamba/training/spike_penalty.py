@@ -14,6 +14,7 @@ def mean_spike_size(
     """Mean ``|s|``, weighted by output width as in ``SpikeCounts.mean_abs``; a float32 scalar.
 
     Args:
+        model: the student.
         accumulations: of the model's output, ``[B, L]``.
         mask: ``[B, L]`` bool, which tokens count; None: all.
 
@@ -26,13 +27,15 @@ def mean_spike_size(
 def share_of_nonzero(
     model: SpikingMambaForCausalLM, fetches: torch.Tensor | None, mask: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Share of non-zero counts, weighted by output width as in ``SpikeCounts.nonzero_share``: of all weights
-    the part that a token fetches; a float32 scalar.
+    """Share of non-zero counts, weighted by output width as in ``SpikeCounts.nonzero_share``.
+
+    Of all weights the part that a token fetches; a float32 scalar.
 
     "Fires at all" has no slope. Its gradient here is that of ``clip(|u| - 1/2, 0, 1)``, which is 1 where the
     count is 1 and 0 elsewhere, so that counts that can be silenced are, and large ones are left alone.
 
     Args:
+        model: the student.
         fetches: of the model's output, ``[B, L]``. mask: as in :func:`mean_spike_size`.
 
     Raises:

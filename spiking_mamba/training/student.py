@@ -2,13 +2,13 @@
 
 import functools
 import json
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
 import neurons
 from spiking_mamba.common.schema import Positive, SettingsError, Words, schema
-from spiking_mamba.model.configuration import MEMBRANES, SpikingMambaConfig
+from spiking_mamba.model.configuration import Membrane, SpikingMambaConfig
 
 __all__ = ["Compensation", "Length", "Membrane", "Neuron", "Threshold", "check_student"]
 
@@ -37,7 +37,6 @@ Neuron = Annotated[
     dict[str, Any], AfterValidator(_check_neuron), Words("a mapping, {class: a name, args: a mapping}")
 ]
 Compensation = Annotated[dict[str, Any], Words("a mapping of mode, function, lam and schedule")]
-Membrane = Literal[MEMBRANES]
 Threshold = Annotated[
     int | float | dict[str, Any] | list[Any],
     Words("a positive number, {in_proj: number, out_proj: number}, a list of such, or {mean_abs: number}"),
@@ -63,10 +62,14 @@ def _check_student(asked: str) -> None:
     layers = len(threshold) if isinstance(threshold, list) else 1
     if not layers:
         raise ValueError("threshold must list every layer's, got [].")
-    small = {"vocab_size": 8, "hidden_size": 4, "num_heads": 2, "head_dim": 4, "n_groups": 1, "state_size": 4}
     try:
         SpikingMambaConfig(
-            **small,
+            vocab_size=8,
+            hidden_size=4,
+            num_heads=2,
+            head_dim=4,
+            n_groups=1,
+            state_size=4,
             num_hidden_layers=layers,
             neuron=neuron,
             sgc=sgc,

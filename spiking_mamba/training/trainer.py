@@ -4,7 +4,7 @@ import math
 from typing import Any
 
 import torch
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.spikes.counts import SpikeCounts
@@ -36,8 +36,8 @@ class _SGCSchedule(TrainerCallback):
             )
 
 
-class SpikingTrainer:
-    """To be mixed into a ``Trainer`` or one of its kin, before it in the list of bases.
+class SpikingTrainer(Trainer):
+    """A ``Trainer``, or, before it in a list of bases, what one of its kin is mixed with.
 
     It anneals SGC, can freeze the embeddings, exempts thresholds from weight decay, and logs what a subclass
     notes beside the loss.

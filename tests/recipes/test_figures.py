@@ -134,7 +134,7 @@ def records(tmp_path):
     ],
 )
 def test_what_records_say(records, text, told):
-    assert records.told(text) == told
+    assert records.filled(text) == told
 
 
 @pytest.mark.parametrize(
@@ -151,5 +151,5 @@ def test_what_records_say(records, text, told):
 )
 def test_what_no_record_says(records, text, said):
     with pytest.raises(ValueError, match=said):
-        records.told(text)
-    assert records.told_if_recorded("{elsewhere_256.over:.2f}") == ""
+        records.filled(text)
+    assert records.filled_if_recorded("{elsewhere_256.over:.2f}") == ""

@@ -257,7 +257,7 @@ def test_ability_and_what_is_kept_of_it(convert, tmp_path):
     student = {n: {m: v & (random.random(4000) < 0.9) for m, v in ms.items()} for n, ms in teacher.items()}
     by_hand = [sum(each[n]["acc"].mean() - guess[n] for n in ("piqa", "sciq")) for each in (student, teacher)]
     assert convert.ability.ability(student, guess, ["piqa", "sciq"]) == pytest.approx(by_hand[0])
-    found = convert.ability.kept(student, teacher, guess, ["piqa", "sciq"])
+    found = convert.ability.relative_ability(student, teacher, guess, ["piqa", "sciq"])
     assert found["kept"]["share"] == pytest.approx(by_hand[0] / by_hand[1], abs=1e-4)
     gap = teacher["piqa"]["acc"].astype(float) - student["piqa"]["acc"]
     assert found["gap"]["gap"] == pytest.approx(100 * gap.mean(), abs=1e-2)
@@ -267,7 +267,7 @@ def test_ability_and_what_is_kept_of_it(convert, tmp_path):
     back = convert.ability.read_items(tmp_path / "items.npz")
     assert all(np.array_equal(back[n][m], v) for n, ms in student.items() for m, v in ms.items())
     with pytest.raises(ValueError, match="piqa has 3 and 4000 items"):
-        convert.ability.kept(student, {"piqa": {"acc": np.ones(3, bool)}}, guess, ["piqa"])
+        convert.ability.relative_ability(student, {"piqa": {"acc": np.ones(3, bool)}}, guess, ["piqa"])
 
 
 def test_tokens_of_another_vocabulary(convert, tmp_path):

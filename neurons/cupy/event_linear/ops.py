@@ -75,9 +75,11 @@ def event_driven_linear(spikes: Tensor, weight: Tensor, group_scale: Tensor | No
     """int32 ``[B, out]`` of spikes int8 ``[B, in]``, B at most 8.
 
     Args:
+        spikes: int8 ``[B, in]``.
         weight: int8 ``[in, out]``, or 4-bit weights as :class:`neurons.EventDrivenLinear` has them, uint8
             ``[in, ceil(out / 2)]``.
         group_scale: of 4-bit weights, uint8 ``[ceil(in / 32), out]``.
+        call: how the kernel is launched.
     """
     rows, inputs = spikes.shape
     if not rows or not inputs or not call.out_features:

@@ -1,5 +1,7 @@
-"""``neurons::compensated_spike_count``: ``neurons::signed_spike_count`` at unit threshold, with SGC's smooth
-path (:mod:`neurons.compensation`) mixed in. The backward pass works ``u`` out anew, so no mask is kept."""
+"""``neurons::compensated_spike_count``: fresh neurons at unit threshold, with SGC's smooth path mixed in.
+
+That of :mod:`neurons.compensation`. The backward pass works ``u`` out anew, so no mask is kept.
+"""
 
 from typing import Any, NamedTuple
 

@@ -116,8 +116,11 @@ def pack(
     numbers: Sequence[float],
     flags: Sequence[int] = (),
 ) -> tuple[Any, ...]:
-    """A kernel's arguments: pointers, ``T``, ``N``, fp32 numbers, flags, and whether 16-byte accesses are
-    allowed: rows start aligned if the tensors do and 8 divides N."""
+    """A kernel's arguments: pointers, ``T``, ``N``, fp32 numbers and flags.
+
+    The last flag says whether 16-byte accesses are allowed: rows start aligned if the tensors do and 8
+    divides N.
+    """
     pointers, aligned = launcher.pointers(tensors)
     return (
         *pointers,

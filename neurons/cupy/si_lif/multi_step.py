@@ -39,8 +39,10 @@ def _outputs(x_seq: Tensor, v: Tensor | None, call: MultiStep) -> tuple[Tensor, 
 
 @operator("si_lif_multi_step", _outputs)
 def multi_step(x_seq: Tensor, v: Tensor | None, call: MultiStep) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``(spike_seq, v, mask, v_seq)`` of ``x_seq`` ``[T, N, *]`` and ``v`` ``[N, *]``; ``mask``, one bit an
-    element in a layout of the kernels' own, and ``v_seq`` are empty unless asked for."""
+    """``(spike_seq, v, mask, v_seq)`` of ``x_seq`` ``[T, N, *]`` and ``v`` ``[N, *]``.
+
+    ``mask``, one bit an element in a layout of the kernels' own, and ``v_seq`` are empty unless asked for.
+    """
     T, N = x_seq.shape[0], math.prod(x_seq.shape[1:])
     spike_seq, v_out, mask, v_seq = _outputs(x_seq, v, call)
     if T == 0:

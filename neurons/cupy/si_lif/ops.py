@@ -101,8 +101,11 @@ def signed_spike_count(x: Tensor, v_threshold: float, surrogate_function: Any) -
 def compensated_spike_count(
     u: Tensor, surrogate_function: Any, mode: str, function: str, lam: float
 ) -> tuple[Tensor, Tensor]:
-    """:func:`neurons.compensation.compensated_spike_count` by one kernel each way; same arguments, same
-    spikes to the bit, the same mixture up to one rounding. Raises as :func:`si_lif_multi_step` does."""
+    """:func:`neurons.compensation.compensated_spike_count` by one kernel each way.
+
+    Same arguments, same spikes to the bit, the same mixture up to one rounding. Raises as
+    :func:`si_lif_multi_step` does.
+    """
     surrogate = _check(u, surrogate_function)
     call = Compensated(
         surrogate.max_spike_count,

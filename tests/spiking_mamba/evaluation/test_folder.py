@@ -4,7 +4,7 @@ import pytest
 
 from spiking_mamba.common.claims import ClaimedError, claim_folder
 from spiking_mamba.common.errors import RunError
-from spiking_mamba.evaluation.settings import EvaluationSettings, claim
+from spiking_mamba.evaluation.settings import EvaluationSettings, claim_output
 
 
 def settings(folder, **fields):
@@ -12,11 +12,15 @@ def settings(folder, **fields):
 
 
 def test_one_process_at_a_time(tmp_path):
-    with claim(settings(tmp_path / "out")) as folder, pytest.raises(ClaimedError), claim(settings(folder)):
+    with (
+        claim_output(settings(tmp_path / "out")) as folder,
+        pytest.raises(ClaimedError),
+        claim_output(settings(folder)),
+    ):
         pass
-    with claim_folder(folder), pytest.raises(ClaimedError), claim(settings(folder, overwrite=True)):
+    with claim_folder(folder), pytest.raises(ClaimedError), claim_output(settings(folder, overwrite=True)):
         pass
-    with claim(settings(folder, limit=3)):
+    with claim_output(settings(folder, limit=3)):
         assert [path.name for path in folder.iterdir()] == ["settings.yaml"]
 
 
@@ -24,12 +28,15 @@ def test_one_process_at_a_time(tmp_path):
 @pytest.mark.parametrize("name", ["thesis.tex", "settings.yaml"])
 def test_a_folder_of_somebody_else_stays(tmp_path, name, overwrite):
     (tmp_path / name).write_text("theme: dark")
-    with pytest.raises(RunError, match="holds no evaluation"), claim(settings(tmp_path, overwrite=overwrite)):
+    with (
+        pytest.raises(RunError, match="holds no evaluation"),
+        claim_output(settings(tmp_path, overwrite=overwrite)),
+    ):
         pass
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
 def test_a_half_started_evaluation_is_begun(tmp_path):
     (tmp_path / "settings.yaml.part").write_text("models:")
-    with claim(settings(tmp_path)):
+    with claim_output(settings(tmp_path)):
         assert (tmp_path / "settings.yaml").is_file()

@@ -225,6 +225,14 @@ def test_stock_transformers_reads_an_export(fields, tmp_path):
     assert not {"neuron", "sgc", "membrane", "threshold", "spike_driven"} & config.keys()
 
 
+def test_a_model_of_transformers_goes_into_each_form(tmp_path):
+    export_dense(tiny_model(), tmp_path / "ours")
+    stock = Mamba2ForCausalLM.from_pretrained(tmp_path / "ours")
+    for form in FORMS:
+        export_dense(stock, tmp_path / form, form)
+        assert torch.equal(logits(load_dense(tmp_path / form)), logits(load_dense(tmp_path / "ours")))
+
+
 def test_an_export_keeps_its_dtype_and_the_model(tmp_path):
     model = tiny_model(tie_word_embeddings=True).bfloat16()
     before = {k: v.clone() for k, v in model.state_dict().items()}

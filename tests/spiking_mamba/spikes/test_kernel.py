@@ -6,7 +6,7 @@ import sys
 SCRIPT = """
 import itertools
 import torch
-from spiking_mamba.spikes.kernel import tally
+from spiking_mamba.spikes.kernel import accumulate
 from spiking_mamba.spikes.counting import Layout
 from spiking_mamba.spikes.counts import _SUMS, ProjectionSpikes
 
@@ -29,7 +29,7 @@ for case, (shape, padded, levels, turned) in enumerate(cases):
         one.add(spike, layout)
         two._make_room(spike.device, length if layout is None else len(layout.tokens))
         where = (None, None) if layout is None else (layout.padding, layout.position)
-        tally(spike, *where, tuple(getattr(two, name) for name in _SUMS), 4, levels)
+        accumulate(spike, *where, tuple(getattr(two, name) for name in _SUMS), 4, levels)
     assert one.total > 0 or batch == 0
     for name in _SUMS[:-1]:
         assert torch.equal(getattr(one, name), getattr(two, name)), (shape, dtype, padded, name)

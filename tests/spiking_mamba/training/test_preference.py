@@ -11,7 +11,12 @@ import torch
 from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.common.errors import RunError
 from spiking_mamba.data.preferences import Preference
-from spiking_mamba.evaluation.preferences import compare, completion_log_probs, judge, preference_scores
+from spiking_mamba.evaluation.preferences import (
+    compare,
+    completion_log_probs,
+    evaluate_preferences,
+    preference_scores,
+)
 from spiking_mamba.training.preference import (
     METHODS,
     PreferenceSettings,
@@ -179,12 +184,12 @@ def separable(count, seed):
 @pytest.mark.parametrize("method", ["dpo", "kto"])
 def test_it_learns_a_separable_preference(method, neuron, make):
     model, held_out = tiny_model(neuron=neuron), separable(60, seed=2)
-    before = judge(copy.deepcopy(model), held_out, None)
+    before = evaluate_preferences(copy.deepcopy(model), held_out, None)
     trainer = make(
         method, model, separable(64, seed=1), training={"max_steps": 60, "per_device_train_batch_size": 16}
     )
     trainer.train()
-    after = judge(model, held_out, None)
+    after = evaluate_preferences(model, held_out, None)
     assert before["accuracy"]["sum"]["average"] < 0.8
     assert after["accuracy"]["sum"]["average"] > 0.9
     assert compare(before, after)["accuracy"]["sum"]["average"]["low"] > 0.1
