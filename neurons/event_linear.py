@@ -11,6 +11,7 @@ from .backend import EVENT_BACKENDS, check_cupy, check_numba
 __all__ = ["EventDrivenLinear", "int4_weights", "int8_weights"]
 
 GROUP = 32  # inputs that share a scale of 4-bit weights
+LARGEST_BATCH = 8  # rows of spikes that one launch of CUDA's kernel takes
 _LARGEST_SUM = 2**31 - 1
 _LARGEST_SPIKE = 128
 _EXACT = 2**24  # float32 holds all integers up to it, so sums in any order are exact
@@ -93,6 +94,8 @@ class EventDrivenLinear(nn.Module):
         weight: int8 ``[in, out]``; 4-bit weights, plus 8, two outputs a byte: uint8 ``[in, ceil(out / 2)]``.
         group_scale: uint8 ``[ceil(in / 32), out]`` of 4-bit weights; None for int8 ones.
         scale: float32 ``[out]``.
+        trusts_spikes: take it for granted that spikes on CUDA are integers of int8. Else every call with
+            spikes of another dtype looks, for which the processor has to wait for the GPU.
 
     Raises:
         ValueError: a parameter is out of its range, or so many inputs that a sum could leave 32 bits.
@@ -103,6 +106,7 @@ class EventDrivenLinear(nn.Module):
     scale: torch.Tensor
     bias: torch.Tensor | None
 
+    trusts_spikes = False
     supported_backends = possible_backends = EVENT_BACKENDS
 
     def __init__(
@@ -203,9 +207,12 @@ class EventDrivenLinear(nn.Module):
         """
         if torch.is_grad_enabled() and spikes.requires_grad:
             raise ValueError("EventDrivenLinear has no gradient: call it under torch.no_grad().")
+        dtype = spikes.dtype if spikes.is_floating_point() else torch.float32
+        if self.backend == "cupy" and dtype in (torch.float32, torch.float16, torch.bfloat16):
+            return self._cupy_floats(self._as_int8(spikes), dtype)
         y = self.integer_sums(spikes) * self.scale
         y = y if self.bias is None else y + self.bias
-        return y.to(spikes.dtype) if spikes.is_floating_point() else y
+        return y.to(dtype)
 
     def _as_int8(self, spikes: torch.Tensor) -> torch.Tensor:
         if spikes.ndim == 0 or spikes.shape[-1] != self.in_features:
@@ -215,6 +222,8 @@ class EventDrivenLinear(nn.Module):
         if spikes.is_complex():
             raise TypeError(f"Spikes are integers, got {spikes.dtype}.")
         integers = spikes.to(torch.int8)
+        if self.trusts_spikes and spikes.is_cuda:
+            return integers
         # a value outside int8 does not come back; NaN equals nothing
         if not bool((integers == spikes).all()):
             whole = spikes.isfinite() & (spikes == spikes.round()) if spikes.is_floating_point() else None
@@ -246,18 +255,13 @@ class EventDrivenLinear(nn.Module):
 
     def _cupy_sums(self, spikes: torch.Tensor) -> torch.Tensor:
         """A few rows of spikes event by event; many, which leave no weight alone, as a dense product."""
-        check_cupy()
-        from .cupy import launcher
-        from .cupy.event_linear.ops import LARGEST_BATCH, Call, event_driven_linear
-
-        launcher.check_input(spikes, (torch.int8,))
-        if self.weight.device != spikes.device:
-            raise RuntimeError(f"The spikes are on {spikes.device}, the weights on {self.weight.device}.")
-        flat = spikes.reshape(math.prod(spikes.shape[:-1]), self.in_features)
+        flat = self._for_cupy(spikes)
         if len(flat) > LARGEST_BATCH and self._has_dense_product():
             padded = nn.functional.pad(flat, (0, 0, 0, max(0, 32 - len(flat))))  # it wants more than 16
             sums = torch._int_mm(padded, self.weight)[: len(flat)]
         else:
+            from .cupy.event_linear.ops import Call, event_driven_linear
+
             call = Call(8 if self.group_scale is None else 4, self.out_features)
             parts = [
                 event_driven_linear(part, self.weight, self.group_scale, call)
@@ -265,6 +269,29 @@ class EventDrivenLinear(nn.Module):
             ]
             sums = torch.cat(parts) if parts else flat.new_zeros((0, self.out_features), dtype=torch.int32)
         return sums.reshape(*spikes.shape[:-1], self.out_features)
+
+    def _cupy_floats(self, spikes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """The layer's output for spikes int8; of a few rows in one launch."""
+        flat = self._for_cupy(spikes)
+        if not 0 < len(flat) <= LARGEST_BATCH:
+            y = self._cupy_sums(spikes) * self.scale
+            return (y if self.bias is None else y + self.bias).to(dtype)
+        from .cupy.event_linear.ops import Scaled, event_driven_linear_scaled
+
+        call = Scaled(8 if self.group_scale is None else 4, self.out_features, dtype)
+        y = event_driven_linear_scaled(flat, self.weight, self.group_scale, self.scale, self.bias, None, call)
+        return y.reshape(*spikes.shape[:-1], self.out_features)
+
+    def _for_cupy(self, spikes: torch.Tensor) -> torch.Tensor:
+        """The spikes as rows, after a look at whether the backend can run."""
+        if not torch.compiler.is_compiling():  # a look at what is installed is nothing to trace
+            check_cupy()
+        from .cupy import launcher
+
+        launcher.check_input(spikes, (torch.int8,))
+        if self.weight.device != spikes.device:
+            raise RuntimeError(f"The spikes are on {spikes.device}, the weights on {self.weight.device}.")
+        return spikes.reshape(math.prod(spikes.shape[:-1]), self.in_features)
 
     def _has_dense_product(self) -> bool:
         """Whether torch's product of int8 matrices takes these weights: on CUDA, of sizes by eights."""

@@ -71,7 +71,10 @@ def test_floats_come_out_as_on_the_processor() -> None:
         layer = EventDrivenLinear.from_linear(linear, weights)
         wanted = layer(spikes)
         layer.cuda().backend = "cupy"
-        assert torch.equal(layer(spikes.cuda()).cpu(), wanted)
+        for trusts in (False, True):
+            layer.trusts_spikes = trusts
+            assert torch.equal(layer(spikes.cuda()).cpu(), wanted)
+            assert torch.equal(layer(spikes.cuda().bfloat16()).cpu(), wanted.bfloat16())
 
 
 def test_compiled_without_a_break() -> None:

@@ -10,34 +10,40 @@ import torch
 import neurons
 from neurons import EventDrivenLinear
 from neurons.cupy.event_linear import ops
+from neurons.cupy.event_linear.plan import Plan, plan
 from tests.neurons.test_event_linear import by_hand, random_layer
 
 BATCHES = (1, 2, 4, 8)
+SIZES = ((2048, 8512), (4096, 2048), (768, 3352), (1536, 768), (2048, 50288), (37, 33))
 
 
-def every_plan():
-    """What the operator can ask for, with both numbers of chunks that occur most."""
-    rows = (16 * 33, 8 * 33, 4 * 33, 33)
-    found = [ops.plan(*of) for of in itertools.product((8, 4), BATCHES, (64,), rows)]
-    return sorted({(bits, *plan[:3], c) for bits in (8, 4) for plan in found for c in (1, 4)
-                   if plan.vec * (8 // bits) * plan.batch <= 64})  # fmt: skip
+def every_plan(largest: int) -> list[tuple[int, Plan]]:
+    """What the operators ask for at these sizes."""
+    found = {
+        (bits, plan(bits, batch, inputs, -(-outputs * bits // 8), largest=largest))
+        for bits, batch, (inputs, outputs) in itertools.product((8, 4), BATCHES, SIZES)
+    }
+    return sorted(found)
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-def test_compiles_to_ptx(nvrtc, arch: int) -> None:
-    plans = every_plan() if arch == 90 else every_plan()[::6]
+@pytest.mark.parametrize(("arch", "largest"), [(80, 1), (90, 8)])
+def test_compiles_to_ptx(nvrtc, arch: int, largest: int) -> None:
+    plans = every_plan(largest) if arch == 90 else every_plan(largest)[::5]
+    outputs = itertools.cycle((None, torch.float32, torch.float16, torch.bfloat16))
+    options = [
+        (*ops.module_options(*each, dtype), f"-arch=compute_{arch}")
+        for each, dtype in zip(plans, outputs, strict=False)
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        sources = list(
-            pool.map(
-                lambda p: nvrtc.ptx(ops.SOURCE, (*ops.module_options(*p), f"-arch=compute_{arch}")), plans
-            )
-        )
-    for (_, _, vec, _, _), ptx in zip(plans, sources, strict=True):
+        sources = list(pool.map(lambda o: nvrtc.ptx(ops.SOURCE, o), options))
+    for (_, found), ptx in zip(plans, sources, strict=True):
         assert ".entry event_linear(" in ptx
         assert "dp4a" in ptx
-        loads = {16: "v4.u32", 8: "v2.u32", 4: ".u32", 1: ".u8"}[vec]
+        loads = {16: "v4.u32", 8: "v2.u32", 4: ".u32", 1: ".u8"}[found.vec]
         assert any(line.split()[0].startswith("ld.") and loads in line.replace(".b", ".u")
                    for line in ptx.splitlines() if line.startswith("\tld."))  # fmt: skip
+        assert (".reqnctapercluster" in ptx) == ("mapa.shared::cluster" in ptx) == (found.cluster > 1)
+        assert "atom" not in ptx
         assert "local" not in ptx  # nothing has left the registers
 
 
@@ -46,8 +52,9 @@ def test_compiles_to_ptx(nvrtc, arch: int) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_sums_equal_the_oracle(weights: str, share: float) -> None:
     generator = torch.Generator().manual_seed(1)
-    sizes = [(0, 3), (3, 0), (1, 1), (31, 5), (33, 64), (64, 129), (130, 67), (512, 528), (300, 1040)]
-    for (inputs, outputs), rows in itertools.product(sizes, (1, 2, 3, 8, 11)):
+    for (inputs, outputs), rows in itertools.product(
+        [(0, 3), (3, 0), (1, 1), (130, 67), (300, 528)], (1, 3, 11)
+    ):
         layer = random_layer(inputs, outputs, weights, backend="cupy")
         spikes = torch.randint(-128, 128, (rows, inputs), generator=generator, dtype=torch.int8)
         spikes *= (torch.rand(spikes.shape, generator=generator) < share).to(torch.int8)
@@ -55,7 +62,7 @@ def test_sums_equal_the_oracle(weights: str, share: float) -> None:
         assert sums.dtype == torch.int32
         wanted = neurons.functional.event_driven_linear(spikes, layer.integer_weight())
         assert torch.equal(sums, wanted), (inputs, outputs, rows)
-        if inputs and inputs * outputs < 5000:
+        if inputs and inputs * outputs < 10_000:
             assert sums[-1].tolist() == by_hand(spikes[-1], layer.integer_weight())
 
 
@@ -88,30 +95,67 @@ def test_views_that_no_wide_access_may_touch(weights: str) -> None:
     assert torch.equal(layer.integer_sums(spikes.t().contiguous().t()), wanted)
 
 
+LAYOUTS = [
+    (8, Plan(1, 16, 32, 4, 8, 1)),
+    (8, Plan(2, 8, 8, 16, 2, 2)),
+    (8, Plan(4, 4, 16, 4, 1, 2)),
+    (4, Plan(1, 16, 8, 8, 4, 1)),
+    (4, Plan(2, 4, 32, 4, 8, 1)),
+]
+
+
 @pytest.mark.usefixtures("host")
-@pytest.mark.parametrize("bits", [8, 4])
-@pytest.mark.parametrize("chunks", [1, 2, 8])
-def test_runs_of_inputs_in_a_row(monkeypatch, bits: int, chunks: int) -> None:
+@pytest.mark.parametrize(("bits", "layout"), LAYOUTS, ids=str)
+def test_every_layout_gives_the_same_integers(monkeypatch, bits: int, layout: Plan) -> None:
     layer = random_layer(700, 96, f"int{bits}", backend="cupy")
-    spikes = torch.randint(-3, 4, (2, 700), dtype=torch.int8)
+    spikes = torch.randint(-3, 4, (layout.batch, 700), dtype=torch.int8)
     wanted = neurons.functional.event_driven_linear(spikes, layer.integer_weight())
-    found = ops.plan(bits, 2, 704, layer.weight.shape[1])
-    runs = 704 // (16 if bits == 8 else 32)
-    other = found._replace(chunks=chunks, grid=(found.grid[0], -(-runs // (found.warps * chunks))))
-    monkeypatch.setattr(ops, "plan", lambda *_: other)
+    slabs = -(-layer.weight.shape[1] // (layout.vec * layout.lanes))
+    monkeypatch.setattr(ops, "plan", lambda *_: layout._replace(slabs=slabs))
     assert torch.equal(layer.integer_sums(spikes), wanted)
+
+
+@pytest.mark.usefixtures("host")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_floats_are_those_of_torch(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = EventDrivenLinear.from_linear(torch.nn.Linear(70, 48), "int8")
+    spikes = torch.randint(-4, 5, (2, 3, 70)).to(dtype)
+    wanted = layer(spikes)
+    layer.backend = "cupy"
+    assert torch.equal(layer(spikes), wanted)
+    assert layer(spikes).dtype == dtype
+    call = ops.Scaled(8, 48, dtype)
+    residual = torch.randn(6, 48).to(dtype)
+    flat = spikes.flatten(0, 1).to(torch.int8)
+    arguments = layer.weight, None, layer.scale
+    plain = ops.event_driven_linear_scaled(
+        flat, *arguments, layer.bias, None, call._replace(dtype=torch.float32)
+    )
+    found = ops.event_driven_linear_scaled(flat, *arguments, layer.bias, residual, call)
+    assert torch.equal(found, (residual.float() + plain).to(dtype))
+    no_bias = ops.event_driven_linear_scaled(flat, *arguments, None, None, call._replace(dtype=torch.float32))
+    assert torch.equal(no_bias + layer.bias, plain)
 
 
 def test_plans_fill_the_gpu() -> None:
     for inputs, row in ((2048, 8512), (4096, 2048), (768, 3352), (1536, 768)):
         for batch in BATCHES:
-            found = ops.plan(8, batch, inputs, row)
-            launched = found.grid[0] * found.grid[1] * found.warps
-            widest = 16 if batch <= 4 else 8
-            assert found.vec == (widest if row % widest == 0 else 8)
-            assert found.grid[0] * 32 * found.vec >= row
-            assert found.grid[1] * found.warps * found.chunks * 16 >= inputs
-            assert launched >= 1000 or found.chunks == 1
+            found = plan(8, batch, inputs, row)
+            assert found.slabs * found.lanes * found.vec >= row
+            assert row % found.vec == 0
+            at_work = found.slabs * min(found.cluster * found.warps, -(-inputs // 32))
+            # or as many as there can be where lanes have as many sums as registers hold
+            assert at_work >= 2000 or found.lanes == 8
+            assert at_work >= min(1000, found.slabs * -(-inputs // 32) // 2)
+
+
+@pytest.mark.usefixtures("host")
+def test_spikes_that_are_trusted_are_still_looked_at_on_a_processor() -> None:
+    layer = random_layer(8, 8, "int8", backend="cupy")
+    layer.trusts_spikes = True
+    with pytest.raises(ValueError, match="must be integers"):
+        layer(torch.full((1, 8), 0.5))
 
 
 def test_what_cannot_run_is_said() -> None:
@@ -129,3 +173,18 @@ def test_the_operator_is_known_to_torch() -> None:
         (spikes, layer.weight, None, 8, 32),
         test_utils=("test_schema", "test_faketensor"),
     )
+    torch.library.opcheck(
+        ops.event_driven_linear_scaled.definition,
+        (spikes, layer.weight, None, layer.scale, None, None, 8, 32, torch.float16),
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+@pytest.mark.usefixtures("host")
+def test_compiled_without_a_break() -> None:
+    layer = random_layer(64, 32, "int8", backend="cupy")
+    spikes = torch.randint(-3, 4, (2, 64), dtype=torch.int8)
+    for function, of in ((layer.integer_sums, spikes), (layer, spikes)):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        with torch.no_grad():
+            assert torch.equal(compiled(of), function(of))

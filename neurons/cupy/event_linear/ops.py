@@ -1,4 +1,5 @@
-"""``neurons::event_driven_linear``: integer sums of the rows that fire, for few rows of spikes at a time."""
+"""``neurons::event_driven_linear``: integer sums of the rows that fire, for few rows of spikes at a time; and
+``neurons::event_driven_linear_scaled``, which makes floats of them."""
 
 import functools
 from pathlib import Path
@@ -10,16 +11,18 @@ from torch import Tensor
 
 from .. import launcher
 from ..operators import operator
+from .plan import Plan, clusters, plan
 
-__all__ = ["LARGEST_BATCH", "SOURCE", "Plan", "event_driven_linear", "module_options", "plan"]
+__all__ = [
+    "SOURCE",
+    "Call",
+    "Scaled",
+    "event_driven_linear",
+    "event_driven_linear_scaled",
+    "module_options",
+]
 
 SOURCE = launcher.Source(Path(__file__).with_name("kernel.cu"))
-
-LARGEST_BATCH = 8  # rows of spikes that one launch takes
-_GROUP = 32  # inputs that share a scale of 4-bit weights
-_SUMS = 64  # a thread's integers, its columns times its rows of spikes: they lie in registers
-_SUMS_OF_MANY_WARPS = 32  # up to which the sums of eight warps fit into shared memory
-_WARPS_WANTED = 2048  # of a launch: 132 multiprocessors with 16 each hide a fetch's latency
 
 
 class Call(NamedTuple):
@@ -29,41 +32,48 @@ class Call(NamedTuple):
     out_features: int
 
 
-class Plan(NamedTuple):
-    """How a call is laid over threads, see ``kernel.cu``."""
+class Scaled(NamedTuple):
+    """The constants of a call that gives floats."""
 
-    batch: int
-    vec: int
-    warps: int
-    chunks: int
-    grid: tuple[int, int]
-
-
-@functools.lru_cache(maxsize=1024)
-def plan(bits: int, batch: int, inputs: int, row: int, aligned: bool = True) -> Plan:
-    """The layout for ``inputs``, a multiple of 32, and rows of ``row`` bytes, ``aligned`` or not.
-
-    It reads the widest pieces that divide a row and leave a thread's sums in registers, and so many inputs a
-    warp that the launch has enough warps.
-    """
-    padded = 1 << (batch - 1).bit_length()  # 1, 2, 4 or 8: few instantiations
-    columns = 8 // bits
-    widths = (16, 8, 4, 1) if aligned else (1,)
-    vec = next(v for v in widths if row % v == 0 and v * columns * padded <= _SUMS)
-    warps = 8 if vec * columns * padded <= _SUMS_OF_MANY_WARPS else 4
-    run = 16 if bits == 8 else 32
-    blocks = -(-row // (32 * vec))
-    runs = inputs // run
-    chunks = max(1, runs * blocks // _WARPS_WANTED)
-    chunks = 1 << (chunks.bit_length() - 1)
-    return Plan(padded, vec, warps, chunks, (blocks, -(-runs // (warps * chunks))))
+    bits: int
+    out_features: int
+    dtype: torch.dtype
 
 
 @functools.cache
-def module_options(bits: int, batch: int, vec: int, warps: int, chunks: int) -> tuple[str, ...]:
-    """The compiler's options of an instantiation."""
-    names = {"BITS": bits, "BATCH": batch, "VEC": vec, "WARPS": warps, "CHUNKS": chunks}
-    return launcher.defines(names)
+def module_options(bits: int, found: Plan, dtype: torch.dtype | None) -> tuple[str, ...]:
+    """The compiler's options of an instantiation; no dtype: integers."""
+    out: dict[str, object] = {"OUT": "INTEGERS", "INTEGER_OUT": 1}
+    if dtype is not None:
+        out = {"OUT": launcher.STORAGE[dtype], "INTEGER_OUT": 0}
+    return launcher.defines(layout_names(bits, found) | out)
+
+
+def layout_names(bits: int, found: Plan) -> dict[str, object]:
+    """What ``gather.cuh`` wants defined."""
+    names = {"BATCH": found.batch, "VEC": found.vec, "LANES": found.lanes}
+    return {"BITS": bits, "WARPS": found.warps, "CLUSTER": found.cluster} | names
+
+
+def _launch(
+    spikes: Tensor,
+    weight: Tensor,
+    group_scale: Tensor | None,
+    floats: tuple[Tensor | None, Tensor | None, Tensor | None],
+    y: Tensor,
+    bits: int,
+) -> None:
+    """Write ``y`` ``[B, out]``; ``floats``: scale, bias and residual, none of them where it is int32."""
+    rows, inputs = spikes.shape
+    weight, spikes = weight.contiguous(), spikes.contiguous()
+    aligned = weight.data_ptr() % launcher.ACCESS_BYTES == 0
+    found = plan(bits, rows, inputs, weight.shape[1], aligned, clusters(weight.device))
+    addresses, _ = launcher.pointers((spikes, weight, group_scale, *floats, y))
+    sizes = np.int64(y.shape[1]), np.int64(weight.shape[1]), np.int32(inputs), np.int32(rows)
+    options = module_options(bits, found, None if y.dtype == torch.int32 else y.dtype)
+    launcher.launch(
+        SOURCE, "event_linear", spikes.device, options, found.grid, (found.threads,), (*addresses, *sizes)
+    )
 
 
 def _sums(spikes: Tensor, weight: Tensor, group_scale: Tensor | None, call: Call) -> Tensor:
@@ -81,27 +91,43 @@ def event_driven_linear(spikes: Tensor, weight: Tensor, group_scale: Tensor | No
         group_scale: of 4-bit weights, uint8 ``[ceil(in / 32), out]``.
         call: how the kernel is launched.
     """
-    rows, inputs = spikes.shape
-    if not rows or not inputs or not call.out_features:
-        return spikes.new_zeros((rows, call.out_features), dtype=torch.int32)
-    wide = -(-inputs // _GROUP) * _GROUP
-    weight = weight.contiguous()
-    aligned = weight.data_ptr() % launcher.ACCESS_BYTES == 0
-    found = plan(call.bits, rows, wide, weight.shape[1], aligned)
-    if (wide, found.batch) != (inputs, rows):
-        spikes = torch.nn.functional.pad(spikes, (0, wide - inputs, 0, found.batch - rows))
-    spikes = spikes.contiguous()
-    if spikes.data_ptr() % 4:  # they are read by fours
-        spikes = spikes.clone()
-    sums = spikes.new_zeros((found.batch, call.out_features), dtype=torch.int32)
-    addresses, _ = launcher.pointers((spikes, weight, group_scale, sums))
-    launcher.launch(
-        SOURCE,
-        "event_linear",
-        spikes.device,
-        module_options(call.bits, *found[:4]),
-        found.grid,
-        (32 * found.warps,),
-        (*addresses, np.int64(call.out_features), np.int64(weight.shape[1]), np.int32(wide)),
-    )
-    return sums[:rows]
+    sums = _sums(spikes, weight, group_scale, call)
+    if sums.numel():
+        _launch(spikes, weight, group_scale, (None, None, None), sums, call.bits)
+    return sums
+
+
+def _floats(
+    spikes: Tensor,
+    weight: Tensor,
+    group_scale: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    call: Scaled,
+) -> Tensor:
+    return spikes.new_empty((spikes.shape[0], call.out_features), dtype=call.dtype)
+
+
+@operator("event_driven_linear_scaled", _floats)
+def event_driven_linear_scaled(
+    spikes: Tensor,
+    weight: Tensor,
+    group_scale: Tensor | None,
+    scale: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    call: Scaled,
+) -> Tensor:
+    """``sums * scale + bias + residual`` ``[B, out]``, computed in float32 and rounded once to the dtype.
+
+    Args:
+        spikes, weight, group_scale: see :func:`event_driven_linear`.
+        scale: float32 ``[out]``. bias: the same, or none.
+        residual: ``[B, out]`` in the call's dtype, or none.
+    """
+    y = _floats(spikes, weight, group_scale, scale, bias, residual, call)
+    if y.numel():
+        residual = None if residual is None else residual.contiguous()
+        _launch(spikes, weight, group_scale, (scale, bias, residual), y, call.bits)
+    return y

@@ -1,0 +1,69 @@
+// What threads of a warp, a block and a cluster of blocks do together; the tests give the host's version. A kernel that
+// includes it says CLUSTER, how many blocks lie beside one another along the second axis of the grid; where that is
+// more than one it needs compute capability 9.0.
+#ifdef __CUDACC__
+typedef signed char i1;
+#define SHARED(Type, name) __shared__ Type name
+#if CLUSTER > 1
+#define CLUSTER_DIMS __cluster_dims__(1, CLUSTER, 1)
+#else
+#define CLUSTER_DIMS
+#endif
+DEV void block_sync() { __syncthreads(); }
+DEV void warp_sync() { __syncwarp(); }
+DEV unsigned ballot(bool p) { return __ballot_sync(~0u, p); }
+// A value of the lane whose number differs in these bits.
+template <class T> DEV T from_lane(T own, int other) { return __shfl_xor_sync(~0u, own, other); }
+// A barrier of all blocks of a cluster; what was written to shared memory before arriving is seen after waiting.
+DEV void cluster_arrive() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
+#endif
+}
+DEV void cluster_wait() {
+#if CLUSTER > 1
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+#endif
+}
+// What lies at the same place in the shared memory of another block of the cluster; T has four bytes.
+template <class T> DEV T from_rank(const T* shared, unsigned rank) {
+#if CLUSTER > 1
+  unsigned there, bits;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
+               : "=r"(there) : "r"((unsigned)__cvta_generic_to_shared(shared)), "r"(rank));
+  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(bits) : "r"(there) : "memory");
+  return *reinterpret_cast<T*>(&bits);
+#else
+  return *shared;
+#endif
+}
+DEV int ones(unsigned mask) { return __popc(mask); }
+// Launched to overlap with the kernel before: what that one wrote may be read behind this line. Else it does nothing.
+DEV void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+// The next kernel of the stream, if it was launched so, may begin and come as far as its own wait_for_previous().
+DEV void let_next_begin() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEV float root(float x) { float r; asm("sqrt.rn.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
+DEV int dot4(unsigned a, unsigned b, int sum) { return __dp4a((int)a, (int)b, sum); }
+DEV unsigned permute(unsigned a, unsigned b, unsigned how) { return __byte_perm(a, b, how); }
+#endif
+
+// The sum over a warp, in every lane; in the same order in every warp.
+DEV float warp_sum(float x) {
+#pragma unroll
+  for (int other = 16; other; other /= 2) x = add(x, from_lane(x, other));
+  return x;
+}
+
+DEV float warp_max(float x) {
+#pragma unroll
+  for (int other = 16; other; other /= 2) x = fmaxf(x, from_lane(x, other));
+  return x;
+}
