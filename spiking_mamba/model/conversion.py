@@ -5,7 +5,7 @@ import copy
 import torch
 
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
-from spiking_mamba.model.projection import spike_fed
+from spiking_mamba.model.projection import reject_wrapped, spike_fed
 
 __all__ = ["fold_thresholds", "spike_driven"]
 
@@ -37,7 +37,11 @@ def fold_thresholds(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
 
     Exact where V_th is a power of two; else in float32 up to rounding, which may tip a spike that stands
     on a tie.
+
+    Raises:
+        ValueError: a projection carries an adapter that is not merged.
     """
+    reject_wrapped(model)
     folded = copy.deepcopy(model)
     for block in folded.backbone.layers:
         for name, projection in spike_fed(block.mixer):
