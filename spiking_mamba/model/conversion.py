@@ -24,8 +24,8 @@ def spike_driven(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
     config.__post_init__()
     driven = copy.deepcopy(model)
     driven.config = driven.backbone.config = config
-    for projection in driven.projections().values():
-        projection.spikes.spike_driven = True
+    for _, projection in spike_fed(driven):
+        projection.spikes.spike_driven = projection.spikes.neuron is not None
     return driven
 
 
