@@ -215,8 +215,9 @@ def project(linear: nn.Module, spikes: Spikes) -> torch.Tensor:
 
 def _bias(linear: nn.Module, fed: torch.Tensor) -> torch.Tensor | None:
     """What a layer adds whatever it is fed; None for nothing."""
-    if not _is_wrapped(linear):
-        return getattr(linear, "bias", None)
+    bias = getattr(linear, "bias", None)
+    if not _is_wrapped(linear) and not (bias is not None and bias.is_meta):  # offloaded until it is called
+        return bias
     if not any(name.rpartition(".")[2] == "bias" for name, _ in linear.named_parameters()):
         return None
     return linear(fed.new_zeros(1, fed.shape[-1]))[0]  # an adapter may have one of its own
