@@ -231,7 +231,8 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
     def _check_ids(self, input_ids: torch.Tensor | None) -> None:
         if input_ids is None or input_ids.device.type != "cpu" or torch.compiler.is_compiling():
             return
-        vocabulary = self.embeddings.num_embeddings
+        # what wraps embeddings may not say how many they are
+        vocabulary = getattr(self.embeddings, "num_embeddings", self.config.vocab_size)
         if input_ids.numel() and not 0 <= int(input_ids.min()) <= int(input_ids.max()) < vocabulary:
             raise ValueError(
                 f"input_ids reach from {int(input_ids.min())} to {int(input_ids.max())}, "

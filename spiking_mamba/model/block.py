@@ -45,6 +45,29 @@ def _last(window: torch.Tensor, taps: int, packing: Packing | None) -> torch.Ten
     return last.masked_fill((document != document[:, -1:])[..., None], 0)
 
 
+class CausalConv1d(nn.Conv1d):
+    """Mamba2's depthwise convolution and the activation behind it.
+
+    Its weights are read within its own call, for those of an offloaded model are nowhere else.
+    """
+
+    def __init__(self, channels: int, taps: int, bias: bool, activation: str) -> None:
+        super().__init__(channels, channels, taps, groups=channels, padding=taps - 1, bias=bias)
+        self.activation = activation
+
+    def forward(
+        self, x: torch.Tensor, state: torch.Tensor | None = None, document: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """``[B, L, C] -> [B, L, C]``, tokens seeing their own document ``[B, L]``.
+
+        Or a single token behind a state ``[B, C, K]``, which moves on in place.
+        """
+        weight = self.weight.squeeze(1)
+        if state is not None:
+            return scan.causal_conv1d_update(x, state, weight, self.bias, self.activation)
+        return scan.causal_conv1d(x, weight, self.bias, self.activation, document)
+
+
 class SpikingMambaMixer(SpikeFed):
     """Mamba2's mixer between two linear layers fed by spikes; parameters and names are Mamba2's.
 
@@ -63,18 +86,10 @@ class SpikingMambaMixer(SpikeFed):
         self.conv_kernel_size = config.conv_kernel
         self.conv_dim = self.intermediate_size + 2 * config.n_groups * config.state_size
         self.chunk_size = config.chunk_size
-        self.activation = config.hidden_act
         low, high = config.time_step_limit
         self.time_step_limit = (low, high)
 
-        self.conv1d = nn.Conv1d(
-            self.conv_dim,
-            self.conv_dim,
-            config.conv_kernel,
-            groups=self.conv_dim,
-            padding=config.conv_kernel - 1,
-            bias=config.use_conv_bias,
-        )
+        self.conv1d = CausalConv1d(self.conv_dim, config.conv_kernel, config.use_conv_bias, config.hidden_act)
         self.in_spikes = self._encoder(config, "in_proj")
         width = self.intermediate_size + self.conv_dim + config.num_heads
         self.in_proj = nn.Linear(config.hidden_size, width, bias=config.use_bias)
@@ -174,8 +189,7 @@ class SpikingMambaMixer(SpikeFed):
             if state is not None:
                 xBC = window
                 document = None if document is None else F.pad(document, (taps, 0), value=0)
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        return scan.causal_conv1d(xBC, weight, bias, self.activation, document)[:, -length:]
+        return self.conv1d(xBC, document=document)[:, -length:]
 
     def step(
         self,
@@ -190,8 +204,7 @@ class SpikingMambaMixer(SpikeFed):
         neurons' states, where they have any, are in the cache.
         """
         gate, xBC, dt = self._split(self._project("in_proj", hidden_states, cache))
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        xBC = scan.causal_conv1d_update(xBC, conv_state, weight, bias, self.activation)
+        xBC = self.conv1d(xBC, conv_state)
         x, B, C = (tensor[:, 0] for tensor in self._split_heads(xBC))
         y = scan.state_update(
             scan_state, x, dt[:, 0], self._A(), B, C, self.D, self.dt_bias, self.time_step_limit

@@ -16,6 +16,7 @@ from spiking_mamba.model.converted import is_converted, read_converted
 from spiking_mamba.model.dense import read_dense
 from spiking_mamba.model.event_driven import EventDrivenMambaConfig
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.projection import reject_wrapped
 from spiking_mamba.model.state_spaces import to_state_spaces
 
 __all__ = ["FORMS", "export", "export_dense", "load_dense", "load_model"]
@@ -66,13 +67,15 @@ def export_dense(
         tokenizer: to be written beside the model.
 
     Raises:
-        ValueError: the form is unknown, the model is spiking, or that form has no such model.
+        ValueError: the form is unknown, the model is spiking or carries an adapter that is not merged, or
+            that form has no such model.
         FileExistsError: the folder holds files.
     """
     if form not in FORMS:
         raise ValueError(f"form must be one of {FORMS}, got {form!r}.")
     if getattr(model.config, "neuron", None) is not None:
         raise ValueError("The model is spiking; neither form has neurons. export() writes it.")
+    reject_wrapped(model)
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} already holds files.")

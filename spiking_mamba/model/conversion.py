@@ -5,7 +5,7 @@ import copy
 import torch
 
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
-from spiking_mamba.model.projection import spike_fed
+from spiking_mamba.model.projection import reject_wrapped, spike_fed
 
 __all__ = ["fold_thresholds", "spike_driven"]
 
@@ -24,8 +24,8 @@ def spike_driven(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
     config.__post_init__()
     driven = copy.deepcopy(model)
     driven.config = driven.backbone.config = config
-    for projection in driven.projections().values():
-        projection.spikes.spike_driven = True
+    for _, projection in spike_fed(driven):
+        projection.spikes.spike_driven = projection.spikes.neuron is not None
     return driven
 
 
@@ -38,7 +38,11 @@ def fold_thresholds(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
 
     Exact where V_th is a power of two; else in float32 up to rounding, which may tip a spike that stands
     on a tie.
+
+    Raises:
+        ValueError: a projection carries an adapter that is not merged.
     """
+    reject_wrapped(model)
     folded = copy.deepcopy(model)
     for block in folded.backbone.blocks:
         for name, projection in spike_fed(block.mixer):

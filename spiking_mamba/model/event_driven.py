@@ -21,7 +21,7 @@ from spiking_mamba.model.cache import Cache, takes_any_cache_name
 from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
 from spiking_mamba.model.mlp import SpikingMambaMLP
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
-from spiking_mamba.model.projection import spike_fed
+from spiking_mamba.model.projection import reject_wrapped, spike_fed
 from spiking_mamba.model.quantised import QuantisedLinear
 
 __all__ = ["EventDrivenMambaConfig", "EventDrivenMambaForCausalLM", "event_driven"]
@@ -192,8 +192,10 @@ def event_driven(
         states: dtype of the scan's states in single tokens on a processor.
 
     Raises:
-        ValueError: the neuron's spikes are no integers of int8; an argument is none of those named.
+        ValueError: the neuron's spikes are no integers of int8; an argument is none of those named; a
+            projection carries an adapter that is not merged.
     """
+    reject_wrapped(model)
     skipped = ("model_type", "architectures", "dtype", "transformers_version")
     fields = {key: value for key, value in model.config.to_dict().items() if key not in skipped}
     folded = {"threshold": 1.0, "learn_threshold": False, "sgc": None, "spike_driven": False}

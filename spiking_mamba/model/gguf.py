@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.projection import reject_wrapped
 
 __all__ = ["write_gguf"]
 
@@ -43,7 +44,8 @@ def write_gguf(model: SpikingMambaForCausalLM, path: str | Path) -> None:
 
     Raises:
         ModuleNotFoundError: the package ``gguf`` is not installed.
-        ValueError: the model is spiking, has MLP layers, or biases that the format does not know.
+        ValueError: the model is spiking, has MLP layers, biases that the format does not know, or an adapter
+            that is not merged.
     """
     from gguf import GGUFWriter
 
@@ -54,6 +56,7 @@ def write_gguf(model: SpikingMambaForCausalLM, path: str | Path) -> None:
         raise ValueError("A GGUF Mamba2 has no MLP layers: this model cannot be written as GGUF.")
     if config.use_bias or not config.use_conv_bias:
         raise ValueError("A GGUF Mamba2 has a bias in its convolution and none in its projections.")
+    reject_wrapped(model)
     unfinished = Path(f"{path}.unfinished")
     writer = GGUFWriter(unfinished, "mamba2")
     _describe(writer, config)

@@ -4,7 +4,7 @@ import copy
 import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 import torch
 from torch import nn
@@ -86,6 +86,8 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     _no_split_modules = ["SpikingMambaBlock"]  # noqa: RUF012
     _keep_in_fp32_modules_strict = {"log_threshold"}  # noqa: RUF012
+    # weights of another head than theirs
+    _new_in_checkpoints_of_others: ClassVar[frozenset[str]] = frozenset()
     _is_stateful = True  # no way back from a state: generate() refuses what would crop it
 
     if TYPE_CHECKING:  # transformers' own is wrapped in what hides its signature
@@ -129,6 +131,8 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):
         """As in transformers, but a checkpoint that lacks or adds a weight is an error, not a warning.
 
+        A head that another kind of model does not have is new.
+
         Raises:
             ValueError: a key is missing or unexpected, or a shape disagrees with the config.
         """
@@ -142,6 +146,13 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
             for key in ("missing_keys", "unexpected_keys", "mismatched_keys")
             if info.get(key)
         }
+        if cls.__name__ not in (model.config.architectures or ()):
+            new = [
+                key
+                for key in problems.get("missing_keys", ())
+                if key not in cls._new_in_checkpoints_of_others
+            ]
+            problems = {k: v for k, v in (problems | {"missing_keys": new}).items() if v}
         if problems:
             raise ValueError(
                 _UNFIT + "; ".join(f"{k.replace('_', ' ')}: {', '.join(v[:5])}" for k, v in problems.items())

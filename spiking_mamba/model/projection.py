@@ -20,7 +20,7 @@ from neurons.functional import spike_dtype
 from spiking_mamba.model.membrane import drive, drive_pieces
 from spiking_mamba.model.packing import Packing
 
-__all__ = ["SpikeEncoder", "Spikes", "SpikingProjection", "project", "spike_fed"]
+__all__ = ["SpikeEncoder", "Spikes", "SpikingProjection", "project", "reject_wrapped", "spike_fed"]
 
 
 def _scalar(value: float) -> torch.Tensor:
@@ -213,10 +213,38 @@ def project(linear: nn.Module, spikes: Spikes) -> torch.Tensor:
         y = neurons.MicroStepSum(calls)(y)[0]
     if threshold is not None:
         y = (y * threshold).to(y.dtype)
-    bias = getattr(linear, "bias", None)
-    if bias is None or (threshold is None and calls == 1):
+    if threshold is None and calls == 1:
+        return y
+    bias = _bias(linear, fed)
+    if bias is None:
         return y
     return (y + (1 - calls * (1.0 if threshold is None else threshold)) * bias).to(y.dtype)
+
+
+def _bias(linear: nn.Module, fed: torch.Tensor) -> torch.Tensor | None:
+    """What a layer adds whatever it is fed; None for nothing."""
+    bias = getattr(linear, "bias", None)
+    if not _is_wrapped(linear) and not (bias is not None and bias.is_meta):  # offloaded until it is called
+        return bias
+    if not any(name.rpartition(".")[2] == "bias" for name, _ in linear.named_parameters()):
+        return None
+    return linear(fed.new_zeros(1, fed.shape[-1]))[0]  # an adapter may have one of its own
+
+
+def _is_wrapped(linear: nn.Module) -> bool:
+    return any(True for _ in linear.children())
+
+
+def reject_wrapped(model: nn.Module) -> None:
+    """Raise a ValueError where a projection's weights are but a part of it, or not readable as numbers."""
+    for name, projection in spike_fed(model):
+        if projection.weight.dtype == torch.uint8:
+            raise ValueError(f"{name} holds packed weights of 4 bits or so: call dequantize() first.")
+        if _is_wrapped(projection.linear):
+            raise ValueError(
+                f"{name} is wrapped by {type(projection.linear).__name__}, as adapters do: merge it first, "
+                "with PEFT by merge_and_unload()."
+            )
 
 
 class SpikingProjection(nn.Module):

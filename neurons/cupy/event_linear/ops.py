@@ -1,5 +1,8 @@
-"""``neurons::event_driven_linear``: integer sums of the rows that fire, for few rows of spikes at a time; and
-``neurons::event_driven_linear_scaled``, which makes floats of them."""
+"""The event-driven product as two operators, for few rows of spikes at a time.
+
+``neurons::event_driven_linear`` gives integer sums of the rows that fire; of these
+``neurons::event_driven_linear_scaled`` makes floats.
+"""
 
 import functools
 from pathlib import Path
@@ -51,8 +54,14 @@ def module_options(bits: int, found: Plan, dtype: torch.dtype | None) -> tuple[s
 
 def layout_names(bits: int, found: Plan) -> dict[str, object]:
     """What ``gather.cuh`` wants defined."""
-    names = {"BATCH": found.batch, "VEC": found.vec, "LANES": found.lanes}
-    return {"BITS": bits, "WARPS": found.warps, "CLUSTER": found.cluster} | names
+    return {
+        "BITS": bits,
+        "WARPS": found.warps,
+        "CLUSTER": found.cluster,
+        "BATCH": found.batch,
+        "VEC": found.vec,
+        "LANES": found.lanes,
+    }
 
 
 def _launch(

@@ -35,10 +35,12 @@ class Plan(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
+        """Blocks along the outputs and within a cluster."""
         return self.slabs, self.cluster
 
     @property
     def threads(self) -> int:
+        """Of a block."""
         return 32 * self.warps
 
 
@@ -59,8 +61,9 @@ def plan(
     largest: int = CLUSTER,
     floats: bool = False,
 ) -> Plan:
-    """The layout for ``batch`` rows of spikes, ``inputs`` and rows of ``row`` bytes, ``aligned`` or not;
-    ``floats`` as in ``gather.cuh``.
+    """The layout for ``batch`` rows of spikes, ``inputs`` and rows of ``row`` bytes, ``aligned`` or not.
+
+    ``floats`` is as in ``gather.cuh``.
 
     It reads the widest pieces that divide a row and leave a lane's sums in registers. Of the layouts with
     enough warps at work it takes the one with the widest slabs, since every slab prepares all spikes; of

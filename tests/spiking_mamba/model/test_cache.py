@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, SpikingMambaModel
 from spiking_mamba.model import block as blocks
-from spiking_mamba.model import cache, modeling
+from spiking_mamba.model import cache, classification, modeling
 from tests.helpers.tiny import INTEGER, LEAKY, tiny_model, tokens
 
 NAMES = ["cache", "cache_params", "past_key_values"]
@@ -160,6 +160,10 @@ OVERRIDES = {
     SpikingMambaForCausalLM: {
         "__init__", "_apply", "_tied_weights_keys", "config_class", "forward", "generate",
         "get_input_embeddings", "prepare_inputs_for_generation", "set_input_embeddings",
+    },
+    classification.SpikingMambaForSequenceClassification: {
+        "__init__", "_keys_to_ignore_on_load_unexpected", "config_class", "forward", "get_input_embeddings",
+        "set_input_embeddings",
     },
     blocks.SpikingMambaBlock: {"__init__", "forward"},
 }  # fmt: skip
