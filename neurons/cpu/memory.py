@@ -53,12 +53,12 @@ class Arena:
         size_bytes = size * np.dtype(dtype).itemsize
         if size_bytes > self._chunk.size - self._used:
             self._chunk, self._used = aligned(max(self._CHUNK, size_bytes)), 0
-        found: np.ndarray = self._chunk[self._used : self._used + size_bytes].view(dtype)
+        part: np.ndarray = self._chunk[self._used : self._used + size_bytes].view(dtype)
         self._used += -(-size_bytes // _ALIGNMENT) * _ALIGNMENT
-        return found
+        return part
 
     def copy(self, array: np.ndarray) -> np.ndarray:
         """A copy in the arena, contiguous, of the same shape."""
-        found = self.take(array.size, array.dtype.type).reshape(array.shape)
-        found[...] = array
-        return found
+        copied = self.take(array.size, array.dtype.type).reshape(array.shape)
+        copied[...] = array
+        return copied

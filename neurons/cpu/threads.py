@@ -101,8 +101,8 @@ def store(typing, address, value):
 
 def _call(builder, name, *arguments):
     kind = ir.FunctionType(ir.VoidType(), [a.type for a in arguments])
-    found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-    builder.call(found, arguments)
+    function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+    builder.call(function, arguments)
 
 
 @intrinsic
@@ -127,8 +127,8 @@ def cycles(typing):
     def generate(context, builder, signature, arguments):
         kind = ir.FunctionType(_WORD, [])
         name = "llvm.readcyclecounter"
-        found = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
-        return builder.call(found, [])
+        function = builder.module.globals.get(name) or ir.Function(builder.module, kind, name)
+        return builder.call(function, [])
 
     return types.int64(), generate
 

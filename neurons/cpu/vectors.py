@@ -19,11 +19,11 @@ def vector(element: ir.Type, count: int) -> ir.VectorType:
 
 def define(module: ir.Module, name: str, arguments: Sequence[ir.Type]) -> tuple[ir.Function, bool]:
     """The function ``void name(arguments)`` of a module, and whether its body is still to be written."""
-    found = module.globals.get(name)
-    if found is None:
-        found = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
-        found.linkage = "linkonce_odr"  # several compiled functions of one process may bring it along
-    return found, found.is_declaration
+    function = module.globals.get(name)
+    if function is None:
+        function = ir.Function(module, ir.FunctionType(ir.VoidType(), arguments), name)
+        function.linkage = "linkonce_odr"  # several compiled functions of one process may bring it along
+    return function, function.is_declaration
 
 
 class Writer:
@@ -105,10 +105,10 @@ class Writer:
     def call(self, name: str, result: ir.Type, *arguments: ir.Value) -> ir.Value:
         """Call one of LLVM's intrinsics."""
         module = self.function.module
-        found = module.globals.get(name)
-        if found is None:
-            found = ir.Function(module, ir.FunctionType(result, [a.type for a in arguments]), name)
-        return self.b.call(found, arguments)
+        function = module.globals.get(name)
+        if function is None:
+            function = ir.Function(module, ir.FunctionType(result, [a.type for a in arguments]), name)
+        return self.b.call(function, arguments)
 
     def prefetch(self, address: ir.Value) -> None:
         """Ask for a cache line, into the second level: the first is full of sums."""

@@ -107,8 +107,8 @@ def compare(
             columns = (torch.ones_like(nats[0]), *nats)
             for column, values in enumerate(columns):
                 np.add.at(sums[:, column], of, values.reshape(-1).numpy())
-            found = kl_and_agreement(ours, theirs)
-            kl, same = kl + found[0], same + found[1]
+            comparison = kl_and_agreement(ours, theirs)
+            kl, same = kl + comparison[0], same + comparison[1]
             share((start + len(batch)) / len(ids))
     tokens = int(sums[:, 0].sum())
     documents = [[int(n), round(a, 4), round(b, 4)] for n, a, b in sums.tolist() if n]
@@ -134,8 +134,8 @@ def perplexity_ratio(
     ratios = np.exp(drawn @ (student - teacher) / (drawn @ tokens)) - 1
     low, high = np.quantile(ratios, [0.025, 0.975])
     theirs, ours = np.exp([teacher.sum() / tokens.sum(), student.sum() / tokens.sum()])
-    found = {"teacher": theirs, "student": ours, "over": ours / theirs - 1, "low": low, "high": high}
-    return {key: float(value) for key, value in found.items()} | {"documents": count}
+    ratio = {"teacher": theirs, "student": ours, "over": ours / theirs - 1, "low": low, "high": high}
+    return {key: float(value) for key, value in ratio.items()} | {"documents": count}
 
 
 def measure(settings: DocumentSettings) -> None:
@@ -144,9 +144,9 @@ def measure(settings: DocumentSettings) -> None:
     tokenizer = load_tokenizer(settings.teacher)
     for text in settings.texts:
         rows = data.tokenize(data.load_text(text), tokenizer, settings.length).with_format("numpy")
-        found, spikes = compare(teacher, student, rows, tokenizer.eos_token_id, settings.batch_size)
+        comparison, spikes = compare(teacher, student, rows, tokenizer.eos_token_id, settings.batch_size)
         digits = spikes.digit_accumulations
-        record = {"student": settings.student, "text": text, "length": settings.length} | found
+        record = {"student": settings.student, "text": text, "length": settings.length} | comparison
         record["spikes"] = {
             "mean_abs": spikes.mean_abs,
             "nonzero_share": spikes.nonzero_share,
@@ -160,11 +160,12 @@ def measure(settings: DocumentSettings) -> None:
             },
         }
         put_record(Path(settings.results), record | provenance(settings), IDENTITY)
-        ratio = perplexity_ratio(found["documents"])
+        ratio = perplexity_ratio(comparison["documents"])
         print(
             f"{text}, {settings.length}: teacher {ratio['teacher']:.3f}, student {ratio['student']:.3f}, "
             f"{100 * ratio['over']:+.2f} % ({100 * ratio['low']:+.2f} to {100 * ratio['high']:+.2f} over "
-            f"{ratio['documents']} documents), KL {found['kl']:.4f} nats, same top token {found['top1']:.1%}",
+            f"{ratio['documents']} documents), KL {comparison['kl']:.4f} nats, same top token "
+            f"{comparison['top1']:.1%}",
             flush=True,
         )
 

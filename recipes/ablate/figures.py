@@ -129,7 +129,7 @@ class Records:
 
     def filled(self, text: str) -> str:
         """A text with its numbers."""
-        return PLACEHOLDER.sub(lambda found: self.value(*found.groups()), text)
+        return PLACEHOLDER.sub(lambda match: self.value(*match.groups()), text)
 
     def filled_if_recorded(self, text: str) -> str:
         """The same; nothing where it names a text that no student was measured on."""
@@ -155,20 +155,20 @@ class Records:
 
     def of_run(self, row: str, seed: str, path: str) -> float:
         """A number of one run of a row."""
-        (found,) = [run for run in self.find(row).done if run["seed"] == int(seed)]
+        (value,) = [run for run in self.find(row).done if run["seed"] == int(seed)]
         for key in path.split("."):
-            found = found[key]
-        return found
+            value = value[key]
+        return value
 
     def score(self, model: str, task: str, what: str) -> float:
         """A number of a zero-shot set: a metric, its standard error, the number of items, or chance."""
         if task not in self.tasks.get(model, {}):
             raise ValueError(f"There is no {task!r} of {model!r}: {', '.join(self.tasks)} have tasks.json.")
-        found = self.tasks[model][task]
+        result = self.tasks[model][task]
         if what in ("items", "chance"):
-            return found["n" if what == "items" else what]
+            return result["n" if what == "items" else what]
         metric, _, error = what.partition(" ")
-        return found["metrics"][metric]["stderr" if error else "value"]
+        return result["metrics"][metric]["stderr" if error else "value"]
 
     def value(self, name: str, form: str | None) -> str:
         """The text of a placeholder.
@@ -184,28 +184,28 @@ class Records:
         match kind:
             case "speed":
                 table, row, column = rest.split(" / ", 2)
-                found = self.cell(table, row, column)
+                number = self.cell(table, row, column)
             case "ratio":
                 above, below = (part.split(" / ", 2) for part in rest.split(" over "))
-                found = self.cell(*above) / self.cell(above[0], below[0], " / ".join(below[1:]))  # type: ignore[arg-type]
+                number = self.cell(*above) / self.cell(above[0], below[0], " / ".join(below[1:]))  # type: ignore[arg-type]
             case "count":
-                found = self.counts[rest]
+                number = self.counts[rest]
             case "cost":
                 bits, table, attribute = rest.split()
                 cost = costs_45nm(int(bits))[table]
-                found = cost.mac / cost.ac if attribute == "gain" else getattr(cost, attribute)
+                number = cost.mac / cost.ac if attribute == "gain" else getattr(cost, attribute)
             case "run":
-                found = self.of_run(*rest.split(" / "))
+                number = self.of_run(*rest.split(" / "))
             case "task":
-                found = self.score(*rest.split(" / "))
+                number = self.score(*rest.split(" / "))
             case _:
                 text, _, field = name.partition(".")
                 if text not in self.documents:
                     raise NotRecordedError(f"{{{name}}}: documents.jsonl has {', '.join(self.documents)}.")
                 if field not in self.documents[text]:
                     raise ValueError(f"{{{name}}} is none of {', '.join(self.documents[text])}.")
-                found = self.documents[text][field]
-        return f"{found:{form}}"
+                number = self.documents[text][field]
+        return f"{number:{form}}"
 
 
 def of_documents(record: Mapping[str, Any]) -> dict[str, float]:
@@ -215,17 +215,17 @@ def of_documents(record: Mapping[str, Any]) -> dict[str, float]:
     energy = energy_of_rates(
         config, spikes["mean_abs"], spikes["nonzero_share"], digits=spikes["signed_digits"]
     )
-    found = {name: ratio[name] for name in ("teacher", "student", "documents")}
-    found |= {name: 100 * ratio[name] for name in ("over", "low", "high")}
-    found["nats"] = math.log1p(ratio["over"])
-    found |= {"kl": record["kl"], "top1": 100 * record["top1"], "tokens": record["tokens"]} | spikes
-    found |= {name: function(energy) for name, function in placeholders.ENERGIES.items()}
-    found["projections"] = energy["projections"]["fp32"]["gain"]
-    found["int8"] = energy["projections"]["int8"]["gain"]
-    found["prefill"] = energy["with_memory"]["projections"]["fp32"]["gain"]
-    found["shift_and_add"] = energy["projections"]["int8"]["gain_over_shift_and_add"]
-    found["whole_shift_and_add"] = energy["model"]["int8"]["gain_over_shift_and_add"]
-    return found
+    measures = {name: ratio[name] for name in ("teacher", "student", "documents")}
+    measures |= {name: 100 * ratio[name] for name in ("over", "low", "high")}
+    measures["nats"] = math.log1p(ratio["over"])
+    measures |= {"kl": record["kl"], "top1": 100 * record["top1"], "tokens": record["tokens"]} | spikes
+    measures |= {name: function(energy) for name, function in placeholders.ENERGIES.items()}
+    measures["projections"] = energy["projections"]["fp32"]["gain"]
+    measures["int8"] = energy["projections"]["int8"]["gain"]
+    measures["prefill"] = energy["with_memory"]["projections"]["fp32"]["gain"]
+    measures["shift_and_add"] = energy["projections"]["int8"]["gain_over_shift_and_add"]
+    measures["whole_shift_and_add"] = energy["model"]["int8"]["gain_over_shift_and_add"]
+    return measures
 
 
 def counts(runs: list[dict[str, Any]], folder: Path) -> dict[str, float]:
@@ -256,11 +256,11 @@ def held(text: str, figures: list[str], value: Callable[[str, str], str]) -> Ite
         ValueError: a figure is not in the page, or there twice.
     """
     for figure in figures:
-        found = list(pattern(figure).finditer(text))
-        if len(found) != 1:
-            raise ValueError(f"is {len(found)} times in the page, not once: {figure!r}")
+        matches = list(pattern(figure).finditer(text))
+        if len(matches) != 1:
+            raise ValueError(f"is {len(matches)} times in the page, not once: {figure!r}")
         for group, placeholder in enumerate(PLACEHOLDER.finditer(figure), 1):
-            yield *found[0].span(group), value(*placeholder.groups())
+            yield *matches[0].span(group), value(*placeholder.groups())
 
 
 def examine(
@@ -309,12 +309,12 @@ def speed_tables(text: str, speeds: Mapping[str, Mapping[str, Any]]) -> list[tup
 def code(text: str) -> list[tuple[int, int]]:
     """Where a page has code, which is tested otherwise, and no figures; blocks of ``text`` are none."""
     blocks = list(FENCED.finditer(text))
-    found = [m.span() for m in blocks if m.group(1) != "text"]
+    spans = [m.span() for m in blocks if m.group(1) != "text"]
     start = 0
     for end, after in [*(m.span() for m in blocks), (len(text), len(text))]:
-        found += [(start + m.start(), start + m.end()) for m in INLINE.finditer(text[start:end])]
+        spans += [(start + m.start(), start + m.end()) for m in INLINE.finditer(text[start:end])]
         start = after
-    return found
+    return spans
 
 
 def _around(text: str, start: int, end: int) -> str:

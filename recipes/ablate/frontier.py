@@ -27,12 +27,12 @@ def best_at(rows: Sequence[Row], scope: str, gain: float = TARGET_GAIN) -> Row |
         scope: "gain", of the projections alone, or a name of ``placeholders.ENERGIES``.
         gain: the least that counts.
     """
-    found = []
+    candidates = []
     for row in rows:
         gains = row.per_seed(scope) if row.tokens and not row.dense else []
         if gains and interval(gains)["mean"] >= gain:
-            found.append(row)
-    return min(found, key=lambda row: interval(row.over_teacher())["mean"], default=None)
+            candidates.append(row)
+    return min(candidates, key=lambda row: interval(row.over_teacher())["mean"], default=None)
 
 
 def answer(rows: Sequence[Row]) -> str:
@@ -59,10 +59,10 @@ def answer(rows: Sequence[Row]) -> str:
         )
     used, text = [row] if best is None else [row, best], f"{text}."
     if (whole := best_at(rows, "with_neurons")) is not None and whole is not row:
-        found = whole.over(best)
+        change = whole.over(best)
         text += (
             f" Counted with their neurons, the best student at {TARGET_GAIN}x or more is '{whole.name}': "
-            f"{100 * found['mean']:+.2f} % at {_mean(whole, 'with_neurons'):.2f}x ({_seeds(whole)})."
+            f"{100 * change['mean']:+.2f} % at {_mean(whole, 'with_neurons'):.2f}x ({_seeds(whole)})."
         )
         used.append(whole)
     return marked(text, used)
@@ -111,19 +111,19 @@ def students(rows: Sequence[Row]) -> list[Mark]:
     one with the largest gain.
     """
     best, target = best_dense(rows), best_at(rows, "gain")
-    found: dict[tuple[float, float], Row] = {}
+    by_point: dict[tuple[float, float], Row] = {}
     for row in rows:
         gains = row.energies("with_neurons") if row.tokens else []
         if gains:
             point = (interval(gains)["mean"], 100 * row.over(best)["mean"])
             if point[0] <= WIDEST and point[1] <= 100 * HIGHEST:
-                found[point] = row
-    points = non_dominated(list(found))
-    several = [point for point in points if len(found[point].done) > 1]
+                by_point[point] = row
+    points = non_dominated(list(by_point))
+    several = [point for point in points if len(by_point[point].done) > 1]
     told = {*points[:1], *several[-1:]}
     marks = []
     for point in points:
-        row = found[point]
+        row = by_point[point]
         label = f"{point[0]:.1f}x, {point[1]:+.1f} %{'' if row.clean else ' ' + MARK}"
         marks.append(Mark(*point, label if point in told or row is target else ""))
     return marks

@@ -66,10 +66,10 @@ class Measures:
             self._check(row["name"], settings)
             if steps(settings) or asks_for_calibration(settings.threshold):
                 wanted.append((table.data, self.depends["data"], settings.length, settings.decontaminate))
-        found = self._tokenised(wanted[:2])
-        if len(found) > 1:
-            self._check_batches(len(found[1][1]) * wanted[1][2])
-        held_out = self._kept(found)[0]
+        texts = self._tokenised(wanted[:2])
+        if len(texts) > 1:
+            self._check_batches(len(texts[1][1]) * wanted[1][2])
+        held_out = self._kept(texts)[0]
         self.held_out = held_out.select(range(min(table.held_out_rows or len(held_out), len(held_out))))
         self.measured: dict[str, dict[str, Any]] = {}
         self.thresholds: dict[str, Any] = {}
@@ -101,34 +101,35 @@ class Measures:
 
     def _tokenised(self, wanted: Sequence[tuple[Any, Any, int, bool]]) -> list[tuple[Path, datasets.Dataset]]:
         """Rows of texts, decontaminated or not, each with the file that it has or is to have."""
-        found = []
+        texts = []
         for source, sha256, length, decontaminate in wanted:
             about = [sha256, self.depends["teacher"].get("tokenizer.json"), length]
             name = fingerprint(about + ["decontaminated"] * decontaminate)[:16]
             path = Path(self.table.output, "tokens", f"{name}.parquet")
             if path.is_file():
-                found.append((path, datasets.Dataset(pyarrow.parquet.read_table(path))))
+                texts.append((path, datasets.Dataset(pyarrow.parquet.read_table(path))))
             else:
                 text = training_text(source, None, decontaminate)
-                found.append((path, data.tokenize(text, self.tokenizer, length)))
-        return found
+                texts.append((path, data.tokenize(text, self.tokenizer, length)))
+        return texts
 
-    def _kept(self, found: Sequence[tuple[Path, datasets.Dataset]]) -> list[datasets.Dataset]:
+    def _kept(self, texts: Sequence[tuple[Path, datasets.Dataset]]) -> list[datasets.Dataset]:
         """The same rows, read from their files."""
-        for path, rows in found:
+        for path, rows in texts:
             if not path.is_file():
                 path.parent.mkdir(parents=True, exist_ok=True)
                 draft = path.with_name(f"{path.stem}.{os.getpid()}.part")
                 pyarrow.parquet.write_table(rows.data.table, draft)
                 draft.replace(path)
-        kept = [datasets.Dataset(pyarrow.parquet.read_table(path)) for path, _ in found]
+        kept = [datasets.Dataset(pyarrow.parquet.read_table(path)) for path, _ in texts]
         return [rows.with_format("numpy") for rows in kept]  # fetched three times as fast as lists
 
     def measure(self, model: SpikingMambaForCausalLM) -> dict[str, Any]:
         """Held-out perplexity, spikes and energy of the very same forward passes, in float32."""
         with count_spikes(model, histogram=False) as spikes:
-            found = perplexity(model, self.held_out, batch_size=32, progress=False)
-        return {"perplexity": found["perplexity"], "nll": found["nll_per_token"]} | self.cost(model, spikes)
+            measured = perplexity(model, self.held_out, batch_size=32, progress=False)
+        text = {"perplexity": measured["perplexity"], "nll": measured["nll_per_token"]}
+        return text | self.cost(model, spikes)
 
     def cost(self, model: SpikingMambaForCausalLM, spikes: SpikeCounts) -> dict[str, Any]:
         if not spikes.projections:  # dense
@@ -172,8 +173,8 @@ class Measures:
         if name == "spike_driven":  # D products instead of one, for what must come out equal
             rows = rows.select(range(min(DRIVEN_ROWS, len(rows))))
         changes = {"bf16": with_bf16_weights, "int8": with_int8_projections, "spike_driven": spike_driven}
-        found = {"perplexity": changes[name](model), "without": model}
-        return {k: perplexity(m, rows, batch_size=8, progress=False)["perplexity"] for k, m in found.items()}
+        models = {"perplexity": changes[name](model), "without": model}
+        return {k: perplexity(m, rows, batch_size=8, progress=False)["perplexity"] for k, m in models.items()}
 
 
 def with_bf16_weights(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:

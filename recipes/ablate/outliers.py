@@ -100,10 +100,10 @@ def conditions(settings: OutlierSettings) -> list[dict[str, Any]]:
     """The control, then each site with each value and fraction: the table's rows, without results."""
     fractions = sorted({float(fraction) for fraction in settings.fractions} - {0.0})
     values = dict.fromkeys(map(float, settings.values))
-    found = [{"site": None, "value": None, "fraction": 0.0}]
+    rows = [{"site": None, "value": None, "fraction": 0.0}]
     for site, value, fraction in itertools.product(dict.fromkeys(settings.sites), values, fractions):
-        found.append({"site": site, "value": value, "fraction": fraction})
-    return found
+        rows.append({"site": site, "value": value, "fraction": fraction})
+    return rows
 
 
 def title(row: dict[str, Any]) -> str:
@@ -114,12 +114,12 @@ def title(row: dict[str, Any]) -> str:
 
 def load_rows(settings: OutlierSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Held-out rows of token ids of every source."""
-    found = {}
+    texts = {}
     for source in map(str, settings.data):
         text = data.load_text(source, split="held_out")
         rows = data.tokenize(text, tokenizer, settings.length).shuffle(seed=0)
-        found[source] = rows.select(range(min(settings.rows, len(rows))))
-    return found
+        texts[source] = rows.select(range(min(settings.rows, len(rows))))
+    return texts
 
 
 def measure(
@@ -129,19 +129,19 @@ def measure(
     tasks: Any,
     settings: OutlierSettings,
 ) -> dict[str, Any]:
-    found: dict[str, Any] = {
+    measures: dict[str, Any] = {
         "perplexity": {
             name: evaluation.perplexity(model, rows, settings.batch_size) for name, rows in texts.items()
         }
     }
-    found["zero_shot"] = (
+    measures["zero_shot"] = (
         evaluation.zero_shot(
             model, tokenizer, tasks, settings.limit, settings.batch_size, seed=settings.limit_seed
         )
         if tasks
         else {}
     )
-    return found
+    return measures
 
 
 def run(settings: OutlierSettings) -> dict[str, Any]:

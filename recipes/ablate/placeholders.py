@@ -106,10 +106,10 @@ def parse(text: str) -> list[str | Placeholder]:
 
 
 def _placeholder(text: str) -> Placeholder:
-    found = _PLACEHOLDER.fullmatch(text)
-    if found is None:
+    match = _PLACEHOLDER.fullmatch(text)
+    if match is None:
         raise ValueError(f"{text} is no placeholder: it must look like {{perplexity[row]:.2f}}.")
-    how, field, statistic, rows, form = found.groups()
+    how, field, statistic, rows, form = match.groups()
     statistic = statistic or "mean"
     reject_unknown_keys({field: 0}, [*FIELDS, *ENERGIES, *DERIVED], text)
     reject_unknown_keys({statistic: 0}, OF_SEEDS, text)
@@ -182,10 +182,10 @@ def _of_change(placeholder: Placeholder, row: "Row", other: "Row") -> float:
     """An end of the interval of a change, per cent, which both rows' seeds move."""
     if placeholder.field != "perplexity" or placeholder.how == "times":
         raise ValueError(f"{placeholder.text}: changes of perplexity alone have intervals.")
-    found = row.over(other)[placeholder.statistic]
-    if found is None:
+    change = row.over(other)[placeholder.statistic]
+    if change is None:
         raise ValueError(f"{placeholder.text}: against one seed, or of one, there is no interval.")
-    return 100 * found
+    return 100 * change
 
 
 def _values(placeholder: Placeholder, row: "Row", field: str) -> list[float]:
@@ -215,7 +215,7 @@ def _statistic(placeholder: Placeholder, values: Sequence[float]) -> float:
             return max(values)
         case "abs":
             return max(map(abs, values))
-    found = interval(values)[placeholder.statistic]
-    if found is None:
+    statistic = interval(values)[placeholder.statistic]
+    if statistic is None:
         raise ValueError(f"{placeholder.text}: one seed has no interval.")
-    return found
+    return statistic

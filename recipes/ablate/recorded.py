@@ -71,14 +71,14 @@ class Row:
 
     def values(self, *path: str) -> list[float]:
         """A number of every finished run, those that have it; ``"after", "gain", "fp32"``, say."""
-        found = []
+        collected = []
         for run in self.done:
             value: Any = run
             for key in path:
                 value = None if value is None else value.get(key)
             if value is not None:
-                found.append(value)
-        return found
+                collected.append(value)
+        return collected
 
     def over_teacher(self) -> list[float]:
         """Perplexity over the teacher's in the same run, less 1."""
@@ -93,15 +93,15 @@ class Row:
 
         None of a dense row or without the teacher's configuration.
         """
-        found = []
+        collected = []
         for run in self.done:
             if run["after"].get("mean_abs") is not None and Path(self.table.teacher, "config.json").is_file():
                 energy = _energy(
                     self.table.teacher, json.dumps(run["settings"]["neuron"]), run["settings"]["membrane"],
                     run["after"]["mean_abs"], run["after"]["nonzero_share"],
                 )  # fmt: skip
-                found.append(ENERGIES[name](energy))
-        return found
+                collected.append(ENERGIES[name](energy))
+        return collected
 
     def per_seed(self, field: str) -> list[float]:
         """What ``placeholders.py`` may name, of every finished run: per cent, where it is a change."""

@@ -179,11 +179,11 @@ def noise(rows: Sequence[Row]) -> str:
     """How far seeds of one row lie apart, and what differences between single seeds mean nothing."""
     signed, others = [], []
     for row in rows:
-        found = interval(row.values(*PERPLEXITY)) if row.done and not row.dense else {"sd": None}
-        if found["sd"] is not None:
-            deviation = 100 * found["sd"] / found["mean"]
+        spread = interval(row.values(*PERPLEXITY)) if row.done and not row.dense else {"sd": None}
+        if spread["sd"] is not None:
+            deviation = 100 * spread["sd"] / spread["mean"]
             if row.table.settings(row.row).neuron["class"] == "neurons.SILIFNode":
-                signed.append((deviation, found["runs"] - 1))
+                signed.append((deviation, spread["runs"] - 1))
             else:
                 others.append(f"; {row.name}: {deviation:.1f} %")
     if not signed:

@@ -56,8 +56,8 @@ def section(table: Table, tables: Tables, path: str) -> list[Block]:
     blocks += [Paragraph(text) for text in texts if text is not None]
     if body := checks(table, rows):
         blocks.append(Cells(["row", "check", "perplexity as it is", "so changed"], body))
-    if found := [run for row in rows for run in row.runs]:
-        blocks.append(Paragraph(origin(found)))
+    if runs := [run for row in rows for run in row.runs]:
+        blocks.append(Paragraph(origin(runs)))
     if table.claims:
         verdicts = [[claim["claim"], verdict(claim, find)] for claim in table.claims]
         blocks.append(Cells(["the source's claim", "here"], verdicts))
@@ -87,16 +87,16 @@ def filled(text: str, others: Sequence[str], find: Callable[[str], Row]) -> str 
 
 def verdict(claim: dict[str, Any], find: Callable[[str], Row]) -> str:
     """What the table says of a claim. One that rests on no row cannot be seen at this scale."""
-    found = filled(claim.get("verdict", "Run, not yet judged."), claim.get("rows", []), find)
-    return "Not yet run." if found is None else found
+    text = filled(claim.get("verdict", "Run, not yet judged."), claim.get("rows", []), find)
+    return "Not yet run." if text is None else text
 
 
-def spread(found: Mapping[str, Any], form: str, scale: float = 1.0) -> str:
+def spread(statistics: Mapping[str, Any], form: str, scale: float = 1.0) -> str:
     """Mean and 95 % interval, where there is one, see :func:`interval`."""
-    mean = f"{scale * found['mean']:{form}}"
-    if found["low"] is None:
+    mean = f"{scale * statistics['mean']:{form}}"
+    if statistics["low"] is None:
         return mean
-    return f"{mean} [{scale * found['low']:{form}}, {scale * found['high']:{form}}]"
+    return f"{mean} [{scale * statistics['low']:{form}}, {scale * statistics['high']:{form}}]"
 
 
 def mean(values: Sequence[float], form: str) -> str:
@@ -130,8 +130,8 @@ def changes(table: Table, find: Callable[[str], Row]) -> list[list[str]]:
         row, against = find(lever["row"]), find(lever["against"])
         if row.done and against.done:
             gains = (mean(r.values("after", "gain", "fp32"), ".2f") for r in (against, row))
-            found = spread(change(row, against), "+.2f", 100.0)
-            body.append([marked(lever["change"], [row]), against.label, found, " to ".join(gains)])
+            perplexity = spread(change(row, against), "+.2f", 100.0)
+            body.append([marked(lever["change"], [row]), against.label, perplexity, " to ".join(gains)])
     return body
 
 

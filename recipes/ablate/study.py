@@ -54,13 +54,13 @@ class Study:
 
     def recorded(self, row: dict[str, Any], seed: int) -> dict[str, Any]:
         """The result that is recorded, of these settings or others; empty where there is none."""
-        found = {tuple(map(each.get, IDENTITY)): each for each in read_records(self.table.records)}
-        return found.get((row["name"], seed), {})
+        records = {tuple(map(each.get, IDENTITY)): each for each in read_records(self.table.records)}
+        return records.get((row["name"], seed), {})
 
     def done(self, row: dict[str, Any], seed: int) -> bool:
         """Whether a result for exactly these settings is there."""
-        found = self.recorded(row, seed)
-        return found.get("key") == self.key(row, seed) and found.get("status") in MEASURED
+        record = self.recorded(row, seed)
+        return record.get("key") == self.key(row, seed) and record.get("status") in MEASURED
 
     def keep(self, row: dict[str, Any], seed: int, result: dict[str, Any]) -> None:
         """Record a result; what is said of a row that failed takes no earlier result away."""

@@ -215,8 +215,8 @@ class Table:
     def _check_settings(self, row: dict[str, Any]) -> None:
         """Raise a ValueError for what cannot be trained, at the first row that has it."""
         try:
-            found = self.settings(row)
-            if isinstance(given := found.training.get("max_steps", 0), float | str) or given < 0:
+            settings = self.settings(row)
+            if isinstance(given := settings.training.get("max_steps", 0), float | str) or given < 0:
                 raise ValueError(f"training.max_steps must be an integer of at least 0, got {shown(given)}.")
         except SettingsError as error:
             raise SettingsError(self.name, [each.within(row["name"]) for each in error.problems]) from None
@@ -273,8 +273,8 @@ class Table:
 
 def settings_recorded(settings: DistillationSettings) -> dict[str, Any]:
     """What a record says of a row's settings: all that its numbers depend on."""
-    found = {k: v for k, v in asdict(settings).items() if k not in OUTSIDE}
-    return {k: v for k, v in found.items() if k not in YOUNGER or v != YOUNGER[k]}
+    settings_used = {k: v for k, v in asdict(settings).items() if k not in OUTSIDE}
+    return {k: v for k, v in settings_used.items() if k not in YOUNGER or v != YOUNGER[k]}
 
 
 def slug(name: str) -> str:

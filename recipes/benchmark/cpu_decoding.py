@@ -266,7 +266,7 @@ def projections_alone(shapes: str, repeats: int) -> str:
     for _ in range(repeats + 1):  # the first compiles
         for name, own in work.items():
             times[name].append(timed(lambda own=own: [packed.sums(spikes) for packed, spikes in own]))
-    median = {name: statistics.median(found[1:]) / layers for name, found in times.items()}
+    median = {name: statistics.median(seconds[1:]) / layers for name, seconds in times.items()}
     rows = [[name, f"{1e6 * s:.0f}", f"{median['dense'] / s:.2f}"] for name, s in median.items()]
     return markdown_table([f"int8 projections, {shapes} shapes", "us a layer", "over dense int8"], rows)
 

@@ -30,14 +30,14 @@ OFFERED = {"int8": 0.002, "int4": 0.01, "bfloat16": 0.002}  # how much more perp
 def decoded_losses(model: SpikingMambaForCausalLM, weights: str, states: str, rows: list) -> np.ndarray:
     """The cross-entropy of every token behind the first of each row, in nats, ``[rows, length - 1]``."""
     decoder = CpuDecoder(event_driven(model, weights, states), cores())
-    found = []
+    losses = []
     for row in rows:
         decoder.reset()
         for token, target in itertools.pairwise(row):
             logits = decoder.step(token).astype(np.float64)
             top = logits.max()
-            found.append(top + math.log(np.exp(logits - top).sum()) - logits[target])
-    return np.array(found).reshape(len(rows), -1)
+            losses.append(top + math.log(np.exp(logits - top).sum()) - logits[target])
+    return np.array(losses).reshape(len(rows), -1)
 
 
 def row_of(weights: str, states: str, own: float, base: float, most: float) -> list[str]:
@@ -66,15 +66,17 @@ def main() -> None:
     model, tokenizer = load_model(args.model), load_tokenizer(args.model)
     text = tokenize(load_text(args.text, split="held_out"), tokenizer, args.length).shuffle(seed=0)
     text = text.select(range(min(args.rows, len(text))))
-    found = {"float32": perplexity(model, text, progress=False)["perplexity"]}
-    table = [["float32", "float32", f"{found['float32']:.3f}", "", ""]]
+    perplexities = {"float32": perplexity(model, text, progress=False)["perplexity"]}
+    table = [["float32", "float32", f"{perplexities['float32']:.3f}", "", ""]]
     for weights in ("int8", "int4"):
         made = event_driven(model, weights)
-        found[weights] = perplexity(made, text, progress=False)["perplexity"]
-        table.append(row_of(weights, "float32", found[weights], found["float32"], OFFERED[weights]))
+        perplexities[weights] = perplexity(made, text, progress=False)["perplexity"]
+        table.append(
+            row_of(weights, "float32", perplexities[weights], perplexities["float32"], OFFERED[weights])
+        )
     losses = decoded_losses(model, "int8", "bfloat16", [list(map(int, row)) for row in text["input_ids"]])
     own = math.exp(losses.mean())
-    table.append(row_of("int8", "bfloat16", own, found["int8"], OFFERED["bfloat16"]))
+    table.append(row_of("int8", "bfloat16", own, perplexities["int8"], OFFERED["bfloat16"]))
     heads = ["weights", "states", "perplexity", "more than with float32 there", "within what is acceptable"]
     print(f"{args.text}, {len(text)} held-out rows of {args.length} tokens\n")
     print(markdown_table(heads, table))

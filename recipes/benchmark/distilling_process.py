@@ -121,8 +121,8 @@ class Watch(TrainerCallback):
         self.saving = time.perf_counter()  # a checkpoint follows the log
         self.record["seconds"] = seconds
         for name, steps in (("step_seconds", part.timed(False)), ("logged_step_seconds", part.timed(True))):
-            if found := [seconds[n] for n in steps if n in seconds]:
-                self.record[name] = statistics.median(found)
+            if timed := [seconds[n] for n in steps if n in seconds]:
+                self.record[name] = statistics.median(timed)
         if CUDA:
             held = [torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()]
             largest = torch.tensor(held, device="cuda")

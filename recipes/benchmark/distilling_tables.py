@@ -28,8 +28,8 @@ def rate(record: Record) -> float:
 def _alone(record: Record, records: dict[str, Record]) -> Record | None:
     """The record of one GPU with the same model and batch."""
     same = ("size", "rows", "accumulated", "checkpointing")
-    found = [r for r in records.values() if r["settings"]["gpus"] == 1 and "step_seconds" in r]
-    return next((r for r in found if all(r["settings"][k] == record["settings"][k] for k in same)), None)
+    single = [r for r in records.values() if r["settings"]["gpus"] == 1 and "step_seconds" in r]
+    return next((r for r in single if all(r["settings"][k] == record["settings"][k] for k in same)), None)
 
 
 def _broken(settings: Record) -> bool:
@@ -70,40 +70,44 @@ def agreement(records: dict[str, Record]) -> dict[str, float] | None:
     pairs = [(row, kept[row["step"]]) for row in resumed["log"] if row["step"] in kept]
     if not pairs:
         return None
-    found = {"from": resumed["settings"]["save_at"], "to": pairs[-1][0]["step"]}
+    differences = {"from": resumed["settings"]["save_at"], "to": pairs[-1][0]["step"]}
     for name in ("loss", "kl", "spike_size", "grad_norm"):
         both = [(a[name], b[name]) for a, b in pairs if name in a and name in b]
         if both:
-            found[name] = max(abs(a - b) / max(abs(b), 1e-12) for a, b in both)
-    return found
+            differences[name] = max(abs(a - b) / max(abs(b), 1e-12) for a, b in both)
+    return differences
 
 
 def resumption(records: dict[str, Record]) -> Table | None:
-    found = agreement(records)
-    if found is None:
+    differences = agreement(records)
+    if differences is None:
         return None
     header = ["killed and resumed", "largest relative difference, thousandths"]
     names = {"loss": "loss", "kl": "KL", "spike_size": "spike size", "grad_norm": "norm of the gradient"}
-    return header, [[title, f"{1e3 * found[name]:.3f}"] for name, title in names.items() if name in found]
+    return header, [
+        [title, f"{1e3 * differences[name]:.3f}"] for name, title in names.items() if name in differences
+    ]
 
 
 def profiles(records: dict[str, Record]) -> Table | None:
     """What a GPU did in a step, per cent of it."""
-    found = [r for r in records.values() if "profile" in r and r["profile"]["kernels"]]
-    if not found:
+    profiled = [r for r in records.values() if "profile" in r and r["profile"]["kernels"]]
+    if not profiled:
         return None
-    header = ["share of a step, %", *(_kind(r["settings"]) for r in found)]
+    header = ["share of a step, %", *(_kind(r["settings"]) for r in profiled)]
     states = {
         "computing": "computing",
         "communication alone": "exposed_communication",
         "communication behind computing": "hidden_communication",
         "idle": "idle",
     }
-    rows = [[title, *(f"{100 * r['profile'][key]:.1f}" for r in found)] for title, key in states.items()]
-    kinds = list(dict.fromkeys(kind for r in found for kind in r["profile"]["kinds"]))
+    rows = [[title, *(f"{100 * r['profile'][key]:.1f}" for r in profiled)] for title, key in states.items()]
+    kinds = list(dict.fromkeys(kind for r in profiled for kind in r["profile"]["kinds"]))
     for kind in kinds:
-        rows.append([f"kernels: {kind}", *(f"{100 * r['profile']['kinds'].get(kind, 0):.1f}" for r in found)])
-    rows.append(["kernels a step", *(str(r["profile"]["kernels"]) for r in found)])
+        rows.append(
+            [f"kernels: {kind}", *(f"{100 * r['profile']['kinds'].get(kind, 0):.1f}" for r in profiled)]
+        )
+    rows.append(["kernels a step", *(str(r["profile"]["kernels"]) for r in profiled)])
     return header, rows
 
 
@@ -123,8 +127,8 @@ def cost(records: dict[str, Record]) -> Table:
 def tables(records: list[Record]) -> dict[int, Table]:
     """By the numbers that they have among the records."""
     named = {record["part"]: record for record in records}
-    found = {1: speeds(named), 2: cost(named), 3: profiles(named), 4: resumption(named)}
-    return {number: table for number, table in found.items() if table is not None and table[1]}
+    numbered = {1: speeds(named), 2: cost(named), 3: profiles(named), 4: resumption(named)}
+    return {number: table for number, table in numbered.items() if table is not None and table[1]}
 
 
 def report(records: list[Record], file: Path | None = None) -> str:

@@ -99,7 +99,7 @@ def milliseconds(graphs: dict[str, torch.cuda.CUDAGraph], repeats: int) -> dict[
             torch.cuda.synchronize()
             if repeat >= 5:
                 times[name].append(marks[0].elapsed_time(marks[1]))
-    return {name: statistics.median(found) for name, found in times.items()}
+    return {name: statistics.median(seconds) for name, seconds in times.items()}
 
 
 def millijoules(graph: torch.cuda.CUDAGraph, milliseconds: float, seconds: float) -> dict[str, float]:
@@ -114,8 +114,8 @@ def millijoules(graph: torch.cuda.CUDAGraph, milliseconds: float, seconds: float
         for _ in range(replays):
             graph.replay()
         torch.cuda.synchronize()
-    found = meter.result(replays)
-    return {"mJ": 1e3 * found["joules_total_per_token"], "mJ_net": 1e3 * found["joules_net_per_token"]}
+    measured = meter.result(replays)
+    return {"mJ": 1e3 * measured["joules_total_per_token"], "mJ_net": 1e3 * measured["joules_net_per_token"]}
 
 
 @fail_clearly()

@@ -114,7 +114,7 @@ def contenders(row: Row) -> dict[str, Callable[[], Forward]]:
             "SI-LIF, torch": lambda: by_torch,
             "compiled": lambda: torch.compile(by_torch),
         }
-    found: dict[str, Callable[[], Forward]] = {
+    made: dict[str, Callable[[], Forward]] = {
         "SI-LIF, cupy": lambda: ours(row),
         "SI-LIF, torch": lambda: node_forward(SILIFNode(4, step_mode="m")),
         "spikingjelly ILIFNode": lambda: node_forward(sj_neuron.ILIFNode(step_mode="m")),
@@ -122,8 +122,8 @@ def contenders(row: Row) -> dict[str, Callable[[], Forward]]:
         "spikingjelly TernaryLIFNode": lambda: node_forward(sj_neuron.TernaryLIFNode(step_mode="m")),
     }
     if row.T == 1:
-        found["compiled clamp and round"] = lambda: torch.compile(straight_through)
-    return found
+        made["compiled clamp and round"] = lambda: torch.compile(straight_through)
+    return made
 
 
 class Timer:

@@ -136,20 +136,20 @@ def mamba_ssm(config: SpikingMambaConfig, args: argparse.Namespace) -> Step:
 
 
 def contenders(config: SpikingMambaConfig, args: argparse.Namespace) -> dict[str, Callable[[], Step]]:
-    found: dict[str, Callable[[], Step]] = {}
+    made: dict[str, Callable[[], Step]] = {}
     if args.device == "cuda" and importlib.util.find_spec("mamba_ssm"):
-        found["mamba-ssm"] = lambda: mamba_ssm(config, args)
+        made["mamba-ssm"] = lambda: mamba_ssm(config, args)
     if not args.size:
-        found["transformers' Mamba2"] = lambda: transformers_own(config, args)
+        made["transformers' Mamba2"] = lambda: transformers_own(config, args)
     if torch.distributed.is_initialized():
-        found["dense, gradients not averaged"] = lambda: ours(config, args, averages=False)
-    found |= {
+        made["dense, gradients not averaged"] = lambda: ours(config, args, averages=False)
+    made |= {
         "dense": lambda: ours(config, args),
         "spiking, SGC off": lambda: ours(config, args, neuron=NEURON),
         "spiking, SGC blend": lambda: ours(config, args, neuron=NEURON, sgc=SGC),
         "spiking, SGC replace": lambda: ours(config, args, neuron=NEURON, sgc=SGC | {"mode": "replace"}),
     }
-    return {name: make for name, make in found.items() if not args.only or name in args.only}
+    return {name: make for name, make in made.items() if not args.only or name in args.only}
 
 
 def flops_per_token(config: SpikingMambaConfig) -> float:
@@ -205,19 +205,19 @@ def measure(
 
 
 def table(
-    found: dict[str, dict[str, float]], tokens: int, flops: float, gpus: int, args: argparse.Namespace
+    measured: dict[str, dict[str, float]], tokens: int, flops: float, gpus: int, args: argparse.Namespace
 ) -> str:
-    fastest_rival = next(iter(found))
+    fastest_rival = next(iter(measured))
     header = ["training step", "tokens/s", f"time / {fastest_rival}", "time / dense"]
     card = torch.cuda.get_device_name() if args.device == "cuda" else ""
     peak_flops = next((rate for name, rate in PEAK.items() if name in card), None) if args.bf16 else None
     if args.device == "cuda":
         header += ["peak GiB of a step"] + (["model-FLOPs utilisation"] if peak_flops else [])
     rows = []
-    for name, row in found.items():
+    for name, row in measured.items():
         rate = tokens / row["seconds"]
-        cells = [name, f"{rate:.0f}", f"{row['seconds'] / found[fastest_rival]['seconds']:.3f}"]
-        dense = found.get("dense", {"seconds": float("nan")})["seconds"]
+        cells = [name, f"{rate:.0f}", f"{row['seconds'] / measured[fastest_rival]['seconds']:.3f}"]
+        dense = measured.get("dense", {"seconds": float("nan")})["seconds"]
         cells.append(f"{row['seconds'] / dense:.3f}")
         if args.device == "cuda":
             cells.append(f"{row['peak'] / 2**30:.1f}")
@@ -296,13 +296,13 @@ def main() -> None:
     report: dict[str, Any] = {"device": device_name(), "arguments": sys.argv[1:], "runs": []}
     with interruptible(lambda: measured_so_far(report["runs"], args.out, "step.json")):
         for sweep, batch, each in shapes or [("batch", args.batch, length)]:
-            found = measure(config, args, batch, each)
+            measured = measure(config, args, batch, each)
             if int(os.environ.get("RANK", 0)):
                 continue
-            report["runs"].append({"sweep": sweep, "batch": batch, "length": each, "found": found})
+            report["runs"].append({"sweep": sweep, "batch": batch, "length": each, "found": measured})
             times = f"{gpus} times " if gpus > 1 else ""
             print(f"\n{times}{batch} x {each} tokens, {device_name()}\n", flush=True)
-            print(table(found, gpus * batch * each, flops, gpus, args), flush=True)
+            print(table(measured, gpus * batch * each, flops, gpus, args), flush=True)
             if args.out:  # after every length: a later failure loses nothing
                 args.out.mkdir(parents=True, exist_ok=True)
                 (args.out / "step.json").write_text(json.dumps(report, indent=1))

@@ -25,14 +25,14 @@ def write_items(path: str | Path, right: Outcomes) -> None:
 
 def read_items(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
     """What :func:`write_items` has written."""
-    found: dict[str, dict[str, np.ndarray]] = {}
+    outcomes: dict[str, dict[str, np.ndarray]] = {}
     with np.load(path) as held:
         for key in held.files:
             name, _, metric = key.partition("/")
             if metric != "items":
                 count = int(held[f"{name}/items"])
-                found.setdefault(name, {})[metric] = np.unpackbits(held[key])[:count].astype(bool)
-    return found
+                outcomes.setdefault(name, {})[metric] = np.unpackbits(held[key])[:count].astype(bool)
+    return outcomes
 
 
 def guessing(data: Any) -> dict[str, float]:
@@ -43,17 +43,17 @@ def guessing(data: Any) -> dict[str, float]:
     Args:
         data: ``evaluated.npz``, see ``prepare.py``.
     """
-    found = {}
+    scores = {}
     for number, name in enumerate(data["names"].tolist()):
         table = data["requests"][data["requests"][:, 0] == number]
         first = table[np.r_[True, np.diff(table[:, 1]) != 0]]
         if (first[:, 3] < 0).any():  # a continuation is asked for, not a choice
-            found[name] = 0.0
+            scores[name] = 0.0
             continue
         chance = float((1 / np.bincount(table[:, 1])[first[:, 1]]).mean())
         majority = float(np.bincount(first[:, 3]).max() / len(first))
-        found[name] = max(chance, majority) if majority < 1 else chance
-    return found
+        scores[name] = max(chance, majority) if majority < 1 else chance
+    return scores
 
 
 def _main(right: Outcomes, name: str) -> np.ndarray:
@@ -86,11 +86,12 @@ def relative_ability(
         ours = {name: _main(own, name) for name in names}
         theirs = {name: _main(others, name)[: len(ours[name])] for name in names}
         sides.append((theirs, ours))
-    found: dict[str, Any] = {}
+    measures: dict[str, Any] = {}
     if ability(others, guess, sets) > 0:
-        found["relative_ability"] = kept_share(*sides[0], guess)
+        measures["kept"] = kept_share(*sides[0], guess)
     if sides[1][0]:
-        found["gap"] = {key: 100 * value for key, value in paired_gap(*sides[1]).items() if key != "items"}
+        measures["gap"] = {key: 100 * value for key, value in paired_gap(*sides[1]).items() if key != "items"}
     return {
-        name: {key: round(float(value), 4) for key, value in values.items()} for name, values in found.items()
+        name: {key: round(float(value), 4) for key, value in values.items()}
+        for name, values in measures.items()
     }

@@ -165,15 +165,15 @@ class LowRankParameters(FlatParameters):
 
     def pairs(self, flat: torch.Tensor) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Views of every matrix's A ``[modules, rank, in]`` and B ``[modules, out, rank]``."""
-        found, end = {}, 0
+        factors, end = {}, 0
         for name, (out, inputs) in self.shapes.items():
             parts = []
             for shape in ((self.rank, inputs), (out, self.rank)):
                 size = shape[0] * shape[1]
                 parts.append(flat[:, end : end + size].unflatten(1, shape))
                 end += size
-            found[name] = (parts[0], parts[1])
-        return found
+            factors[name] = (parts[0], parts[1])
+        return factors
 
     def _matrix(self, flat: torch.Tensor, name: str) -> torch.Tensor:
         return flat[:, self.places[name]].unflatten(1, self.shapes[name])  # [modules, out, in]

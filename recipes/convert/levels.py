@@ -25,12 +25,12 @@ def recorded_inputs(
         ids: ``[B, L]``. first: places of each row that are left out.
         most: numbers of a projection that are kept.
     """
-    found: dict[str, list[torch.Tensor]] = {}
+    inputs: dict[str, list[torch.Tensor]] = {}
 
     def keep(name: str) -> Any:
         def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0][:, first:].flatten().float()
-            found.setdefault(name, []).append(x[:: max(1, len(ids) * len(x) // most)])
+            inputs.setdefault(name, []).append(x[:: max(1, len(ids) * len(x) // most)])
 
         return hook
 
@@ -41,7 +41,7 @@ def recorded_inputs(
     finally:
         for handle in handles:
             handle.remove()
-    return {name: torch.cat(parts) for name, parts in found.items()}
+    return {name: torch.cat(parts) for name, parts in inputs.items()}
 
 
 @torch.no_grad()

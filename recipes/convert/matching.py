@@ -76,12 +76,12 @@ class LogitMatching:
         found.backward(gradient)
         return loss[None]
 
-    def _kl(self, ids: torch.Tensor, found: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _kl(self, ids: torch.Tensor, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The KL, and its gradient to the student's last hidden states."""
         with torch.no_grad():
             wanted = self.source.hidden_states(ids)[:, 1:]
         with autocast(ids):
-            leaf = found.detach().requires_grad_()
+            leaf = hidden.detach().requires_grad_()
             losses = [
                 self._piece(own[:, 1:], others)
                 for own, others in zip(leaf.split(self.piece), wanted.split(self.piece), strict=True)

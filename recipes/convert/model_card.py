@@ -95,22 +95,22 @@ class Records:
     def last_texts(self) -> list[dict[str, Any]]:
         """The records of the text that the last stage read."""
         names = {Path(name).name for name in self.settings["own_text"]}
-        found = []
+        texts = []
         for text in self.texts:
             output = Path(text["settings"]["output"])
             if f"{output.stem}-{text['process']}{output.suffix}" in names:
-                found.append(text)
-        return found
+                texts.append(text)
+        return texts
 
 
 def stages_of(log: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     """The log in stages: one begins where steps start again."""
-    found: list[list[dict[str, Any]]] = []
+    stages: list[list[dict[str, Any]]] = []
     for entry in log:
-        if not found or entry["step"] <= found[-1][-1]["step"]:
-            found.append([])
-        found[-1].append(entry)
-    return found
+        if not stages or entry["step"] <= stages[-1][-1]["step"]:
+            stages.append([])
+        stages[-1].append(entry)
+    return stages
 
 
 def points(value: float) -> str:

@@ -41,19 +41,19 @@ class PackStudentSettings:
 
 def own_tensors(student: SpikingMambaForCausalLM, mlps: LowRankParameters) -> dict[str, torch.Tensor]:
     """What a student has of its own beside its mixers, as ``read_converted`` takes it."""
-    found = {}
+    tensors = {}
     numbers = [k for k in range(len(student.backbone.layers)) if student.config.block_type(k) == "mlp"]
     for k, block in enumerate(student.backbone.layers):
-        found[f"backbone.layers.{k}.norm.weight"] = block.norm.weight.data.clone()
+        tensors[f"backbone.layers.{k}.norm.weight"] = block.norm.weight.data.clone()
     for name, (a, b) in mlps.pairs(mlps.factors.data).items():
         for row, k in enumerate(numbers):
             for part, tensor in (("a", a), ("b", b)):
-                found[f"backbone.layers.{k}.{name}:{part}"] = tensor[row].half().contiguous()
+                tensors[f"backbone.layers.{k}.{name}:{part}"] = tensor[row].half().contiguous()
     for row, k in enumerate(numbers):
         for name, parameter in mlps.modules[row].named_parameters():
             if name.endswith("log_threshold"):
-                found[f"backbone.layers.{k}.{name}"] = parameter.data.clone()
-    return found
+                tensors[f"backbone.layers.{k}.{name}"] = parameter.data.clone()
+    return tensors
 
 
 def pack_student(state: str | Path, folder: Path, megabytes: float = 15.0) -> list[Path]:

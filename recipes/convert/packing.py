@@ -45,17 +45,17 @@ def integers(
     if second_moment is None:
         return (weight / wide).round().clamp(-most, most).to(torch.int8), scale
     upper = _feedback(second_moment)
-    found = torch.empty_like(weight)
+    rounded = torch.empty_like(weight)
     for start in range(0, inputs, 64):  # the errors of a block reach the blocks behind it in one product
         end = min(start + 64, inputs)
         errors = torch.empty_like(weight[:, start:end])
         for k in range(start, end):
-            found[:, k] = (weight[:, k] / wide[:, k]).round().clamp(-most, most)
-            error = (weight[:, k] - found[:, k] * wide[:, k]) / upper[k, k]
+            rounded[:, k] = (weight[:, k] / wide[:, k]).round().clamp(-most, most)
+            error = (weight[:, k] - rounded[:, k] * wide[:, k]) / upper[k, k]
             weight[:, k:end] -= error[:, None] * upper[k, k:end]
             errors[:, k - start] = error
         weight[:, end:] -= errors @ upper[start:end, end:]
-    return found.to(torch.int8), scale
+    return rounded.to(torch.int8), scale
 
 
 def _feedback(second_moment: torch.Tensor) -> torch.Tensor:
@@ -84,12 +84,12 @@ def _packed(
                 yield key, value
                 continue
             moment = moments.get(f"{number}.{name.removesuffix('.weight')}")
-            found, scale = integers(parameter.detach(), bits, group, moment)
+            whole, scale = integers(parameter.detach(), bits, group, moment)
             yield f"{key}:scale", scale.half().cpu()
             if bits <= 4:
-                yield f"{key}:nibbles", _nibbles(found.cpu())
+                yield f"{key}:nibbles", _nibbles(whole.cpu())
             else:
-                yield f"{key}:integers", found.cpu()
+                yield f"{key}:integers", whole.cpu()
 
 
 @torch.no_grad()

@@ -21,8 +21,8 @@ def scales_of(weight: torch.Tensor, bits: int, group: int) -> torch.Tensor:
     scales = _as_float16(scales)  # [shares, out, in / group]
     errors = []
     for scale in scales[..., None]:
-        found = (parts / scale).round().clamp(-most, most) * scale
-        errors.append((found - parts).square().sum(-1))
+        rounded = (parts / scale).round().clamp(-most, most) * scale
+        errors.append((rounded - parts).square().sum(-1))
     best = torch.stack(errors).argmin(0, keepdim=True)
     return scales.gather(0, best)[0]
 

@@ -72,8 +72,8 @@ class Scored:
         if self.student is None:
             return self.source.hidden_states(ids)
         with torch.autocast(ids.device.type, torch.bfloat16, ids.is_cuda):
-            found = self.student.backbone(ids, use_cache=False).last_hidden_state
-        return found.to(self.source.head.dtype)
+            hidden = self.student.backbone(ids, use_cache=False).last_hidden_state
+        return hidden.to(self.source.head.dtype)
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """``[n, C] -> [n, V]`` float32."""
@@ -109,13 +109,13 @@ def likelihoods(scored: Scored, rows: list[np.ndarray], ends: np.ndarray, most: 
         place = np.concatenate([np.arange(lengths[n] - ends[n], lengths[n]) for n in numbers])
         at = [torch.from_numpy(index).to(device) for index in (row, place - 1)]
         targets = torch.from_numpy(ids[row, place]).to(device)
-        found, best = [], []
+        log_probs, best = [], []
         for piece in range(0, len(row), 4096):
             part = slice(piece, piece + 4096)
             log_p = scored.logits(hidden[at[0][part], at[1][part]]).log_softmax(-1)
-            found.append(log_p.gather(1, targets[part, None])[:, 0].double())
+            log_probs.append(log_p.gather(1, targets[part, None])[:, 0].double())
             best.append(log_p.argmax(-1) == targets[part])
-        np.add.at(sums, numbers[row], torch.cat(found).cpu().numpy())
+        np.add.at(sums, numbers[row], torch.cat(log_probs).cpu().numpy())
         misses = np.bincount(row, ~torch.cat(best).cpu().numpy(), len(numbers))
         greedy[numbers] = misses == 0
     return sums, greedy
@@ -129,7 +129,7 @@ def outcomes(scored: Scored, data: Any, limit: int, most: int) -> dict[str, dict
     table, starts = table[chosen], starts[chosen]
     rows = [tokens[start : start + length] for start, length in zip(starts, table[:, 4], strict=True)]
     sums, greedy = likelihoods(scored, rows, table[:, 5], most)
-    found = {}
+    by_task = {}
     for number, name in enumerate(data["names"].tolist()):
         own = table[:, 0] == number
         items = table[own, 1]
@@ -144,18 +144,18 @@ def outcomes(scored: Scored, data: Any, limit: int, most: int) -> dict[str, dict
                 hits = [np.argmax(values) == gold, np.argmax(values / size) == gold]
             right["acc"].append(hits[0])
             right["acc_norm"].append(hits[1])
-        found[name] = {key: np.array(value, bool) for key, value in right.items()}
-    return found
+        by_task[name] = {key: np.array(value, bool) for key, value in right.items()}
+    return by_task
 
 
 def tasks(right: dict[str, dict[str, np.ndarray]]) -> dict[str, dict[str, float]]:
     """``acc`` and ``acc_norm``, the standard error of the one that counts, and how many items, by task."""
-    found = {}
+    results = {}
     for name, metrics in right.items():
-        found[name] = {key: round(float(np.mean(value)), 4) for key, value in metrics.items()}
+        results[name] = {key: round(float(np.mean(value)), 4) for key, value in metrics.items()}
         main, items = metrics[BENCHMARK_SETS[name].main].mean(), len(metrics["acc"])
-        found[name] |= {"stderr": round(float(np.sqrt(main * (1 - main) / items)), 4), "items": items}
-    return found
+        results[name] |= {"stderr": round(float(np.sqrt(main * (1 - main) / items)), 4), "items": items}
+    return results
 
 
 @torch.no_grad()
@@ -166,7 +166,7 @@ def passages(
 
     On passages, positions 0 left out; the reference is the source unless another is given.
     """
-    found, reference = {}, reference or scored.source
+    measures, reference = {}, reference or scored.source
     device = scored.source.head.device
     for name, short in PASSAGES.items():
         tokens = data[name].astype(np.int64)
@@ -182,11 +182,11 @@ def passages(
                 kl += float((log_q.exp() * (log_q - log_p)).double().sum())
                 same += int((log_q.argmax(-1) == log_p.argmax(-1)).sum())
                 n += len(targets)
-        found[f"perplexity_{short}"] = round(float(np.exp(nll / max(1, n))), 3)
-        found[f"kl_{short}"] = round(kl / max(1, n), 4)
-        found[f"agreement_{short}"] = round(same / max(1, n), 4)
-        found[f"passages_{short}"] = len(ids)
-    return found
+        measures[f"perplexity_{short}"] = round(float(np.exp(nll / max(1, n))), 3)
+        measures[f"kl_{short}"] = round(kl / max(1, n), 4)
+        measures[f"agreement_{short}"] = round(same / max(1, n), 4)
+        measures[f"passages_{short}"] = len(ids)
+    return measures
 
 
 def load_scored(settings: ScoreSettings, device: torch.device) -> tuple[Scored, dict[str, Any]]:
@@ -223,20 +223,20 @@ def main() -> None:
     right = outcomes(scored, data, settings.limit, settings.tokens)
     if settings.items is not None:
         write_items(settings.items, right)
-    found = tasks(right)
+    results = tasks(right)
     rest = passages(scored, data, settings.passages, settings.tokens)
-    mains = [values[BENCHMARK_SETS[name].main] for name, values in found.items()]
+    mains = [values[BENCHMARK_SETS[name].main] for name, values in results.items()]
     entry = {
         "scored": facts or "source",
         "items": settings.items,
         "limit": settings.limit,
         "mean": round(float(np.mean(mains)), 4),
     }
-    entry |= {"tasks": found} | rest | {"provenance": provenance(settings)}
+    entry |= {"tasks": results} | rest | {"provenance": provenance(settings)}
     with Path(settings.log).open("a") as file:
         file.write(json.dumps(entry) + "\n")
     print(f"scored in {time.monotonic() - begun:.0f} s: {facts or 'source'}, mean {entry['mean']}, {rest}")
-    for name, values in found.items():
+    for name, values in results.items():
         print(f"{name:16} {' '.join(f'{key} {value}' for key, value in values.items())}", flush=True)
 
 

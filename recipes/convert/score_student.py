@@ -104,13 +104,13 @@ class CountedScored(Scored):
 
     def spikes(self) -> dict[str, Any]:
         """Mean |s| and share of non-zero counts by output width: of text, of first tokens, and of both."""
-        found = {}
+        measures = {}
         for name, sums in (("text", self.sums[0]), ("first", self.sums[1]), ("both", self.sums.sum(0))):
             size, share, tokens = sums.tolist()
             whole = max(1.0, tokens) * self.weight
-            found[name] = {"mean_abs": round(size / whole, 4), "nonzero": round(share / whole, 4)}
-            found[name]["tokens"] = int(tokens)
-        return found
+            measures[name] = {"mean_abs": round(size / whole, 4), "nonzero": round(share / whole, 4)}
+            measures[name]["tokens"] = int(tokens)
+        return measures
 
 
 @torch.no_grad()
@@ -163,11 +163,11 @@ def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any
     begun = time.monotonic()
     right = outcomes(scored, data, settings.limit, settings.tokens)
     write_items(folder / f"{settings.name}.npz", right)
-    found, guess = tasks(right), guessing(data)
+    results, guess = tasks(right), guessing(data)
     sets = [name for name in settings.sets if name in right]
-    mains = [values[BENCHMARK_SETS[name].main] for name, values in found.items()]
+    mains = [values[BENCHMARK_SETS[name].main] for name, values in results.items()]
     entry = {"name": settings.name, **facts, "limit": settings.limit, "mean": round(float(np.mean(mains)), 4)}
-    entry |= {"tasks": found, "guessing": {name: round(value, 4) for name, value in guess.items()}}
+    entry |= {"tasks": results, "guessing": {name: round(value, 4) for name, value in guess.items()}}
     entry |= {"sets": sets, "ability": round(ability(right, guess, sets), 4)}
     if settings.against is not None:
         entry |= relative_ability(right, read_items(settings.against), guess, sets)

@@ -128,13 +128,13 @@ class StudentStage(Stage):
         dense = load_dense(settings.start).requires_grad_(False).to(self.device)
         self.vocabulary = dense.config.vocab_size
         self.batches = self._batches()
-        found: Any = 1.0
+        threshold: Any = 1.0
         state = self.folder / STATE
         if not state.is_file():
-            found = thresholds(settings, dense, self._calibration())
+            threshold = thresholds(settings, dense, self._calibration())
             self.say("calibrated")
         student = SpikingMambaForCausalLM.from_dense(
-            dense, neuron=settings.neuron, threshold=found, learn_threshold=settings.neuron is not None
+            dense, neuron=settings.neuron, threshold=threshold, learn_threshold=settings.neuron is not None
         )
         self.student = student.requires_grad_(False).train()
         for block in self.student.backbone.layers:
@@ -156,9 +156,9 @@ class StudentStage(Stage):
         count = -(-self.settings.calibration // len(streams))
         return torch.cat([stream.take(0, count) for stream in streams])[: self.settings.calibration]
 
-    def losses(self, found: list[float]) -> dict[str, Any]:
+    def losses(self, values: list[float]) -> dict[str, Any]:
         names = ("loss", "kl", "mean_abs", "nonzero")
-        return {name: round(value, 5) for name, value in zip(names, found, strict=False)}
+        return {name: round(value, 5) for name, value in zip(names, values, strict=False)}
 
 
 def restored_student(path: str | Path) -> tuple[SpikingMambaForCausalLM, Together, dict[str, Any]]:

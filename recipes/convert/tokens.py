@@ -23,7 +23,7 @@ def read_tokens(paths: Sequence[str | Path], vocabulary: int = 2**16) -> np.ndar
     Raises:
         DataError: a file is not there or is of no uint16 tokens, or a token lies outside the vocabulary.
     """
-    found = []
+    parts = []
     for path in paths:
         try:
             if Path(path).stat().st_size % 2:
@@ -33,8 +33,8 @@ def read_tokens(paths: Sequence[str | Path], vocabulary: int = 2**16) -> np.ndar
             raise DataError(f"{path} cannot be read: {error.strerror}.") from error
         if len(tokens) and (most := int(tokens.max())) >= vocabulary:
             raise DataError(f"{path} holds token {most}, outside the vocabulary of {vocabulary}.")
-        found.append(tokens)
-    return np.concatenate(found)
+        parts.append(tokens)
+    return np.concatenate(parts)
 
 
 class Stream:

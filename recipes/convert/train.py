@@ -271,11 +271,11 @@ class Stage:
         left = self.settings.seconds - (time.monotonic() - STARTED) - reserve
         return self._agreed(left) < 0
 
-    def losses(self, found: list[float]) -> dict[str, Any]:
+    def losses(self, values: list[float]) -> dict[str, Any]:
         """What the log says of a step's result."""
         return {
-            "loss": round(sum(found) / len(found), 5),
-            "layers": [round(value, 4) for value in found] if len(found) > 1 else None,
+            "loss": round(sum(values) / len(values), 5),
+            "layers": [round(value, 4) for value in values] if len(values) > 1 else None,
         }
 
     def _report(self, result: torch.Tensor, norm: torch.Tensor) -> None:

@@ -129,8 +129,8 @@ def check(source: Llama, tokens: torch.Tensor) -> float:
     """
     rows = tokens[: min(8, len(tokens))]
     logits = torch.nn.functional.linear(source.hidden_states(rows), source.head).float()
-    found = logits[:, :-1].log_softmax(-1).gather(2, rows[:, 1:, None])
-    return float(found[:, rows.shape[1] // 4 :].mean())
+    log_probs = logits[:, :-1].log_softmax(-1).gather(2, rows[:, 1:, None])
+    return float(log_probs[:, rows.shape[1] // 4 :].mean())
 
 
 @fail_clearly()

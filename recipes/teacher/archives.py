@@ -45,7 +45,7 @@ class Archive:
         """
         wanted, unwanted = re.compile(include), re.compile(exclude)
         try:
-            found = {
+            contents = {
                 name: content()
                 for name, content in self._files()
                 if wanted.search(name) and not unwanted.search(name)
@@ -54,7 +54,7 @@ class Archive:
             raise DataError(f"{self.path}: {error}") from error
         except (*DAMAGE, tarfile.TarError) as error:
             raise DataError(f"{self.path} cannot be read: {error}. Delete it to fetch it again.") from error
-        yield from sorted(found.items())
+        yield from sorted(contents.items())
 
     def _files(self):
         if self.registry == "pypi":

@@ -115,8 +115,8 @@ class Records:
 
     @property
     def corpus_sha256(self) -> str:
-        (found,) = self.training["data_sha256"].values()
-        return found
+        (sha256,) = self.training["data_sha256"].values()
+        return sha256
 
     def check(self, settings: CardSettings) -> None:
         """Raise ValueError, which names the record, where one is of something else."""
@@ -203,9 +203,9 @@ def further_text(runs: Sequence[dict[str, Any]], corpus_tokens: int) -> str:
     for run in runs:
         kind = (run["tokens"], run["settings"]["training"]["learning_rate"])
         kinds.setdefault(kind, []).append(run["after"]["perplexity"])
-    for (tokens, rate), found in sorted(kinds.items()):
+    for (tokens, rate), losses in sorted(kinds.items()):
         passes, millions = f"{tokens / corpus_tokens:.1f}", f"{tokens / 1e6:.1f}"
-        rows.append([passes, millions, f"{rate:g}", str(len(found)), f"{interval(found)['mean']:.2f}"])
+        rows.append([passes, millions, f"{rate:g}", str(len(losses)), f"{interval(losses)['mean']:.2f}"])
     header = ["further passes", "million tokens", "learning rate at most", "seeds", "perplexity"]
     length = runs[0]["settings"]["length"]
     return (
@@ -234,12 +234,12 @@ def losses_text(log: Sequence[dict[str, float]] | None, tokens_a_step: float) ->
 def draw(log: Sequence[dict[str, float]], tokens_a_step: float, path: Path) -> None:
     """The losses by tokens, from where held-out documents were first asked on."""
     with picture(path, 7.5, 4, dpi=110) as (_, axis):
-        found = {}
+        losses = {}
         for key, label in (("loss", "corpus"), ("eval_loss", "held-out documents")):
             points = [(row["step"] * tokens_a_step / 1e6, row[key]) for row in log if key in row]
             axis.plot(*zip(*points, strict=True), label=label, marker="." if key == "eval_loss" else None)
-            found[key] = [loss for _, loss in points]
-        low, high = min(map(min, found.values())), found["eval_loss"][0]
+            losses[key] = [loss for _, loss in points]
+        low, high = min(map(min, losses.values())), losses["eval_loss"][0]
         space = 0.1 * (max(high, low + 0.1) - low)
         axis.set(xlabel="million tokens", ylabel="nats a token", ylim=(low - space, high + 3 * space))
         axis.grid(color="#e5e5e5")

@@ -77,12 +77,14 @@ def _look_up(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray, absent: f
 def _discounts(counts: np.ndarray) -> np.ndarray:
     """D for a count of 0, 1, 2 and 3 or more; where the counts of counts give none, 1/2, 1, 3/2."""
     n = np.bincount(np.minimum(counts, 5), minlength=6).astype(float)
-    found = np.array([0, 0.5, 1.0, 1.5])
+    discounts = np.array([0, 0.5, 1.0, 1.5])
     if n[1:5].all():
         y = n[1] / (n[1] + 2 * n[2])
         exact = [k - (k + 1) * y * n[k + 1] / n[k] for k in (1, 2, 3)]
-        found[1:] = [d if 0 < d < k else f for k, d, f in zip((1, 2, 3), exact, found[1:], strict=True)]
-    return found
+        discounts[1:] = [
+            d if 0 < d < k else f for k, d, f in zip((1, 2, 3), exact, discounts[1:], strict=True)
+        ]
+    return discounts
 
 
 def _smooth(keys: np.ndarray, counts: np.ndarray, vocabulary: int) -> _Order:

@@ -56,21 +56,21 @@ def main() -> None:
         tokenizer = train_tokenizer(text["text"], settings.vocab_size)
     tokens = document_stream(text, tokenizer)
     model = KneserNey(tokens, len(tokenizer), settings.order)
-    found = {"train": settings.train, "train_tokens": len(tokens), "order": settings.order}
+    record = {"train": settings.train, "train_tokens": len(tokens), "order": settings.order}
     for name in settings.evaluate:
         text = load_text(name)
         tokens = document_stream(text, tokenizer)
         # end-of-text counts, as in a model's loss over packed rows; the first one is given
         bits = -np.log2(model.probabilities(tokens, first=1))
-        found[name] = {
+        record[name] = {
             "bits_per_byte": bits.sum() / count_bytes(text),
             "perplexity": float(2 ** bits.mean()),
             "tokens": len(bits),
         }
-        print(f"{name}: {found[name]['bits_per_byte']:.4f} bits per byte, {len(bits):,} tokens, "
-              f"perplexity {found[name]['perplexity']:.2f}")  # fmt: skip
+        print(f"{name}: {record[name]['bits_per_byte']:.4f} bits per byte, {len(bits):,} tokens, "
+              f"perplexity {record[name]['perplexity']:.2f}")  # fmt: skip
     if settings.output:
-        write_whole(Path(settings.output), json.dumps(found, indent=1) + "\n")
+        write_whole(Path(settings.output), json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
     Raises:
         CheckpointError: see :func:`weight_files`; or a file is damaged.
     """
-    found: dict[str, Header] = {}
+    headers: dict[str, Header] = {}
     for name in weight_files(folder):
         path = folder / name
         if path.suffix == ".safetensors":
@@ -143,11 +143,11 @@ def read_headers(folder: Path) -> dict[str, Header]:
                 for key in file.keys():  # noqa: SIM118 - no mapping
                     piece = file.get_slice(key)
                     dtype = piece.get_dtype()
-                    found[key] = Header(tuple(piece.get_shape()), dtype, dtype.startswith(("F", "BF")))
+                    headers[key] = Header(tuple(piece.get_shape()), dtype, dtype.startswith(("F", "BF")))
         else:
             for key, weight in _unpickle(path, "meta").items():
-                found[key] = Header(tuple(weight.shape), str(weight.dtype), weight.is_floating_point())
-    return found
+                headers[key] = Header(tuple(weight.shape), str(weight.dtype), weight.is_floating_point())
+    return headers
 
 
 @contextlib.contextmanager
@@ -210,10 +210,10 @@ def check_layers(folder: Path, settings: dict[str, Any]) -> None:
     if not isinstance(layers, int):
         return
     numbers = [int(m[1]) for key in read_headers(folder) if (m := _LAYER.search(key))]
-    if layers > (found := 1 + max(numbers, default=-1)):
+    if layers > (present := 1 + max(numbers, default=-1)):
         raise CheckpointError(
             f"{folder}: config.json says num_hidden_layers is {layers}, "
-            f"but the weights are of {found} layers: missing keys of layers.{found}."
+            f"but the weights are of {present} layers: missing keys of layers.{present}."
         )
 
 

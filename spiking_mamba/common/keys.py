@@ -18,8 +18,8 @@ def shown(value: Any) -> str:
 
 def reject_unknown_keys(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
     """Raise a ValueError for the first key of ``given`` that is not ``known``; it names the nearest one."""
-    if (found := unknown_key(given, known)) is not None:
-        raise ValueError(f"Unknown key {found[0]} in {where}; {found[1]}")
+    if (unknown := unknown_key(given, known)) is not None:
+        raise ValueError(f"Unknown key {unknown[0]} in {where}; {unknown[1]}")
 
 
 def unknown_key(given: Iterable[Any], known: Iterable[str]) -> tuple[str, str] | None:

@@ -17,7 +17,7 @@ LONGEST = 500  # characters of an error
 
 def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
     """``key=value``, ``--key=value``, ``--key value`` and a bare ``--flag``; values are YAML."""
-    found, rest = {}, list(arguments)
+    overrides, rest = {}, list(arguments)
     while rest:
         word = rest.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
@@ -28,10 +28,10 @@ def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
         # "-" and "_" are the same in option names, as argparse's users expect
         key = key.replace("-", "_")
         try:
-            found[key] = load_yaml(value)
+            overrides[key] = load_yaml(value)
         except ValueError as error:
             raise ValueError(f"{shown(word)}: {error}") from None
-    return found
+    return overrides
 
 
 def parse_settings(cls: type[T], arguments: Sequence[str] | None = None, description: str | None = None) -> T:

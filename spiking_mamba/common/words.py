@@ -85,8 +85,8 @@ def _bounds(notes: list[Any]) -> str:
         "min_length": "with at least {}",
         "max_length": "with at most {}",
     }
-    found = [(text, getattr(note, name, None)) for note in notes for name, text in told.items()]
-    said = [text.format(_power(bound)) for text, bound in found if bound is not None]
+    bounds = [(text, getattr(note, name, None)) for note in notes for name, text in told.items()]
+    said = [text.format(_power(bound)) for text, bound in bounds if bound is not None]
     return f" {' and '.join(said)}" if said else ""
 
 
@@ -101,15 +101,15 @@ def descriptions(cls: type) -> dict[str, str]:
 
     Several may stand before one colon; what a class says goes before what its bases say.
     """
-    found: dict[str, str] = {}
+    texts: dict[str, str] = {}
     for each in reversed(cls.__mro__):
         _, _, text = inspect.cleandoc(vars(each).get("__doc__") or "").partition("\nAttributes:\n")
         for entry in re.split(r"\n(?=\S)", textwrap.dedent(text)):
             names, colon, about = entry.partition(":")
             names = " ".join(names.split())  # a long list of them is wrapped
             if colon and re.fullmatch(r"\w+(, \w+)*", names):
-                found |= dict.fromkeys(names.split(", "), " ".join(about.split()))
-    return found
+                texts |= dict.fromkeys(names.split(", "), " ".join(about.split()))
+    return texts
 
 
 def described(cls: type, prefix: str = "") -> Iterator[str]:

@@ -52,9 +52,9 @@ class _Loader(yaml.SafeLoader):
             within = [each for pair in node.value for each in pair]
         if any(id(each) not in self.extents for each in within):
             raise ValueError("a value contains itself.")
-        found = [self.extents[id(each)] for each in within]
-        values = 1 + sum(value for value, _ in found)
-        depth = 1 + max((depth for _, depth in found), default=0)
+        extents = [self.extents[id(each)] for each in within]
+        values = 1 + sum(value for value, _ in extents)
+        depth = 1 + max((depth for _, depth in extents), default=0)
         if values > MOST or depth > DEEPEST:
             raise ValueError(f"aliases expand it to more than {MOST:,} values or {DEEPEST} levels.")
         return values, depth

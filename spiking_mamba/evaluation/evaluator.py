@@ -256,15 +256,15 @@ class _Measured:
     @contextlib.contextmanager
     def _metered(self) -> Iterator[dict[str, Any]]:
         """The GPU's energy over the block, see :class:`JouleMeter`; nothing where there is no counter."""
-        found: dict[str, Any] = {}
+        energy: dict[str, Any] = {}
         try:
             meter = JouleMeter(self.lm.device, idle_seconds=2.0) if self.lm.device.type == "cuda" else None
         except NoEnergyCounter:
             meter = None
         with contextlib.nullcontext() if meter is None else meter:
-            yield found
+            yield energy
         if meter is not None:
-            found |= meter.result()
+            energy |= meter.result()
 
     def _kept(self, name: str, key: dict[str, Any], measure: Callable[[Share], Any]) -> dict[str, Any]:
         label, key = f"{self.checkpoint.name}: {name}", self.identity | key
@@ -275,12 +275,12 @@ class _Measured:
                 return measure(share)
 
             try:
-                found, before = self.cache.get(name, key, report_and_measure)
+                result, before = self.cache.get(name, key, report_and_measure)
             except FloatingPointError as error:
                 raise RunError(f"{label}: {error} No result was written for it.") from error
             if before:
                 say(f"{label}: measured before, see {self.cache.path(name, key)}")
-        return found
+        return result
 
 
 class _Reference(NamedTuple):
@@ -297,8 +297,9 @@ def reference_of(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint]) -> C
 
     Of several that of its own seed, else the first; None for a reference, or where there is none.
     """
-    found = [] if checkpoint.reference else [other for other in checkpoints if other.reference]
-    return next((other for other in found if other.seed == checkpoint.seed), found[0] if found else None)
+    references = [] if checkpoint.reference else [other for other in checkpoints if other.reference]
+    same_seed = (other for other in references if other.seed == checkpoint.seed)
+    return next(same_seed, references[0] if references else None)
 
 
 def weights_sha256(folder: Path) -> str:

@@ -83,10 +83,10 @@ def preference_scores(
     rows = [(p.prompt, completion) for p in preferences for completion in p.completions]
     distinct = {(tuple(prompt), tuple(completion)): row for row in rows for prompt, completion in [row]}
     places = {key: place for place, key in enumerate(distinct)}
-    found = completion_log_probs(model, list(distinct.values()), batch_size, progress)
+    log_probs = completion_log_probs(model, list(distinct.values()), batch_size, progress)
     wins: dict[str, dict[str, dict[Any, list[bool]]]] = {"sum": {}, "per_token": {}}
     for number, p in enumerate(preferences):
-        chosen, rejected = (float(found[places[tuple(p.prompt), tuple(c)]]) for c in p.completions)
+        chosen, rejected = (float(log_probs[places[tuple(p.prompt), tuple(c)]]) for c in p.completions)
         item = number if p.item is None else p.item
         lengths = [len(completion) for completion in p.completions]
         for kind, win in (
@@ -102,8 +102,8 @@ def preference_scores(
 
 def _accuracy(scores: dict[str, list[float]]) -> dict[str, float]:
     """By task, and ``average``, the mean over tasks."""
-    found = {task: math.fsum(values) / len(values) for task, values in scores.items()}
-    return found | {"average": math.fsum(found.values()) / len(found)}
+    accuracies = {task: math.fsum(values) / len(values) for task, values in scores.items()}
+    return accuracies | {"average": math.fsum(accuracies.values()) / len(accuracies)}
 
 
 def evaluate_preferences(
@@ -164,5 +164,5 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gain(before: dict[str, list[float]], after: dict[str, list[float]]) -> dict[str, Any]:
-    found = paired_gap(after, before)
-    return {"gain": found.pop("gap")} | found
+    gap = paired_gap(after, before)
+    return {"gain": gap.pop("gap")} | gap

@@ -54,12 +54,12 @@ def score(
     drawn = draw_items(task, limit, seed)
     lm.item_numbers = drawn and drawn["items"]
     with undisturbed(), reporting(progress, name) as lm.share:
-        found = evaluate(lm, lm_tasks, samples=drawn and {name: drawn["items"]}, bootstrap_iters=0)
+        evaluated = evaluate(lm, lm_tasks, samples=drawn and {name: drawn["items"]}, bootstrap_iters=0)
     lm.share = lm.item_numbers = None
-    samples = sorted(found["samples"][name], key=lambda sample: sample["doc_id"])
+    samples = sorted(evaluated["samples"][name], key=lambda sample: sample["doc_id"])
     metrics, items = {}, {}
     for metric in samples[0]["metrics"]:
-        value = float(found["results"][name][f"{metric},none"])
+        value = float(evaluated["results"][name][f"{metric},none"])
         values = [float(sample[metric]) for sample in samples]
         error = _standard_error(values)
         if metric == "perplexity":  # exp(-mean of the items): lm-eval would bootstrap it, for minutes
@@ -109,10 +109,10 @@ def zero_shot(
         lm = SpikingMambaLM(model, tokenizer, batch_size=batch_size)
         for name, task in tasks.items():
             with part_of(stage, name) as progress:
-                found = score(lm, task, limit, progress, seed)
-            scores[name] = {"chance": found["chance"], "n": found["n"]}
+                result = score(lm, task, limit, progress, seed)
+            scores[name] = {"chance": result["chance"], "n": result["n"]}
             for metric in ("acc", "acc_norm"):
-                known = found["metrics"].get(metric, {"value": None, "stderr": None})
+                known = result["metrics"].get(metric, {"value": None, "stderr": None})
                 scores[name] |= {metric: known["value"], f"{metric}_stderr": known["stderr"]}
     return scores
 
@@ -207,13 +207,13 @@ class _Sums:
             raise DataError("No token is to be predicted: every label is -100.")
         mean = self.nats / self.predicted
         with np.errstate(over="ignore"):  # infinite, and said to be
-            found = {"perplexity": float(np.exp(mean)), "nll_per_token": mean, "tokens": self.predicted}
+            measures = {"perplexity": float(np.exp(mean)), "nll_per_token": mean, "tokens": self.predicted}
         if bytes is not None:
-            found["bits_per_byte"] = mean / math.log(2) * self.spelled / bytes
+            measures["bits_per_byte"] = mean / math.log(2) * self.spelled / bytes
         if compares:
-            found["kl"] = self.divergence / self.predicted
-            found["top1_agreement"] = self.agreed / self.predicted
-        return found
+            measures["kl"] = self.divergence / self.predicted
+            measures["top1_agreement"] = self.agreed / self.predicted
+        return measures
 
 
 def kl_and_agreement(logits: torch.Tensor, reference: torch.Tensor) -> tuple[float, int]:

@@ -84,36 +84,36 @@ class EvaluationSettings:
         patterns = self.models if isinstance(self.models, Mapping) else _named(as_list(self.models))
         if not patterns:
             raise ValueError("models must name at least one checkpoint.")
-        found = []
+        named = []
         for group, pattern in patterns.items():
             if "{seed}" not in pattern:
-                found.append(Checkpoint(group, group, None, pattern))
+                named.append(Checkpoint(group, group, None, pattern))
                 continue
             if not (seeds := as_list(self.seeds)):
                 raise ValueError(f"{pattern} needs seeds, such as seeds=[0,1,2].")
             for seed in dict.fromkeys(seeds):
                 name = group if "{seed}" in group else f"{group} seed {{seed}}"
                 name, path = (text.replace("{seed}", str(seed)) for text in (name, pattern))
-                found.append(Checkpoint(name, group, seed, path))
+                named.append(Checkpoint(name, group, seed, path))
         if as_list(self.seeds) and not any("{seed}" in pattern for pattern in patterns.values()):
             raise ValueError("seeds are given, but no model has {seed} in its path.")
         for key in ("name", "path"):
-            values = [getattr(checkpoint, key) for checkpoint in found]
+            values = [getattr(checkpoint, key) for checkpoint in named]
             if twice := {value for value in values if values.count(value) > 1}:
                 raise ValueError(f"models has the {key} {min(twice)} twice.")
         if self.reference is not None:
             wanted = patterns.get(self.reference, str(self.reference))
-            for checkpoint in found:
+            for checkpoint in named:
                 checkpoint.reference = wanted in (
                     checkpoint.name,
                     checkpoint.path,
                     patterns[checkpoint.group],
                 )
-            if not any(checkpoint.reference for checkpoint in found):
+            if not any(checkpoint.reference for checkpoint in named):
                 raise ValueError(
                     f"The reference {self.reference} is none of the models {', '.join(patterns.values())}."
                 )
-        return found
+        return named
 
 
 @dataclass

@@ -134,16 +134,16 @@ def kept_share(
 
 def _quantities(model: Mapping[str, Any]) -> dict[str, float]:
     """What is averaged over the runs of a group, as far as the model has it."""
-    found = {task: result["metrics"][result["main"]]["value"] for task, result in model["tasks"].items()}
-    found["average"] = model.get("average")
+    quantities = {task: result["metrics"][result["main"]]["value"] for task, result in model["tasks"].items()}
+    quantities["average"] = model.get("average")
     for corpus, result in (model.get("perplexity") or {}).items():
-        found[f"perplexity:{corpus}"] = result["perplexity"]
+        quantities[f"perplexity:{corpus}"] = result["perplexity"]
     if model.get("spikes"):
-        found["mean_abs"] = model["spikes"]["mean_abs"]
+        quantities["mean_abs"] = model["spikes"]["mean_abs"]
     if model.get("energy"):
         energies = model["energy"]["projections"]
-        found |= {f"gain_{table}": row.get("gain") for table, row in energies.items()}
-    return {name: value for name, value in found.items() if value is not None}
+        quantities |= {f"gain_{table}": row.get("gain") for table, row in energies.items()}
+    return {name: value for name, value in quantities.items() if value is not None}
 
 
 def groups(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str, Any]]]:
@@ -157,21 +157,21 @@ def groups(models: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, dict[str,
         ``perplexity:<corpus>``, ``mean_abs`` or ``gain_<table of costs>``; those that no run has are left
         out.
     """
-    found: dict[str, dict[str, list[float]]] = {}
+    grouped: dict[str, dict[str, list[float]]] = {}
     for model in models:
-        group = found.setdefault(model["group"], {})
+        group = grouped.setdefault(model["group"], {})
         for name, value in _quantities(model).items():
             group.setdefault(name, []).append(value)
     return {
         group: {name: interval(values) for name, values in quantities.items()}
-        for group, quantities in found.items()
+        for group, quantities in grouped.items()
     }
 
 
 def _items(model: Mapping[str, Any]) -> dict[str, Sequence[float]]:
     """The scores by task, of the tasks' main metrics, where they were kept."""
-    found = {task: (result.get("items") or {}).get(result["main"]) for task, result in model["tasks"].items()}
-    return {task: scores for task, scores in found.items() if scores}
+    items = {task: (result.get("items") or {}).get(result["main"]) for task, result in model["tasks"].items()}
+    return {task: scores for task, scores in items.items() if scores}
 
 
 def gaps(models: Sequence[Mapping[str, Any]], resamples: int = 10_000, seed: int = 0) -> list[dict[str, Any]]:
@@ -202,10 +202,10 @@ def gaps(models: Sequence[Mapping[str, Any]], resamples: int = 10_000, seed: int
             if set(SOURCE_TASKS) <= set(shared):
                 sets["average"] = list(SOURCE_TASKS)
             for name, tasks in sets.items():
-                found = paired_gap(
+                gap = paired_gap(
                     {t: ours[t] for t in tasks}, {t: theirs[t] for t in tasks}, resamples, seed=seed
                 )
-                rows.append({"reference": reference["name"], "model": model["name"], "task": name} | found)
+                rows.append({"reference": reference["name"], "model": model["name"], "task": name} | gap)
     return rows
 
 

@@ -106,8 +106,8 @@ def describe(task: "Task", data: str) -> dict[str, Any]:
         note = benchmark.note
     else:
         split = task.config.test_split or task.config.validation_split
-        found = task.dataset[split].to_list()
-        rows, sha256, note = len(found), digest(found), None
+        items = task.dataset[split].to_list()
+        rows, sha256, note = len(items), digest(items), None
     return {"source": data, "split": split, "rows": rows, "sha256": sha256, "note": note}
 
 

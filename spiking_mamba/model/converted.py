@@ -205,16 +205,16 @@ def _unpacked(packed: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     A packed one is in parts: ``NAME:scale`` ``[out, in / group]``, and ``NAME:integers`` int8 ``[out, in]``,
     or ``NAME:nibbles`` uint8, two integers in a byte.
     """
-    found = {}
+    tensors = {}
     for key, value in packed.items():
         name, _, part = key.partition(":")
         if not part:
-            found[name] = value.float()
+            tensors[name] = value.float()
         elif part != "scale":
             scale = packed[f"{name}:scale"].float()
             whole = (_from_nibbles(value) if part == "nibbles" else value).view(len(scale), -1)
-            found[name] = whole.float() * scale.repeat_interleave(whole.shape[1] // scale.shape[1], dim=1)
-    return found
+            tensors[name] = whole.float() * scale.repeat_interleave(whole.shape[1] // scale.shape[1], dim=1)
+    return tensors
 
 
 def _from_nibbles(packed: torch.Tensor) -> torch.Tensor:

@@ -60,19 +60,19 @@ def _check_sizes(cls: type, folder: Path, config: Any, renamed: dict[str, str]) 
     check_layers(folder, {"num_hidden_layers": config.num_hidden_layers})
     with torch.device("meta"):
         expected = cls(copy.deepcopy(config)).state_dict()
-    found: dict[str, Header] = {}
+    matched: dict[str, Header] = {}
     for key, header in headers.items():
         for old, new in renamed.items():
             key = re.sub(old, new, key)
         prefixed = (key, f"{cls.base_model_prefix}.{key}", key.removeprefix(f"{cls.base_model_prefix}."))  # type: ignore[attr-defined]
-        found |= {name: header for name in prefixed if name in expected}
-    larger = [k for k, h in found.items() if expected[k].numel() > math.prod(h.shape)]
+        matched |= {name: header for name in prefixed if name in expected}
+    larger = [k for k, h in matched.items() if expected[k].numel() > math.prod(h.shape)]
     if larger:
         raise CheckpointError(f"{_UNFIT}mismatched keys: {', '.join(sorted(larger)[:5])}")
-    absent = [key for key in expected if key not in found]
+    absent = [key for key in expected if key not in matched]
     if sum(expected[key].numel() for key in absent) > sum(math.prod(h.shape) for h in headers.values()):
         raise CheckpointError(f"{_UNFIT}missing keys: {', '.join(sorted(absent)[:5])}")
-    for key, header in found.items():
+    for key, header in matched.items():
         if expected[key].is_floating_point() and not header.floating:
             raise CheckpointError(f"{folder}: {key} is of type {header.dtype}, no floating-point weight.")
 

@@ -175,8 +175,9 @@ def _scan_backward_operator(
     gradients: Sequence[torch.Tensor]
     if _on_triton(x):
         options = _options(D, dt_bias, document, dt_min, dt_max)
-        found = _loaded().backward(grad, x, dt, A, B, C, y, chunk_size, **options)
-        gradients = [*found[:6], found[7]]  # between them is that of a gate, and behind them of first states
+        computed = _loaded().backward(grad, x, dt, A, B, C, y, chunk_size, **options)
+        # between them is that of a gate, and behind them of first states
+        gradients = [*computed[:6], computed[7]]
     else:
         gradients = scan_torch_backward(grad, inputs, chunk_size, (dt_min, dt_max), document)
     pairs = zip(gradients, inputs, strict=True)

@@ -150,11 +150,11 @@ def _cost_tables(models: Sequence[Model]) -> list[Block]:
 
 
 def _operations(models: Sequence[Model]) -> list[Block]:
-    found = [model["energy"].get("operations_per_token") or {} for model in models]
-    parts = list(dict.fromkeys(part for operations in found for part in operations))
+    counts = [model["energy"].get("operations_per_token") or {} for model in models]
+    parts = list(dict.fromkeys(part for operations in counts for part in operations))
     if not parts:
         return []
-    rows = [[part, *(number(operations.get(part), 0) for operations in found)] for part in parts]
+    rows = [[part, *(number(operations.get(part), 0) for operations in counts)] for part in parts]
     return [
         Heading("Operations per token", 3),
         Table(["part", *(model["name"] for model in models)], rows),
@@ -266,10 +266,10 @@ def shared_tasks(models: Sequence[Model]) -> list[str]:
 
 def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested mappings as one with dotted keys."""
-    found: dict[str, Any] = {}
+    flattened: dict[str, Any] = {}
     for key, value in values.items():
         if isinstance(value, Mapping):
-            found |= flat(value, f"{prefix}{key}.")
+            flattened |= flat(value, f"{prefix}{key}.")
         else:
-            found[f"{prefix}{key}"] = value
-    return found
+            flattened[f"{prefix}{key}"] = value
+    return flattened

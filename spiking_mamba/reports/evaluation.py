@@ -102,10 +102,10 @@ def _accuracy_over_energy(folder: Path, models: Sequence[Model]) -> list[Block]:
     texts = []
     for table in drawn_tables(models):
         points, label = accuracy_and_energy(models, table)
-        found = [f"{p['name']}: {p['accuracy']:.2f} at {p['projections']:.2f}x" for p in points]
-        if found:
+        sentences = [f"{p['name']}: {p['accuracy']:.2f} at {p['projections']:.2f}x" for p in points]
+        if sentences:
             text = f"Accuracy ({label}) over energy gain of the projections, {table} table. "
-            texts.append(text + "; ".join(found) + ".")
+            texts.append(text + "; ".join(sentences) + ".")
     if not texts:
         return []
     path = folder / "accuracy_energy.png"
@@ -159,13 +159,13 @@ def _gaps(folder: Path, gaps: Sequence[Mapping[str, Any]]) -> list[Block]:
     draw_gaps(gaps, path)
     gaps = sorted(gaps, key=lambda gap: gap["task"] != "average")
     pairs = list(dict.fromkeys((gap["reference"], gap["model"]) for gap in gaps))
-    found = {(gap["task"], gap["reference"], gap["model"]): gap for gap in gaps}
+    by_pair = {(gap["task"], gap["reference"], gap["model"]): gap for gap in gaps}
     several = len({gap["reference"] for gap in gaps}) > 1
     rows = []
     for task in dict.fromkeys(gap["task"] for gap in gaps):
         cells = []
         for pair in pairs:
-            gap = found.get((task, *pair))
+            gap = by_pair.get((task, *pair))
             cells.append("–" if gap is None else f"{number(gap['gap'], 2, 100)} {_range(gap, 2, 100)}")
         items = next(gap["items"] for gap in gaps if gap["task"] == task)
         rows.append([task, f"{items:,}", *cells])
@@ -229,16 +229,16 @@ def _perplexity(models: Sequence[Model]) -> list[Block]:
         return []
     rows = []
     for corpus in corpora:
-        found = [(model["perplexity"] or {}).get(corpus) for model in models]
-        tokens = "/".join(dict.fromkeys(f"{f['tokens']:,}" for f in found if f is not None))
+        results = [(model["perplexity"] or {}).get(corpus) for model in models]
+        tokens = "/".join(dict.fromkeys(f"{f['tokens']:,}" for f in results if f is not None))
         for key, label, digits in (
             ("perplexity", "perplexity", 2),
             ("nll_per_token", "nats per token", 4),
             ("bits_per_byte", "bits per byte", 4),
         ):
-            cells = [number((f or {}).get(key), digits) for f in found]
+            cells = [number((f or {}).get(key), digits) for f in results]
             rows.append([f"{corpus}, {label}", tokens, *cells])
-        compared = [(f or {}).get("compared") for f in found]
+        compared = [(f or {}).get("compared") for f in results]
         if any(compared):
             for key, label, digits, factor in (
                 ("kl", "KL to the reference, nats per token", 4, 1.0),

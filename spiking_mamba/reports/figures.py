@@ -144,14 +144,14 @@ def draw_accuracy_energy(models: Sequence[Mapping[str, Any]], path: Path) -> Non
 
     Where a group has several runs, its mean with 95 % intervals over them.
     """
-    found = {table: accuracy_and_energy(models, table) for table in drawn_tables(models)}
-    found = {table: (points, label) for table, (points, label) in found.items() if points}
-    looks = _group_looks([point for points, _ in found.values() for point in points])
+    tables = {table: accuracy_and_energy(models, table) for table in drawn_tables(models)}
+    tables = {table: (points, label) for table, (points, label) in tables.items() if points}
+    looks = _group_looks([point for points, _ in tables.values() for point in points])
     legend_lines = math.ceil(len(looks) / 2)
-    grid: dict[str, Any] = {"nrows": len(found), "ncols": 2, "sharey": True, "squeeze": False}
+    grid: dict[str, Any] = {"nrows": len(tables), "ncols": 2, "sharey": True, "squeeze": False}
     marks: dict[str, Any] = {}  # of the groups, for the legend
-    with picture(path, 9, 0.6 + 3.6 * len(found) + 0.24 * legend_lines, **grid) as (figure, axes):
-        for panels, (table, (points, label)) in zip(axes, found.items(), strict=True):
+    with picture(path, 9, 0.6 + 3.6 * len(tables) + 0.24 * legend_lines, **grid) as (figure, axes):
+        for panels, (table, (points, label)) in zip(axes, tables.items(), strict=True):
             scopes = (("projections", "Projections only"), ("model", "Whole model"))
             for panel, (scope, title) in zip(panels, scopes, strict=True):
                 for name, look in looks.items():
@@ -234,12 +234,12 @@ def draw_gaps(gaps: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def _by_projection(rows: Mapping[str, Any]) -> dict[str, list[tuple[int, Any]]]:
     """``{"in_proj": [(layer, row), ...]}`` of rows named ``backbone.layers.<layer>.mixer.<projection>``."""
-    found: dict[str, list[tuple[int, Any]]] = {}
+    layers: dict[str, list[tuple[int, Any]]] = {}
     for index, (name, row) in enumerate(rows.items()):
         parts = name.split(".")
         layer = next((int(part) for part in parts if part.isdecimal()), index)
-        found.setdefault(parts[-1], []).append((layer, row))
-    return found
+        layers.setdefault(parts[-1], []).append((layer, row))
+    return layers
 
 
 def _layer_axis(axis: Any) -> None:

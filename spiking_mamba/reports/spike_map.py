@@ -173,11 +173,11 @@ class _Kind(NamedTuple):
 
 def _kinds(rows: Mapping[str, Mapping[str, Any]], key: str) -> list[_Kind]:
     """The rows by the last part of their name and how many numbers they have under ``key``."""
-    found: dict[tuple[str, int], _Kind] = {}
+    kinds: dict[tuple[str, int], _Kind] = {}
     for name, row in rows.items():
         last = name.rsplit(".", 1)[-1]
-        kind = found.setdefault((last, len(row[key])), _Kind(last, [], []))
+        kind = kinds.setdefault((last, len(row[key])), _Kind(last, [], []))
         numbers = re.findall(r"\d+", name)
         kind.layers.append(numbers[-1] if numbers else short(name))
         kind.rows.append(row)
-    return list(found.values())
+    return list(kinds.values())

@@ -322,8 +322,8 @@ class SpikeCounts:
     def digit_accumulations(self) -> float | None:
         """Accumulations of shift-and-add: signed digits times outputs; ``None`` without histograms."""
         rows = self.projections.values()
-        found = [None if (n := p.signed_digits) is None else float(n) * p.out_features for p in rows]
-        return None if not found or None in found else math.fsum(n for n in found if n is not None)
+        products = [None if (n := p.signed_digits) is None else float(n) * p.out_features for p in rows]
+        return None if not products or None in products else math.fsum(n for n in products if n is not None)
 
     @property
     def mean_abs(self) -> float:

@@ -130,13 +130,13 @@ def _projections(counts: SpikeCounts, config: SpikingMambaConfig) -> dict[str, _
             f"The counts of {len(rows)} projections are not those of a spiking model of this configuration, "
             f"which has {len(wanted)}."
         )
-    found = {}
+    projections = {}
     for name, p in rows.items():
         if not p.tokens:
             raise ValueError(f"No token has passed {name}: count the spikes of a forward pass first.")
         if not math.isfinite(p.total):
             raise ValueError(f"The spikes of {name} are not finite: the model has diverged.")
-        found[name] = _Projection(
+        projections[name] = _Projection(
             p.in_features,
             p.out_features,
             p.accumulations / p.tokens,
@@ -144,7 +144,7 @@ def _projections(counts: SpikeCounts, config: SpikingMambaConfig) -> dict[str, _
             2 * p.max_spike_count + 1,
             math.nan if p.signed_digits is None else p.signed_digits * p.out_features / p.tokens,
         )
-    return found
+    return projections
 
 
 def model_energy(
@@ -184,8 +184,8 @@ def model_energy(
         ValueError: the counts are empty, not finite, or not those of ``config``'s model.
     """
     projections = _projections(counts, config)
-    found = _energy(list(projections.values()), config, measured_in, costs, batch, length)
-    found["layers"] = [
+    energy = _energy(list(projections.values()), config, measured_in, costs, batch, length)
+    energy["layers"] = [
         {
             "name": name,
             "mean_abs": counts.projections[name].mean_abs,
@@ -197,7 +197,7 @@ def model_energy(
         }
         for name, p in projections.items()
     ]
-    return found
+    return energy
 
 
 def energy_of_rates(
@@ -254,8 +254,8 @@ def _energy(
     measured_in = _PRECISION.get(measured_in, measured_in)
     sections: dict[str, dict[str, Any]] = {name: {} for name in _SCOPES}
     for name, cost in costs.items():
-        for scope, found in _priced(projections, config, counted, cost, batch, length).items():
-            sections[scope][name] = found
+        for scope, energies in _priced(projections, config, counted, cost, batch, length).items():
+            sections[scope][name] = energies
     return {
         "measured_in": measured_in,
         "hypothetical": [name for name in costs if name != measured_in],
@@ -298,7 +298,7 @@ def _priced(
     rest = rest_macs * cost.mac + counted["additions"] * cost.ac
     model = _add(with_neurons, dict.fromkeys(MACHINES, rest))
     added = compute["spiking"] + (steps + counted["additions"]) * cost.ac
-    found: dict[str, Any] = {
+    priced: dict[str, Any] = {
         "projections": _compare(compute),
         "with_neurons": _compare(with_neurons),
         "model": _compare(model),
@@ -309,11 +309,11 @@ def _priced(
         other = {key: n * cost.width * cost.byte for key, n in traffic(config, batch, tokens).items()}
         everything = _add(model, moved, dict.fromkeys(MACHINES, other["rest"]))
         everything["spiking"] += other["potentials"]
-        found[prefix] = _compare(_add(compute, moved))
-        found[prefix + "_model"] = _compare(everything)
+        priced[prefix] = _compare(_add(compute, moved))
+        priced[prefix + "_model"] = _compare(everything)
     if batch == 1:  # or other sequences ask for other weights; of decoding, which came last
-        found["event"] = _event_driven(projections, cost, everything["spiking"], everything["dense"])
-    return found
+        priced["event"] = _event_driven(projections, cost, everything["spiking"], everything["dense"])
+    return priced
 
 
 def _encoders(inputs: int, steps: int, config: SpikingMambaConfig, cost: Costs) -> dict[str, float]:

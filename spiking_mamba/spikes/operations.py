@@ -16,7 +16,7 @@ def operations(config: SpikingMambaConfig) -> dict[str, int]:
     conv = inner + 2 * config.n_groups * state
     layers, mlps, gated = config.number_of_blocks("mamba"), config.number_of_blocks("mlp"), _gated(config)
     biases = conv * config.use_conv_bias + (_in_proj_width(config) + width) * config.use_bias
-    found = {
+    counts = {
         "embedding": 0,  # a look-up
         "in_proj": layers * width * _in_proj_width(config) + mlps * width * 2 * gated,
         "conv": layers * conv * (config.conv_kernel + 1),  # the taps, then SiLU
@@ -28,7 +28,7 @@ def operations(config: SpikingMambaConfig) -> dict[str, int]:
         "lm_head": width * config.vocab_size,
         "additions": layers * (width + biases) + mlps * width,
     }
-    return found | ({"mlp": mlps * 2 * gated} if mlps else {})  # SiLU of the gate and its product
+    return counts | ({"mlp": mlps * 2 * gated} if mlps else {})  # SiLU of the gate and its product
 
 
 def _inner(config: SpikingMambaConfig) -> int:

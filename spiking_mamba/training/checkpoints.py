@@ -93,10 +93,10 @@ class Checkpoints(TrainerCallback):
         (newest / COMPLETE).touch()
         if not self.limit or self.limit < 1:
             return
-        found = {int(m[1]): path for path in newest.parent.iterdir() if (m := _STEP.match(path.name))}
+        checkpoints = {int(m[1]): path for path in newest.parent.iterdir() if (m := _STEP.match(path.name))}
         kept = {newest, Path(best)} if best else {newest}
-        going = [found[step] for step in sorted(found) if found[step] not in kept]
-        for old in going[: max(0, len(found) - max(self.limit, len(kept)))]:
+        going = [checkpoints[step] for step in sorted(checkpoints) if checkpoints[step] not in kept]
+        for old in going[: max(0, len(checkpoints) - max(self.limit, len(kept)))]:
             remove_whole(old)
 
     def seconds(self) -> float:

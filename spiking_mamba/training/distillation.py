@@ -262,9 +262,9 @@ def _threshold(
     """What the settings say, calibrated if they ask for it: by the first process, for all."""
     if not asks_for_calibration(settings.threshold):
         return settings.threshold
-    found, home = [None], teacher.device
+    resolved, home = [None], teacher.device
     if PartialState().is_main_process:
         about = {"neuron": settings.neuron, "membrane": settings.membrane}
-        found = [resolve_threshold(settings.threshold, teacher.to(device), rows, **about)]
+        resolved = [resolve_threshold(settings.threshold, teacher.to(device), rows, **about)]
         teacher.to(home)
-    return broadcast_object_list(found)[0]
+    return broadcast_object_list(resolved)[0]

@@ -264,6 +264,6 @@ class DistillationLoss:
         loss = torch.zeros((), device=mask.device)
         parts: dict[str, torch.Tensor] = {}
         for function in dict.fromkeys(term.function for term in terms):
-            added, found = function(self, batch)
-            loss, parts = loss + added, parts | found
+            added, logged = function(self, batch)
+            loss, parts = loss + added, parts | logged
         return loss, {name: part.detach() for name, part in parts.items()}

@@ -92,7 +92,7 @@ class _HeadLoss(torch.autograd.Function):
                 others = None
                 if teacher is not None:
                     others = F.linear(teacher_hidden[piece].to(dtype), teacher_matrix)
-                found, gradient = of_piece(
+                terms, gradient = of_piece(
                     F.linear(own, matrix),
                     None if targets is None else targets[piece],
                     others,
@@ -101,7 +101,7 @@ class _HeadLoss(torch.autograd.Function):
                     temperature,
                     with_gradient,
                 )
-                for name, value in found.items():
+                for name, value in terms.items():
                     sums[name] += value
                 if hidden_grad is not None:
                     hidden_grad[piece] = gradient @ matrix

@@ -122,14 +122,14 @@ class TrainingTable(TrainerCallback):
             self._row(args, state, logs)
 
     def _row(self, args: Any, state: Any, logs: dict[str, Any]) -> None:
-        found = {name: logs[name] for name in _shown() if name in logs}
+        values = {name: logs[name] for name in _shown() if name in logs}
         if "loss" in logs and (speed := self._speed()) is not None:
-            found["tokens/s"] = speed
-        if not found.keys() <= self._columns.keys():
-            self._lay_out(args, state, {*found, *self._columns})
+            values["tokens/s"] = speed
+        if not values.keys() <= self._columns.keys():
+            self._lay_out(args, state, {*values, *self._columns})
         cells = [f"{state.global_step:>{self._columns['step']}}"]
         for name, width in list(self._columns.items())[1:]:
-            cells.append(f"{_number(name, found.get(name)):>{width}}")
+            cells.append(f"{_number(name, values.get(name)):>{width}}")
         say("  ".join(cells).rstrip())
         self._mark = time.perf_counter(), self.tokens
 

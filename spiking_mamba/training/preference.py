@@ -167,10 +167,10 @@ class PreferenceSettings:
             return None, None
         split, limit = self.held_out_split, self.held_out_items
         half = {"half": self.held_out_half, "half_seed": self.half_seed}
-        found, report = self._read(self.held_out, split, tokenizer, limit=limit, per_task=True, **half)
-        if found[0].label is not None:
+        preferences, report = self._read(self.held_out, split, tokenizer, limit=limit, per_task=True, **half)
+        if preferences[0].label is not None:
             raise RunError(f"held_out: {self.held_out} must hold pairs: rows with chosen and rejected.")
-        return found, report
+        return preferences, report
 
     def _read(
         self, source: str, split: str, tokenizer: PreTrainedTokenizerBase, **options: Any
@@ -295,18 +295,18 @@ def _measured(
     arguments: TrainingArguments,
 ) -> dict[str, Any]:
     """What the two models are worth, and what changed between them."""
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     with Stage(2 * ((held_out is not None) + (text is not None)), "evaluating") as stage:
         for stage.label, name in (("before", before), ("after", after)):
             # one model at a time: no variable of it
-            found[stage.label] = evaluate_preferences(
+            results[stage.label] = evaluate_preferences(
                 load_model(name).to(arguments.device),
                 held_out,
                 text,
                 arguments.per_device_eval_batch_size,
                 stage,
             )
-    return found | {"change": compare(found["before"], found["after"])}
+    return results | {"change": compare(results["before"], results["after"])}
 
 
 def _on_disk(rows: datasets.Dataset, folder: Path) -> datasets.Dataset:

@@ -44,6 +44,6 @@ def anywhere(flags: torch.Tensor) -> torch.Tensor:
     """Bool ``[N]``: which of these are true in any process; the host does not wait."""
     if not in_several():
         return flags
-    found = flags.to(torch.uint8)
-    distributed.all_reduce(found, distributed.ReduceOp.MAX)
-    return found.bool()
+    flags_anywhere = flags.to(torch.uint8)
+    distributed.all_reduce(flags_anywhere, distributed.ReduceOp.MAX)
+    return flags_anywhere.bool()

@@ -228,6 +228,13 @@ def test_a_term_of_ones_own_trains(own_term, tmp_path, capsys):
     assert capsys.readouterr().out.split()[:4] == ["step", "loss", "KL", "size"]
 
 
+def test_several_ends_of_text_are_refused(tmp_path):
+    settings = DistillationSettings("", str(tmp_path / "run"), neuron=INTEGER, training={"bf16": False})
+    with pytest.raises(ValueError, match=r"names \[0, 1\]: pass a tokenizer"):
+        distill(settings, tiny_model(eos_token_id=[0, 1]), rows=rows())
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.parametrize("kl", [0.0, 1.0])
 def test_its_gradient_and_its_teacher(own_term, pair, kl):
     (student, teacher), inputs = pair, batch()
