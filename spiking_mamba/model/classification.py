@@ -106,9 +106,8 @@ class SpikingMambaForSequenceClassification(SpikingMambaPreTrainedModel):
         shape = (hidden.shape[0], hidden.shape[1])
         real = real_tokens(attention_mask, shape)
         document = documents_of(shape, seq_idx, position_ids, cu_seq_lens_q, real)
-        if attention_mask is None and document is None and input_ids is not None:
-            padding = self.config.pad_token_id
-            real = None if padding is None else input_ids != padding
+        if attention_mask is None and document is None:
+            real = self._tokens_by_id(input_ids)
         if real is None:
             real = torch.ones(shape, dtype=torch.bool, device=hidden.device)
         row, place = _last_tokens(real, document)
@@ -117,11 +116,15 @@ class SpikingMambaForSequenceClassification(SpikingMambaPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config)
         if not return_dict:
-            values = (loss, logits, output.cache, output.hidden_states)
-            return tuple(value for value in values if value is not None)
+            return tuple(v for v in (loss, logits, output.cache, output.hidden_states) if v is not None)
         return SequenceClassifierOutputWithPast(
             loss=loss,
             logits=logits,
             hidden_states=output.hidden_states,
             **{caches.OUTPUT_NAME: output.cache},
         )
+
+    def _tokens_by_id(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
+        """What is a token by its id, bool ``[B, L]``; None where ids cannot say."""
+        padding = self.config.pad_token_id
+        return None if input_ids is None or padding is None else input_ids != padding

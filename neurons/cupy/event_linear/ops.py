@@ -134,6 +134,7 @@ def event_driven_linear_scaled(
         spikes, weight, group_scale: see :func:`event_driven_linear`.
         scale: float32 ``[out]``. bias: the same, or none.
         residual: ``[B, out]`` in the call's dtype, or none.
+        call: the shapes and dtypes, see :class:`Scaled`.
     """
     y = _floats(spikes, weight, group_scale, scale, bias, residual, call)
     if y.numel():
