@@ -103,14 +103,8 @@ class SpikingMambaForSequenceClassification(SpikingMambaPreTrainedModel):
             **kwargs,
         )
         hidden = output.last_hidden_state
-        shape = (hidden.shape[0], hidden.shape[1])
-        real = real_tokens(attention_mask, shape)
-        document = documents_of(shape, seq_idx, position_ids, cu_seq_lens_q, real)
-        if attention_mask is None and document is None:
-            real = self._tokens_by_id(input_ids)
-        if real is None:
-            real = torch.ones(shape, dtype=torch.bool, device=hidden.device)
-        row, place = _last_tokens(real, document)
+        packing = attention_mask, seq_idx, position_ids, cu_seq_lens_q
+        row, place = self._last_tokens(input_ids, hidden, *packing)
         logits = self.score(hidden[row, place].to(self.score.weight.dtype)).float()
         loss = None
         if labels is not None:
@@ -124,7 +118,22 @@ class SpikingMambaForSequenceClassification(SpikingMambaPreTrainedModel):
             **{caches.OUTPUT_NAME: output.cache},
         )
 
-    def _tokens_by_id(self, input_ids: torch.Tensor | None) -> torch.Tensor | None:
-        """What is a token by its id, bool ``[B, L]``; None where ids cannot say."""
+    def _last_tokens(
+        self,
+        input_ids: torch.Tensor | None,
+        hidden: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        seq_idx: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        cu_seq_lens_q: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row and place, int64 ``[sequences]`` each, of every sequence's last real token."""
+        shape = (hidden.shape[0], hidden.shape[1])
+        real = real_tokens(attention_mask, shape)
+        document = documents_of(shape, seq_idx, position_ids, cu_seq_lens_q, real)
         padding = self.config.pad_token_id
-        return None if input_ids is None or padding is None else input_ids != padding
+        if attention_mask is None and document is None and input_ids is not None and padding is not None:
+            real = input_ids != padding
+        if real is None:
+            real = torch.ones(shape, dtype=torch.bool, device=hidden.device)
+        return _last_tokens(real, document)
