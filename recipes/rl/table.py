@@ -19,6 +19,7 @@ from spiking_mamba.common.provenance import MARK, is_clean
 from spiking_mamba.common.records import put_record, read_records
 from spiking_mamba.common.schema import Count, Name, Seeds, schema
 from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.data.text import check_sources
 from spiking_mamba.evaluation.evaluator import evaluate
 from spiking_mamba.evaluation.settings import EvaluationSettings
 from spiking_mamba.evaluation.statistics import groups, interval
@@ -181,6 +182,7 @@ def make_table(settings: TableSettings) -> list[dict[str, Any]]:
     )
     if settings.tasks:
         zero_shot_tasks(settings.tasks)
+    check_sources(settings.corpora)
     plan = {column: [planned(settings, column, seed) for seed in settings.seeds] for column in COLUMNS}
     planned_runs = [one for of_column in plan.values() for one in of_column]
     for model in dict.fromkeys(one.model for one in planned_runs):

@@ -8,6 +8,7 @@ __getattr__, __dir__ = lazily(
         "CORPORA": "packages",
         "DataError": "packages",
         "END_OF_TEXT": "tokens",
+        "check_sources": "text",
         "count_bytes": "tokens",
         "document_stream": "tokens",
         "draw_rows": "text",

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Literal
 
 import datasets
 import numpy as np
@@ -22,7 +23,7 @@ from spiking_mamba.common.errors import DataError
 from spiking_mamba.data.packages import CORPORA, read_corpus
 from spiking_mamba.data.tokens import END_OF_TEXT, texts_of, tokenize
 
-__all__ = ["draw_rows", "load_text"]
+__all__ = ["check_sources", "draw_rows", "load_text"]
 
 
 HELD_OUT = 0.03  # share of the documents
@@ -63,6 +64,19 @@ def load_text(source: str | Sequence[str], split: str | None = None, seed: int =
     return datasets.concatenate_datasets(parts)
 
 
+def check_sources(source: str | Sequence[str]) -> None:
+    """Raise what :func:`load_text` would raise of names that stand for nothing, before anything is read.
+
+    Args:
+        source: as there.
+
+    Raises:
+        DataError: there is no such file or corpus, or it is of an unknown kind.
+    """
+    for name in [source] if isinstance(source, str) else source:
+        _kind_of(str(name))
+
+
 def _has_text(text: str | None) -> bool:
     return bool(text and not text.isspace())
 
@@ -84,18 +98,29 @@ def _keep(documents: datasets.Dataset, split: str | None, seed: int, seen: set[b
 
 
 def _open_source(source: str) -> datasets.Dataset:
+    match _kind_of(source):
+        case "package":
+            return _in_memory(read_corpus(source), source)
+        case "file":
+            return _read_file(Path(source).expanduser())
+    return _read_hub(source)
+
+
+def _kind_of(source: str) -> Literal["package", "file", "hub"]:
     if source in CORPORA:
-        return _in_memory(read_corpus(source), source)
+        return "package"
     path = Path(source).expanduser()
     if path.is_file():
-        return _read_file(path)
+        if path.suffix.lower() not in _SUFFIXES:
+            raise DataError(f"{path}: unknown kind of file; known are {', '.join(_SUFFIXES)}.")
+        return "file"
     if source and path.is_dir():
         raise DataError(f"{source} is a folder; name the {', '.join(_SUFFIXES)} files in it.")
     like_a_path = source.startswith((".", "/", "~")) or "\\" in source or source.count("/") > 1
     if like_a_path or path.suffix.lower() in _SUFFIXES:
         raise DataError(f"No such file: {source} (looked in {Path.cwd()}).")
     if re.fullmatch(r"[\w.-]+/[\w.-]+(:[\w.-]+)?", source):
-        return _read_hub(source)
+        return "hub"
     near = difflib.get_close_matches(source, CORPORA, n=2, cutoff=0.4)
     hint = f"Did you mean {' or '.join(near)}? " if near else ""
     raise DataError(
@@ -124,7 +149,7 @@ def _read_file(path: Path) -> datasets.Dataset:
         raise DataError(f"{path} is not UTF-8: {error}") from error
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error}") from error
-    raise DataError(f"{path}: unknown kind of file; known are {', '.join(_SUFFIXES)}.")
+    raise AssertionError(path)  # see _kind_of
 
 
 def _split_documents(text: str) -> list[str]:

@@ -293,6 +293,7 @@ def test_ctrl_c_names_the_finished_runs(folder, tmp_path, monkeypatch):
         ("results=3", "results must be a name or null"),
         ("results=pyproject.toml", "pyproject.toml, line 1 is no record"),
         ("changes=x", "changes must be a list"),
+        ("corpora=[nowhere.txt]", "No such file: nowhere.txt"),
         ("changes=[objective.beta=-1,treshold=1]", "treshold"),
     ],
 )

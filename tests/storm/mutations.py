@@ -52,6 +52,9 @@ WRONG = {
     "0 or": ["-1", "true", "many"],
 }
 
+# what a value begins with that is right where the key's words say so
+ALLOWED = {"null": "null", "[a]": " list of names", "{": " mapping"}
+
 NESTED = yaml.safe_load(Path(__file__).with_name("nested.yaml").read_text())
 STUDENTS = ("distill", "quickstart")
 TRAINED = ("distill", "teacher", "align", "quickstart")
@@ -64,6 +67,8 @@ def _of_fields(name: str, recipe: Recipe, cls: type) -> Iterator[Case]:
         said = words(hint)
         kind = max((start for start in WRONG if said.startswith(start)), key=len, default=None)
         for place, value in enumerate(WRONG.get(kind or "", [])):
+            if any(value.startswith(start) and kind_ in said for start, kind_ in ALLOWED.items()):
+                continue
             if (number + place) % 2:
                 yield Case(name, "type", (key,), good.encode(), (f"{key}={value}",))
             else:
@@ -131,6 +136,7 @@ def _of_nested(name: str, recipe: Recipe, inputs: Path) -> Iterator[Case]:
         key, _, value = arguments[0].partition("=")
         keys = key.split(".")
         within = re.findall(r"[A-Za-z_][\w.]{2,}", value)  # keys and names
+        within += [part for dotted in within for part in dotted.split(".")[1:] if len(part) > 2]
         names = (keys[0], ".".join(keys[1:]) or key, keys[-1], *within)
         yield Case(name, "nested", names, good, arguments)
 

@@ -25,7 +25,7 @@ from spiking_mamba.common import packages
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.packages import Package, cache_folder, fetch_package
 from spiking_mamba.data.packages import CORPORA, read_member
-from spiking_mamba.data.text import load_text
+from spiking_mamba.data.text import check_sources, load_text
 from spiking_mamba.data.tokens import count_bytes, tokenize, train_tokenizer
 from tests.helpers.commands import run
 
@@ -288,6 +288,8 @@ class TestFiles:
     def test_missing(self, name):
         with pytest.raises(DataError, match="No such file"):
             load_text(name)
+        with pytest.raises(DataError, match="No such file"):
+            check_sources(["wikipedia-leads", name])
 
     def test_folder(self, tmp_path):
         with pytest.raises(DataError, match="is a folder"):
