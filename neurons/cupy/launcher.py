@@ -1,9 +1,12 @@
 """Compiling and launching CUDA sources: once a device, on torch's current stream."""
 
+import contextlib
+import contextvars
 import functools
 import math
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,18 @@ import torch
 
 from ..backend import check_cupy
 
-__all__ = ["STORAGE", "Source", "check_input", "defines", "float32s", "launch", "pointers", "vector_width"]
+__all__ = [
+    "STORAGE",
+    "Source",
+    "cannot_overlap",
+    "check_input",
+    "defines",
+    "float32s",
+    "launch",
+    "overlapping",
+    "pointers",
+    "vector_width",
+]
 
 # The storage types of arithmetic.cuh, by the dtypes that they hold.
 STORAGE = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -25,6 +39,9 @@ ACCESS_BYTES = 16  # the widest access to memory that a thread has
 COMPILE_OPTIONS = ("--fmad=false",)
 
 _FP32_MAX = torch.finfo(torch.float32).max
+
+
+HEADERS = Path(__file__).parent  # where what is included lies, if it does not lie beside a source
 
 
 class Source:
@@ -47,7 +64,9 @@ def _expand(path: Path) -> str:
     lines = [f'#line 1 "{path.name}"']  # so that the compiler's messages name the file
     for number, line in enumerate(path.read_text().splitlines(), 1):
         if line.startswith('#include "'):
-            lines += [_expand(path.parent / line.split('"')[1]), f'#line {number + 1} "{path.name}"']
+            name = line.split('"')[1]
+            found = next(f / name for f in (path.parent, HEADERS) if (f / name).exists())
+            lines += [_expand(found), f'#line {number + 1} "{path.name}"']
         else:
             lines.append(line)
     return "\n".join(lines)
@@ -127,6 +146,7 @@ def launch(
     grid: tuple[int, ...],
     block: tuple[int, ...],
     args: Sequence[np.generic],
+    overlap: bool = False,
 ) -> None:
     """Run kernel ``name`` of ``source``, compiled with ``options``, on torch's current stream of ``device``.
 
@@ -134,11 +154,63 @@ def launch(
         source: where the kernel stands. name: the kernel's. device: of the tensors. options: of the compiler.
         grid, block: blocks, and threads of a block, along each of up to three axes.
         args: the kernel's arguments in their order, typed as its parameters are.
+        overlap: the kernel may begin while the one before it ends: it calls ``wait_for_previous`` of
+            ``threads.cuh`` before it reads what others wrote. It does so within :func:`overlapping`.
     """
     check_cupy()
     stream = torch.cuda.current_stream(device)
-    if device.index == torch.cuda.current_device():
-        _kernel(device.index, source, name, options)(grid, block, args, stream=_cupy_stream(stream))
-    else:
-        with torch.cuda.device(device):
-            _kernel(device.index, source, name, options)(grid, block, args, stream=_cupy_stream(stream))
+    here = device.index == torch.cuda.current_device()
+    with contextlib.nullcontext() if here else torch.cuda.device(device):
+        kernel = _kernel(device.index, source, name, options)
+        if overlap and _overlaps.get():
+            _launch_overlapping(kernel.ptr, grid, block, args, stream.cuda_stream)
+        else:
+            kernel(grid, block, args, stream=_cupy_stream(stream))
+
+
+# ---- Launches that begin while the one before ends (CUDA's programmatic dependent launch) ----
+
+_overlaps: contextvars.ContextVar[bool] = contextvars.ContextVar("overlaps", default=False)
+
+
+@contextlib.contextmanager
+def overlapping(overlaps: bool = True) -> Iterator[None]:
+    """Let launches that allow it begin while the kernel before them ends.
+
+    Where they are captured into a graph, its replays do so too. Nobody may ask for it unless
+    :func:`cannot_overlap` is None.
+    """
+    token = _overlaps.set(overlaps)
+    try:
+        yield
+    finally:
+        _overlaps.reset(token)
+
+
+def cannot_overlap(device: torch.device) -> str | None:
+    """Why launches on a device cannot overlap; None where they can."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
+        return "Only GPUs of compute capability 9.0 and newer have it."
+    try:
+        import_module("cuda.bindings.driver")
+    except ImportError as error:
+        return f"cuda-bindings is missing: {error}"
+    return None
+
+
+def _launch_overlapping(
+    function: int, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[np.generic], stream: int
+) -> None:
+    driver = import_module("cuda.bindings.driver")
+    config, attribute = driver.CUlaunchConfig(), driver.CUlaunchAttribute()
+    attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
+    attribute.value.programmaticStreamSerializationAllowed = 1
+    config.gridDimX, config.gridDimY, config.gridDimZ = (*grid, 1, 1)[:3]
+    config.blockDimX, config.blockDimY, config.blockDimZ = (*block, 1, 1)[:3]
+    config.sharedMemBytes, config.hStream = 0, driver.CUstream(stream)
+    config.attrs, config.numAttrs = [attribute], 1
+    values = [np.asarray(arg).reshape(1) for arg in args]
+    addresses = np.array([value.ctypes.data for value in values], dtype=np.uint64)
+    (error,) = driver.cuLaunchKernelEx(config, driver.CUfunction(function), addresses.ctypes.data, 0)
+    if error != driver.CUresult.CUDA_SUCCESS:
+        raise RuntimeError(f"An overlapping launch failed: {error}.")

@@ -5,6 +5,7 @@ depends on the release of transformers about it stands here: what a cache is cal
 and where a layer keeps its states.
 """
 
+import copy
 import dataclasses
 import functools
 import inspect
@@ -29,6 +30,8 @@ __all__ = [
     "SpikingMambaOutput",
     "batch_size",
     "conv_state",
+    "copied",
+    "linear_layers",
     "neuron_states",
     "new_cache",
     "one_cache",
@@ -135,6 +138,16 @@ def new_cache(config: PretrainedConfig) -> Cache:
 def _layer(cache: Cache, layer_idx: int) -> "LinearAttentionCacheLayerMixin":
     # what a configuration whose layers are all of linear attention makes a cache of
     return cast("LinearAttentionCacheLayerMixin", cache.layers[layer_idx])
+
+
+def linear_layers(cache: Cache) -> "list[LinearAttentionCacheLayerMixin]":
+    """The layers of a cache, each with states of convolutions and scans."""
+    return [_layer(cache, number) for number in range(len(cache.layers))]
+
+
+def copied(cache: Cache) -> Cache:
+    """A copy that shares no tensor."""
+    return copy.deepcopy(cache)
 
 
 def conv_state(cache: Cache, layer_idx: int) -> torch.Tensor | None:

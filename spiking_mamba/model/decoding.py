@@ -27,10 +27,11 @@ class DecodingGraph:
     Args:
         step: what to capture. Off CUDA it is called each time.
         cache: an example, whose sequences have begun; it is not changed.
+        copied: makes the graph's own cache of it, perhaps in other dtypes.
     """
 
-    def __init__(self, step: Step, cache: Cache) -> None:
-        self._cache = copy.deepcopy(cache)
+    def __init__(self, step: Step, cache: Cache, copied: Callable[[Cache], Cache] = copy.deepcopy) -> None:
+        self._cache = copied(cache)
         self._tensors = [states[key] for states, key in tensors(self._cache)]
         self._tenant: weakref.ref[Cache] | None = None
         device = self._tensors[0].device
@@ -80,10 +81,13 @@ class DecodingGraphs:
     Args:
         step: what to capture. blocks: the modules whose hooks and neurons are watched, since a replayed graph
             runs neither hooks nor a neuron that was put in later.
+        copied: see :class:`DecodingGraph`.
     """
 
-    def __init__(self, step: Step, blocks: nn.Module) -> None:
-        self._step, self._blocks = step, blocks
+    def __init__(
+        self, step: Step, blocks: nn.Module, copied: Callable[[Cache], Cache] = copy.deepcopy
+    ) -> None:
+        self.step, self._blocks, self._copied = step, blocks, copied
         self._lock = threading.Lock()  # sequences of several threads take turns in a graph's tensors
         self._graphs: dict[tuple[int, Any], DecodingGraph] = {}
         self._note_modules()
@@ -92,7 +96,8 @@ class DecodingGraphs:
         return len(self._graphs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return DecodingGraphs, (self._step, self._blocks)  # a copied or pickled model captures its own
+        # a copied or pickled model captures its own
+        return DecodingGraphs, (self.step, self._blocks, self._copied)
 
     def _note_modules(self) -> None:
         # the dictionaries themselves: looking into them is what a token costs the processor
@@ -114,5 +119,5 @@ class DecodingGraphs:
         key = (input_ids.shape[0], autocast)
         with self._lock:
             if key not in self._graphs:
-                self._graphs[key] = DecodingGraph(self._step, cache)
+                self._graphs[key] = DecodingGraph(self.step, cache, self._copied)
             return self._graphs[key](input_ids, cache)

@@ -8,6 +8,7 @@ activations rounded to int8 in blocks of 32.
 import copy
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,10 +16,12 @@ from huggingface_hub.dataclasses import strict
 from torch import nn
 
 import neurons
-from neurons.backend import check_numba
-from neurons.event_linear import EventDrivenLinear
-from spiking_mamba.model.cache import Cache, takes_any_cache_name
+from neurons.backend import check_cupy, check_numba
+from neurons.event_linear import LARGEST_BATCH, EventDrivenLinear
+from spiking_mamba.model.cache import Cache, SpikingMambaCausalLMOutput, takes_any_cache_name
 from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
+from spiking_mamba.model.cuda.token import FusedTokens, cannot_fuse, own_cache
+from spiking_mamba.model.decoding import DecodingGraphs
 from spiking_mamba.model.mlp import SpikingMambaMLP
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.projection import reject_wrapped, spike_fed
@@ -29,6 +32,9 @@ __all__ = ["EventDrivenMambaConfig", "EventDrivenMambaForCausalLM", "event_drive
 WEIGHTS = ("int8", "int4")
 STATES = ("float32", "bfloat16")
 DECODING = ("auto", "compiled", "torch")
+FUSED_DEVICES = (
+    "cuda",
+)  # whose single tokens have kernels of their own; the tests, which run them, add the CPU
 
 
 @strict
@@ -37,7 +43,7 @@ class EventDrivenMambaConfig(SpikingMambaConfig):
 
     Args:
         weights: 'int8' or 'int4', of projections and head.
-        states: dtype in which single tokens on a processor keep the scan's states, 'float32' or 'bfloat16'.
+        states: dtype in which compiled tokens keep the scan's states, 'float32' or 'bfloat16'.
 
     Raises:
         ValueError: a field is out of its range, or the neuron's spikes are no integers of int8.
@@ -74,7 +80,9 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
     """A language model for inference; made by :func:`event_driven` or loaded, never trained.
 
     Embeddings, norms, convolution and scan are float32; projections and head are integers. On a processor,
-    ``generate()`` decodes one sequence, greedily or sampling, by compiled code, see :meth:`set_decoding`.
+    ``generate()`` decodes one sequence, greedily or sampling, by compiled code; on CUDA, where CuPy is, every
+    single token of up to eight sequences that follows others is a graph of few kernels, in ``generate()``, in
+    streams and in loops of one's own. See :meth:`set_decoding`.
     """
 
     config_class = EventDrivenMambaConfig
@@ -90,6 +98,7 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
                 setattr(block.mixer, name, layer(*size, linear.bias is not None, config.weights))
         self.lm_head = QuantisedLinear(config.hidden_size, config.vocab_size, False, config.weights)
         self.requires_grad_(False)
+        self._fused = FusedTokens()
         self.set_decoding("auto")
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -117,23 +126,88 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
         """Choose what ``generate()`` does with the tokens behind the prompt.
 
         Args:
-            decoding: 'compiled': one call of compiled code a token, by numba; a call that cannot go that way
-                raises, and so does this one where numba is missing. 'torch': as any model. 'auto': compiled
-                where it can be: on a processor, one sequence, greedy or sampling.
-            threads: of compiled code; None: torch's number of threads, at most that of the cores.
+            decoding: 'compiled': one call of compiled code a token, by numba, or on CUDA by CuPy; a call that
+                cannot go that way raises, and so does this one where that package is missing. 'torch': as any
+                model. 'auto': compiled where it can be: on a processor, one sequence, greedy or sampling; on
+                CUDA, up to eight sequences.
+            threads: of compiled code on a processor; None: torch's number of threads, at most that of the
+                cores.
 
         Raises:
             ValueError: ``decoding`` is none of these, or ``threads`` less than 1.
-            RuntimeError: numba is missing.
+            RuntimeError: numba or CuPy is missing.
         """
         if decoding not in DECODING:
             raise ValueError(f"decoding must be one of {DECODING}, got {decoding!r}.")
         if threads is not None and threads < 1:
             raise ValueError(f"threads must be at least 1, got {threads}.")
         if decoding == "compiled":
-            check_numba()
+            (check_cupy if self._on_cuda else check_numba)()
         self._decoding = decoding, threads
         self._decoders: Any = None
+        self._settled: object = None
+        self._settle()
+
+    def _apply(self, fn, recurse=True):
+        moved = super()._apply(fn, recurse)
+        self._settle()
+        return moved
+
+    def _settle(self) -> None:
+        """Let the device that the model is on now run it: its projections' backend, and single tokens."""
+        device, (decoding, _) = self.device, self._decoding
+        if self._settled == (device, decoding):
+            return
+        for module in self.modules():
+            if isinstance(module, EventDrivenLinear):
+                module.trusts_spikes = True  # its neuron emits nothing but integers of int8
+        if self._on_cuda:
+            self.set_weights_backend("cupy" if _has(check_cupy) else "torch")
+        elif self.lm_head.backend == "cupy":
+            self.set_weights_backend("torch")
+        if self._cannot_fuse() is None and decoding != "torch":
+            self.graphs = DecodingGraphs(self._fused_token, self.backbone.layers, self._own_cache)
+        elif self._fuses:
+            self.graphs = None
+        self._settled = device, decoding
+
+    @property
+    def _on_cuda(self) -> bool:
+        return self.device.type in FUSED_DEVICES
+
+    @property
+    def _fuses(self) -> bool:
+        """Whether single tokens go through CUDA's kernels."""
+        return self.graphs is not None and self.graphs.step == self._fused_token
+
+    def _cannot_fuse(self) -> str | None:
+        """Why no single token can go through CUDA's kernels; None where they can."""
+        if not self._on_cuda:
+            return f"The model is on {self.device}."
+        if not _has(check_cupy):
+            return "CuPy is missing."
+        return cannot_fuse(self)
+
+    def _fused_token(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
+        return self._fused(self, input_ids, cache)
+
+    def _own_cache(self, cache: Cache) -> Cache:
+        return own_cache(cache, getattr(torch, self.config.states))
+
+    def capture_decoding(self, captures: bool = True) -> None:
+        """As any model's, where its single tokens do not go through kernels of their own."""
+        if captures and self._cannot_fuse() is None and self._decoding[0] != "torch":
+            self._settled = None
+            self._settle()
+        else:
+            super().capture_decoding(captures)
+
+    def _captured(
+        self, input_ids: torch.Tensor | None, cache: Cache | None, use_cache: bool | None
+    ) -> SpikingMambaCausalLMOutput | None:
+        if self._fuses and input_ids is not None and input_ids.shape[0] > LARGEST_BATCH:
+            return None
+        return super()._captured(input_ids, cache, use_cache)
 
     @property
     def decoders(self) -> Any:
@@ -151,7 +225,12 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
             ValueError: decoding is 'compiled', and these arguments cannot be.
         """
         decoding, threads = self._decoding
-        if decoding != "torch" and "custom_generate" not in kwargs and self._has_numba(decoding):
+        self._settle()  # it may have been loaded to where it is
+        if self._on_cuda:
+            reason = self._cannot_fuse() or self._cannot_generate(args, kwargs)
+            if decoding == "compiled" and reason is not None:
+                raise ValueError(f"decoding='compiled': {reason}")
+        elif decoding != "torch" and "custom_generate" not in kwargs and self._has_numba(decoding):
             from spiking_mamba.model.cpu_generation import Decoders, cannot_generate, decode
 
             reason = cannot_generate(self, args, kwargs)
@@ -168,17 +247,39 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
 
     @staticmethod
     def _has_numba(decoding: str) -> bool:
-        try:
+        if decoding == "compiled":
             check_numba()
-        except RuntimeError:
-            if decoding == "compiled":
-                raise
-            return False
-        return True
+        return _has(check_numba)
+
+    def _cannot_generate(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
+        """Why the tokens of a call of ``generate()`` cannot go through CUDA's kernels."""
+        ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+        asked = kwargs.get("generation_config") or self.generation_config
+        each = [
+            kwargs.get(name, getattr(asked, name, None)) or 1
+            for name in ("num_beams", "num_return_sequences")
+        ]
+        rows = (1 if ids is None else ids.shape[0]) * max(each)
+        if rows > LARGEST_BATCH:
+            return f"At most {LARGEST_BATCH} sequences at a time are compiled, not {rows}."
+        if any(module._forward_hooks or module._forward_pre_hooks for module in self.modules()):
+            return "Somebody watches the model by forward hooks, which compiled code has not."
+        return None
 
     def set_weights_backend(self, backend: str) -> None:
-        """Choose what runs projections: 'torch' or 'numba', see :class:`neurons.EventDrivenLinear`."""
+        """Choose what runs projections, see :class:`neurons.EventDrivenLinear`.
+
+        On CUDA it is 'cupy' where that is installed.
+        """
         neurons.set_backend(self, backend, instance=EventDrivenLinear)
+
+
+def _has(check: Callable[[], None]) -> bool:
+    try:
+        check()
+    except RuntimeError:
+        return False
+    return True
 
 
 def event_driven(
@@ -189,7 +290,7 @@ def event_driven(
     Args:
         model: spiking, with signed integer spikes that fit in int8, or dense.
         weights: 'int8' with a scale an output, or 'int4' with one for every 32 inputs of an output.
-        states: dtype of the scan's states in single tokens on a processor.
+        states: dtype of the scan's states in compiled tokens.
 
     Raises:
         ValueError: the neuron's spikes are no integers of int8; an argument is none of those named; a

@@ -2,13 +2,9 @@
 // block or cluster. The source of a kernel stays what it is; shared memory begins as garbage, and a barrier at which
 // some thread never arrives aborts. Compiled and driven by tests/helpers/host_kernel.py.
 #pragma once
-#include <csetjmp>
-#include <cstdio>
-#include <cstdlib>
-#include <functional>
-#include <memory>
-#include <vector>
-
+#include <setjmp.h>
+#include <stdio.h>
+#include <stdlib.h>
 #include <ucontext.h>
 
 #include "host_arithmetic.h"
@@ -33,7 +29,7 @@ struct Block {
   Index index;
   int threads;
   Barrier barrier;
-  std::vector<Warp> warps;
+  Warp warps[32];
   unsigned char* shared;
 };
 
@@ -46,13 +42,16 @@ struct Fiber {
 };
 
 static const size_t SHARED_BYTES = 1 << 18, STACK_BYTES = 1 << 17;
-static std::vector<Fiber> fibers;
-static std::vector<Block> cluster;
+static const int LARGEST_CLUSTER = 8;
+static Fiber* fibers;
+static Block cluster[LARGEST_CLUSTER];
 static Barrier cluster_barrier;
 static Index grid;
-static int current, left, idle, direction;
+static unsigned char *shared, *stacks;
+static int room, count, current, left, idle, direction;
 static jmp_buf finished;
-static std::function<void()> body;
+static void (*body)(const void*);
+static const void* body_of;
 
 inline Fiber& me() { return fibers[current]; }
 
@@ -64,11 +63,11 @@ inline void enter(Fiber& fiber) {
 
 inline void next() {
   if (!left) _longjmp(finished, 1);
-  if (++idle > 4 * (int)fibers.size()) {
-    std::fprintf(stderr, "a barrier waits for a thread that never comes\n");
-    std::abort();
+  if (++idle > 4 * count) {
+    fprintf(stderr, "a barrier waits for a thread that never comes\n");
+    abort();
   }
-  do current = (current + direction + (int)fibers.size()) % (int)fibers.size();
+  do current = (current + direction + count) % count;
   while (me().done);
   enter(me());
 }
@@ -89,7 +88,7 @@ inline void wait(Barrier& barrier, int members) {
 }
 
 inline void run_fiber() {
-  body();
+  body(body_of);
   me().done = true;
   --left;
   idle = 0;
@@ -98,36 +97,36 @@ inline void run_fiber() {
 
 // The blocks (x, 0 .. blocks - 1) together, `threads` of each.
 inline void run_cluster(unsigned x, unsigned y, int blocks, int threads) {
-  static std::unique_ptr<unsigned char[]> shared, stacks;
-  static size_t stacks_for = 0;
-  if (!shared) shared.reset(new unsigned char[8 * SHARED_BYTES + 128]);
-  const size_t count = (size_t)blocks * threads;
-  if (stacks_for < count) {
-    stacks.reset(new unsigned char[count * STACK_BYTES]);
-    stacks_for = count;
+  if (!shared) shared = (unsigned char*)aligned_alloc(128, LARGEST_CLUSTER * SHARED_BYTES);
+  count = blocks * threads;
+  if (room < count) {
+    free(fibers);
+    free(stacks);
+    fibers = (Fiber*)malloc(count * sizeof(Fiber));
+    stacks = (unsigned char*)malloc(count * STACK_BYTES);
+    room = count;
   }
-  std::memset(shared.get(), 0xcd, blocks * SHARED_BYTES);
-  unsigned char* aligned = shared.get() + 128 - (size_t)shared.get() % 128;
-  cluster.assign(blocks, Block());
-  fibers.assign(count, Fiber());
+  memset(shared, 0xcd, blocks * SHARED_BYTES);
+  memset(cluster, 0, sizeof(cluster));
   cluster_barrier = Barrier();
   for (int b = 0; b < blocks; ++b) {
     cluster[b].index = {x, y + b, 0};
     cluster[b].threads = threads;
-    cluster[b].warps.assign((threads + 31) / 32, Warp());
-    cluster[b].shared = aligned + b * SHARED_BYTES;
+    cluster[b].shared = shared + b * SHARED_BYTES;
     for (int t = 0; t < threads; ++t) {
-      Fiber& fiber = fibers[b * threads + t];
+      const int own = b * threads + t;
+      Fiber& fiber = fibers[own];
       fiber.index = {(unsigned)t, 0, 0};
       fiber.block = &cluster[b];
+      fiber.started = fiber.done = false;
       getcontext(&fiber.first);
-      fiber.first.uc_stack.ss_sp = stacks.get() + (b * threads + t) * STACK_BYTES;
+      fiber.first.uc_stack.ss_sp = stacks + own * STACK_BYTES;
       fiber.first.uc_stack.ss_size = STACK_BYTES;
       fiber.first.uc_link = nullptr;
       makecontext(&fiber.first, run_fiber, 0);
     }
   }
-  left = (int)count;
+  left = count;
   idle = 0;
   direction = (x + y) % 2 ? -1 : 1;
   if (!_setjmp(finished)) {
@@ -137,13 +136,15 @@ inline void run_cluster(unsigned x, unsigned y, int blocks, int threads) {
 }
 
 // A launch of `grid_x` by `grid_y` blocks, clusters of `cluster_y` along the second axis.
-inline void launch(int grid_x, int grid_y, int threads, int cluster_y, std::function<void()> kernel) {
-  if (threads % 32 || grid_y % cluster_y || cluster_y > 8) {
-    std::fprintf(stderr, "no such launch\n");
-    std::abort();
+template <class Kernel>
+inline void launch(int grid_x, int grid_y, int threads, int cluster_y, Kernel kernel) {
+  if (threads % 32 || threads > 1024 || grid_y % cluster_y || cluster_y > LARGEST_CLUSTER) {
+    fprintf(stderr, "no such launch\n");
+    abort();
   }
   grid = {(unsigned)grid_x, (unsigned)grid_y, 1};
-  body = kernel;
+  body = [](const void* of) { (*(const Kernel*)of)(); };
+  body_of = &kernel;
   for (int x = 0; x < grid_x; ++x)
     for (int y = 0; y < grid_y; y += cluster_y) run_cluster(x, y, cluster_y, threads);
 }
@@ -151,7 +152,7 @@ inline void launch(int grid_x, int grid_y, int threads, int cluster_y, std::func
 template <class T, class F>
 inline T with_warp(T own, F of) {
   Warp& warp = me().block->warps[me().index.x / 32];
-  std::memcpy(&warp.value[me().index.x % 32], &own, 4);
+  memcpy(&warp.value[me().index.x % 32], &own, 4);
   wait(warp.barrier, 32);
   const T found = of(warp.value);
   wait(warp.barrier, 32);
@@ -181,12 +182,12 @@ DEV T from_lane(T own, int other) {  // of the lane whose number differs in thes
   const int lane = threadIdx.x % 32;
   return host::with_warp(own, [&](unsigned* all) {
     T found;
-    std::memcpy(&found, &all[lane ^ other], 4);
+    memcpy(&found, &all[lane ^ other], 4);
     return found;
   });
 }
 DEV void cluster_arrive() {}
-DEV void cluster_wait() { host::wait(host::cluster_barrier, (int)host::fibers.size()); }
+DEV void cluster_wait() { host::wait(host::cluster_barrier, host::count); }
 template <class T>
 DEV T from_rank(const T* shared, unsigned rank) {
   const size_t offset = (const unsigned char*)shared - host::me().block->shared;
@@ -195,7 +196,7 @@ DEV T from_rank(const T* shared, unsigned rank) {
 DEV int ones(unsigned mask) { return __builtin_popcount(mask); }
 DEV void wait_for_previous() {}
 DEV void let_next_begin() {}
-DEV float root(float x) { return std::sqrt(x); }
+DEV float root(float x) { return sqrtf(x); }
 typedef signed char i1;
 DEV int dot4(unsigned a, unsigned b, int sum) {
   for (int i = 0; i < 4; ++i) sum += (int)(i1)(a >> 8 * i) * (i1)(b >> 8 * i);

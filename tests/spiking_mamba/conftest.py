@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from tests.helpers.kernel_packages import interpreter_environment
+from tests.neurons.conftest import host, nvrtc  # noqa: F401
 
 
 @pytest.fixture(scope="session", autouse=True)

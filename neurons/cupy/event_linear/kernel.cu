@@ -6,8 +6,8 @@
 //            residual too; bias and residual may be absent
 //
 // s is int8 [rows, K], y [rows, N]; rows is at most BATCH.
-#include "../arithmetic.cuh"
-#include "../threads.cuh"
+#include "arithmetic.cuh"
+#include "threads.cuh"
 #define FLOATS 0
 #include "gather.cuh"
 

@@ -1,7 +1,6 @@
-"""The event-driven product as two operators, for few rows of spikes at a time.
+"""``neurons::event_driven_linear``: integer sums of the rows that fire, for few rows of spikes at a time.
 
-``neurons::event_driven_linear`` gives integer sums of the rows that fire; of these
-``neurons::event_driven_linear_scaled`` makes floats.
+``neurons::event_driven_linear_scaled`` makes floats of them in the same launch.
 """
 
 import functools
@@ -54,14 +53,8 @@ def module_options(bits: int, found: Plan, dtype: torch.dtype | None) -> tuple[s
 
 def layout_names(bits: int, found: Plan) -> dict[str, object]:
     """What ``gather.cuh`` wants defined."""
-    return {
-        "BITS": bits,
-        "WARPS": found.warps,
-        "CLUSTER": found.cluster,
-        "BATCH": found.batch,
-        "VEC": found.vec,
-        "LANES": found.lanes,
-    }
+    names: dict[str, object] = {"BATCH": found.batch, "VEC": found.vec, "LANES": found.lanes}
+    return names | {"BITS": bits, "WARPS": found.warps, "CLUSTER": found.cluster}
 
 
 def _launch(

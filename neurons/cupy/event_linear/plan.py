@@ -35,7 +35,7 @@ class Plan(NamedTuple):
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Blocks along the outputs and within a cluster."""
+        """Blocks along both axes."""
         return self.slabs, self.cluster
 
     @property
@@ -63,11 +63,9 @@ def plan(
 ) -> Plan:
     """The layout for ``batch`` rows of spikes, ``inputs`` and rows of ``row`` bytes, ``aligned`` or not.
 
-    ``floats`` is as in ``gather.cuh``.
-
-    It reads the widest pieces that divide a row and leave a lane's sums in registers. Of the layouts with
-    enough warps at work it takes the one with the widest slabs, since every slab prepares all spikes; of
-    those the one with the smallest cluster.
+    ``floats`` is what it is in ``gather.cuh``. A lane reads the widest pieces that divide a row and leave its
+    sums in registers. Of the layouts with enough warps at work it is the one with the widest slabs, since
+    every slab prepares all spikes; of those the one with the smallest cluster.
     """
     padded = 1 << (batch - 1).bit_length()
     columns = 8 // bits

@@ -1,0 +1,1 @@
+"""A token of an event-driven model on CUDA in few launches: three a mixer, two an MLP."""
