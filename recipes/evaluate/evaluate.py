@@ -3,29 +3,7 @@
 python recipes/evaluate/evaluate.py recipes/evaluate/evaluate.yaml models=runs/quickstart/student/model
 """
 
-from pathlib import Path
-
-from spiking_mamba.common.errors import fail_clearly
-from spiking_mamba.common.interruption import interruptible
-from spiking_mamba.common.machine import keep_freed_memory
-from spiking_mamba.common.progress import quiet
-from spiking_mamba.common.settings import parse_settings
-from spiking_mamba.evaluation.evaluator import evaluate
-from spiking_mamba.evaluation.settings import EvaluationSettings
-from spiking_mamba.reports.evaluation import write_evaluation_report
-
-
-@fail_clearly()
-def main() -> None:
-    settings = parse_settings(EvaluationSettings, description=__doc__)
-    quiet()
-    keep_freed_memory()
-    results = evaluate(settings)
-    output = Path(settings.output)
-    with interruptible(lambda: f"{output / 'results.json'} is complete; the same command reports it."):
-        print("\n" + write_evaluation_report(output, results))
-    print(f"\nReport: {output / 'report.md'}, {output / 'report.html'}; numbers: {output / 'results.json'}")
-
+from spiking_mamba.commands.evaluate import main
 
 if __name__ == "__main__":
-    main()
+    main(__doc__)

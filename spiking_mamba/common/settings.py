@@ -1,6 +1,7 @@
 """Recipe settings: a YAML file and command-line overrides, checked against a documented schema."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -34,7 +35,17 @@ def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
     return overrides
 
 
-def parse_settings(cls: type[T], arguments: Sequence[str] | None = None, description: str | None = None) -> T:
+def _is_override(words: Sequence[str]) -> bool:
+    """Whether there is no word, or the first is a key."""
+    return not words or words[0].startswith("--") or ("=" in words[0] and not Path(words[0]).is_file())
+
+
+def parse_settings(
+    cls: type[T],
+    arguments: Sequence[str] | None = None,
+    description: str | None = None,
+    optional: bool = False,
+) -> T:
     """Read ``CONFIG.yaml [key=value | --key value ...]`` from the command line into ``cls``.
 
     Nested keys are written with dots, ``training.learning_rate=1e-3``. The file comes first, overrides
@@ -45,9 +56,10 @@ def parse_settings(cls: type[T], arguments: Sequence[str] | None = None, descrip
         cls: made by :func:`spiking_mamba.common.schema.schema`.
         arguments: ``sys.argv[1:]`` by default.
         description: shown by ``--help``, before every key with its type, its default and its meaning.
+        optional: whether the file may be left out.
     """
     parser = argparse.ArgumentParser(
-        usage="%(prog)s [-h] config [key=value | --key value ...]",
+        usage=f"%(prog)s [-h] {'[config]' if optional else 'config'} [key=value | --key value ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="keys:\n" + "\n".join(described(cls)).replace("%", "%%"),
@@ -56,9 +68,12 @@ def parse_settings(cls: type[T], arguments: Sequence[str] | None = None, descrip
     parser.add_argument(
         "config", help="YAML file; any of its keys can be overridden: key=value or --key value"
     )
-    known, rest = parser.parse_known_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    # without a file the first word is a key, unless it asks for help
+    left_out = optional and not {"-h", "--help"} & set(given) and _is_override(given[:1])
+    known, rest = (argparse.Namespace(config=""), given) if left_out else parser.parse_known_args(given)
     try:
-        settings = read_yaml(Path(known.config))
+        settings = None if left_out else read_yaml(Path(known.config))
         if settings is None:
             settings = {}
         hints = hints_of(cls)  # type: ignore[arg-type]  # classes are hashable
@@ -67,11 +82,11 @@ def parse_settings(cls: type[T], arguments: Sequence[str] | None = None, descrip
         reject_unknown_keys(settings, hints, known.config)
         for key, value in _overrides(rest).items():
             set_dotted(settings, key, value)
-        reject_unknown_keys(settings, hints, known.config)
+        reject_unknown_keys(settings, hints, known.config or "the command line")
         return cls(**settings)
     except (ValueError, TypeError) as error:
         said = " ".join(str(error).split())
-        where = "" if known.config in said else f"{known.config}: "
+        where = "" if known.config in said else f"{known.config}: "  # "" is in everything
         parser.exit(2, f"{parser.prog}: error: {where}{shorter(said)}\n")
 
 

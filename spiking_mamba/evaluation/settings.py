@@ -17,7 +17,7 @@ from spiking_mamba.common.files import unused, write_whole
 from spiking_mamba.common.schema import Count, Name, Names, Natural, Seed, Words, as_list, schema
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 
-__all__ = ["RESULTS", "Checkpoint", "EvaluationSettings", "claim_output"]
+__all__ = ["RESULTS", "Checkpoint", "EvaluationSettings", "claim_output", "names_of"]
 
 RESULTS = "results.json"
 SETTINGS = "settings.yaml"
@@ -81,7 +81,7 @@ class EvaluationSettings:
 
     def checkpoints(self) -> "list[Checkpoint]":
         """What ``models`` and ``seeds`` stand for, in that order, each under a name of its own."""
-        patterns = self.models if isinstance(self.models, Mapping) else _named(as_list(self.models))
+        patterns = names_of(self.models)
         if not patterns:
             raise ValueError("models must name at least one checkpoint.")
         named = []
@@ -127,9 +127,14 @@ class Checkpoint:
     reference: bool = False
 
 
-def _named(paths: list[Any]) -> dict[str, str]:
-    """Names for checkpoints: their folders, without what all of them begin with and a last ``model``."""
-    paths = [str(path) for path in paths]
+def names_of(models: Any) -> dict[str, str]:
+    """The checkpoints that ``models`` names, by their own names or those that it gives.
+
+    A name of its own is the folder, without what all of them begin with and a last ``model``.
+    """
+    if isinstance(models, Mapping):
+        return dict(models)
+    paths = [str(path) for path in as_list(models)]
     parts = [Path(path).parts for path in paths]
     parts = [p[:-1] if len(p) > 1 and p[-1] == "model" else p for p in parts]
     shared = 0

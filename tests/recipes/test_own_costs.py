@@ -1,6 +1,5 @@
 """A user's own table of costs, from the command line of recipes/evaluate to every table and picture."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
+from spiking_mamba.commands import evaluate as recipe
 from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import train_tokenizer
 from tests.helpers.pages import Page
@@ -39,9 +39,6 @@ def evaluated(checkpoints, tmp_path, monkeypatch, drawn):
     """The recipe's results and page, with pictures looked at while they were drawn."""
     costs = tmp_path / "chip.yaml"
     costs.write_text(f"{OWN!r}: {{mac: {MAC}, ac: {AC}, byte: 5.0, width: 1}}\n")
-    spec = importlib.util.spec_from_file_location("evaluate_recipe", ROOT / "recipes/evaluate/evaluate.py")
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
     output = tmp_path / "run"
     arguments = [
         f"models=[{checkpoints}/teacher, {checkpoints}/student]", "reference=teacher", f"costs={costs}",

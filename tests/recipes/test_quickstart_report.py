@@ -1,7 +1,6 @@
 """The quickstart's report, from results written by hand."""
 
 import copy
-import importlib.util
 import json
 import math
 import re
@@ -12,22 +11,13 @@ import numpy as np
 import pytest
 
 from spiking_mamba import SpikingMambaConfig
+from spiking_mamba.reports import quickstart as report
 from spiking_mamba.spikes.energy import energy_of_rates
 from tests.helpers.pages import Page
 
 ROOT = Path(__file__).parents[2]
 LAYERS, LEVELS = 14, 17
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 8}}
-
-
-def _module():
-    spec = importlib.util.spec_from_file_location("quickstart_report", ROOT / "recipes/quickstart/report.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-report = _module()
 
 
 def scores(*values):

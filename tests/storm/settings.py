@@ -62,6 +62,8 @@ def settings_class(recipe: Recipe) -> type:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
+        if not hasattr(module, recipe.settings):  # it calls a command of the package
+            module = sys.modules[module.main.__module__]
         return getattr(module, recipe.settings)
 
 

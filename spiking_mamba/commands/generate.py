@@ -1,0 +1,154 @@
+"""Write on from a prompt, token by token, by event-driven integers on this processor."""
+
+import contextlib
+import sys
+import time
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field
+from transformers import TextStreamer
+
+from spiking_mamba.commands.configuration import command_settings
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.machine import cores
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.schema import Count, Name, Natural, Positive, Seed, schema
+from spiking_mamba.model.checkpoint import load_model
+from spiking_mamba.model.event_driven import STATES, WEIGHTS, EventDrivenMambaForCausalLM, event_driven
+from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
+from spiking_mamba.spikes.joules import NoEnergyCounter, ProcessorJoules
+
+
+@schema
+class GenerateSettings:
+    """Every field is a key of the YAML file.
+
+    Attributes:
+        prompt: what to write on from.
+        model: folder or hub name of a checkpoint, spiking or dense, or the folder of an event-driven model.
+        tokenizer: folder or hub name; null: the checkpoint's own.
+        tokens: how many to write at most.
+        temperature: of sampling; 0: always the likeliest token.
+        top_k: sample from so many of the likeliest tokens; 0: from all.
+        top_p: sample from the likeliest tokens that have this probability together.
+        repetition_penalty: what a token that has occurred is made less likely by; 1: nothing.
+        seed: of sampling.
+        weights: event-driven, of so many bits; null: the model as it is, float32, by torch.
+        states: dtype of the scan's states in event-driven decoding.
+        threads: null: as many as this process may use.
+    """
+
+    prompt: str
+    model: Name
+    tokenizer: Name | None = None
+    tokens: Count = 100
+    temperature: Annotated[float, Field(ge=0)] = 0.0
+    top_k: Natural = 0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    repetition_penalty: Positive = 1.0
+    seed: Seed = 0
+    weights: Literal[WEIGHTS] | None = "int8"  # type: ignore[valid-type]
+    states: Literal[STATES] = "float32"  # type: ignore[valid-type]
+    threads: Count | None = None
+
+    def __post_init__(self) -> None:
+        if not self.prompt.strip():
+            raise ValueError("prompt must not be empty.")
+        if self.threads is not None and self.threads > cores():
+            raise ValueError(
+                f"threads must be from 1 to {cores()}, the cores that this process may use, "
+                f"got {self.threads}."
+            )
+
+    def sampling(self) -> dict[str, Any]:
+        """Arguments of ``generate()``."""
+        own: dict[str, Any] = {"do_sample": self.temperature > 0}
+        if self.temperature > 0:
+            own |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
+        return own | {"repetition_penalty": self.repetition_penalty}
+
+
+class Clock(TextStreamer):
+    """Prints the text as it comes, and knows when the first token came and the last."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer, skip_special_tokens=True)
+        self.times: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        self.times.append(time.perf_counter())
+        super().put(value)
+
+
+def prepare(settings: GenerateSettings) -> SpikingMambaForCausalLM:
+    """The model, ready to decode."""
+    model = load_model(settings.model)
+    if isinstance(model, EventDrivenMambaForCausalLM):
+        made = model  # its weights are what they are
+    elif settings.weights is None:
+        return model
+    else:
+        made = event_driven(model, settings.weights, settings.states)
+    made.set_decoding("compiled", settings.threads or cores())
+    return made
+
+
+@contextlib.contextmanager
+def counting_joules() -> Iterator[ProcessorJoules | None]:
+    """The processor's energy over the block; None where nobody counts it."""
+    try:
+        meter = ProcessorJoules()
+    except NoEnergyCounter:
+        yield None
+        return
+    with meter:
+        yield meter
+
+
+def summary(model: SpikingMambaForCausalLM, clock: Clock, joules: ProcessorJoules | None) -> str:
+    """One line about the tokens behind the first, which the prompt's forward pass gives."""
+    tokens = len(clock.times) - 2  # the prompt comes first, in one piece
+    parts = [f"{tokens + 1} tokens"]
+    if tokens > 0:
+        parts.append(f"{tokens / (clock.times[-1] - clock.times[1]):.0f} tokens/s")
+    decoders = getattr(model, "decoders", None)
+    fetched = None if decoders is None else decoders.fetched()
+    if fetched is not None:
+        kind = model.config.weights
+        parts.append(
+            f"{100 * fetched.share:.0f}% of the projections' {kind} weights fetched, "
+            f"{fetched.total / 1e6:.1f} MB a token"
+        )
+    if joules is not None:
+        parts.append(f"{1e3 * joules.joules / (tokens + 1):.1f} mJ a token, the whole processor's")
+    return ", ".join(parts)
+
+
+@fail_clearly()
+def main(description: str | None = __doc__) -> None:
+    """Read the command line and run."""
+    settings = command_settings(GenerateSettings, "generate", description)
+    quiet()
+    threads = settings.threads or cores()
+    torch.set_num_threads(threads)
+    tokenizer = load_tokenizer(settings.model, settings.tokenizer)
+    model = prepare(settings)
+    check_vocabulary(tokenizer, model)
+    prompt = tokenizer(settings.prompt, return_tensors="pt")
+    own = settings.sampling()
+    if settings.weights is not None:
+        print("Compiling for this processor ...", end="\r", file=sys.stderr, flush=True)
+        model.generate(**prompt, max_new_tokens=2, min_new_tokens=2, **own)
+        print(" " * 32, end="\r", file=sys.stderr, flush=True)
+    torch.manual_seed(settings.seed)
+    clock = Clock(tokenizer)
+    with counting_joules() as joules:
+        model.generate(**prompt, max_new_tokens=settings.tokens, streamer=clock, **own)
+    print(f"\n[{summary(model, clock, joules)}, {threads} {'thread' if threads == 1 else 'threads'}]")
+
+
+if __name__ == "__main__":
+    main()
