@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[1]
 def test_every_file_of_the_recipes_exists():
     text = (ROOT / "CONTRIBUTING.md").read_text().split("## How to add")[1].split("## Tests")[0]
     recipes = re.split(r"^\*\*(?=A)", text, flags=re.MULTILINE)[1:]
-    assert len(recipes) == 7
+    assert len(recipes) == 8
     for recipe in recipes:
         paths = re.findall(r"`((?:neurons|spiking_mamba|recipes|tests|docs)/[\w/.<>]+)`", recipe)
         assert 2 <= len(set(paths)) <= (9 if "kernel" in recipe.split(".")[0] else 5), recipe

@@ -48,7 +48,7 @@ def _version(name: str) -> str | None:
 def provenance(settings: Any) -> dict[str, Any]:
     """What a reader needs to repeat a run; ``settings`` is a dataclass."""
     return {
-        "command": shlex.join(["python", *(_relative(argument) for argument in sys.argv)]),
+        "command": _command(),
         "commit": commit_of(Path(__file__).parents[2]),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "hardware": {
@@ -74,6 +74,16 @@ def code_state() -> dict[str, str | None]:
             if path.suffix in _SOURCES and path.is_file():
                 sha256.update(f"{path.relative_to(root)}\n{file_sha256(path)}\n".encode())
     return {"commit": commit_of(root), "sha256": sha256.hexdigest()}
+
+
+def _command() -> str:
+    """What was typed: of the console command, whose name is two words, without Python."""
+    program = (
+        sys.argv[0].split()
+        if sys.argv[0].startswith("spiking-mamba ")
+        else ["python", _relative(sys.argv[0])]
+    )
+    return shlex.join([*program, *(_relative(argument) for argument in sys.argv[1:])])
 
 
 def _relative(argument: str) -> str:
