@@ -77,12 +77,14 @@ def code_state() -> dict[str, str | None]:
 
 
 def _command() -> str:
-    """What was typed: of the console command, whose name is two words, without Python."""
-    program = (
-        sys.argv[0].split()
-        if sys.argv[0].startswith("spiking-mamba ")
-        else ["python", _relative(sys.argv[0])]
-    )
+    """What was typed: a script's name, a module's, or the console command's, which is two words."""
+    name = _relative(sys.argv[0])
+    if name.startswith("spiking-mamba "):
+        program = name.split()
+    elif name.startswith("spiking_mamba/"):
+        program = ["python", "-m", name.removesuffix(".py").replace("/", ".")]
+    else:
+        program = ["python", name]
     return shlex.join([*program, *(_relative(argument) for argument in sys.argv[1:])])
 
 

@@ -92,6 +92,20 @@ def test_teacher_and_student_load_with_the_auto_classes(teacher, text, tmp_path)
     assert [row["sgc_lambda"] for row in log if "kl" in row] == pytest.approx([1.0, 0.75, 0.5, 0.25])
 
 
+def test_tensorboard_gets_every_row_of_the_log(teacher, text, tmp_path):
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    done = distill(teacher, text, tmp_path / "student", "training.report_to=tensorboard")
+    assert done.returncode == 0, done.stderr
+    (folder,) = (tmp_path / "student/runs").iterdir()
+    reader = events.EventAccumulator(str(folder))
+    reader.Reload()
+    log = json.loads((tmp_path / "student/log.json").read_text())
+    for name in ("loss", "kl", "mean_abs_spike"):
+        shown = {event.step: event.value for event in reader.Scalars(f"train/{name}")}
+        assert shown == pytest.approx({row["step"]: row[name] for row in log if name in row})
+        assert list(shown) == [1, 2, 3, 4]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

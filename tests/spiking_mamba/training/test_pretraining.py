@@ -98,9 +98,14 @@ def test_one_process_uses_one_gpu(tmp_path, monkeypatch, capsys):
 
 
 def test_the_command_in_a_record_names_no_folder_above_the_checkout(monkeypatch):
-    monkeypatch.setattr(sys, "argv", [str(ROOT / "recipes/x.py"), "data=a b", "/elsewhere/x.yaml"])
-    command = provenance.provenance(PretrainingSettings("out"))["command"]
-    assert command == "python recipes/x.py 'data=a b' /elsewhere/x.yaml"
+    for program, said in (
+        (ROOT / "recipes/x.py", "python recipes/x.py"),
+        (ROOT / "spiking_mamba/commands/x.py", "python -m spiking_mamba.commands.x"),
+        ("spiking-mamba x", "spiking-mamba x"),
+    ):
+        monkeypatch.setattr(sys, "argv", [str(program), "data=a b", "/elsewhere/x.yaml"])
+        command = provenance.provenance(PretrainingSettings("out"))["command"]
+        assert command == f"{said} 'data=a b' /elsewhere/x.yaml"
 
 
 def test_a_version_that_is_not_installed(monkeypatch):
