@@ -105,7 +105,11 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
         student_folder, log = distill(distillation, teacher, tokenizer)
 
         print("2/3  Evaluating", flush=True)
-        spiking = {"neuron": settings.neuron, "membrane": settings.membrane, "threshold": settings.threshold}
+        spiking: dict[str, Any] = {
+            "neuron": settings.neuron,
+            "membrane": settings.membrane,
+            "threshold": settings.threshold,
+        }
         models: dict[str, Any] = {
             "teacher": teacher,
             "before": SpikingMambaForCausalLM.from_dense(teacher, **spiking),
