@@ -28,6 +28,7 @@ class BuildWithRecipes(build_py):
     """An editable installation finds them in the checkout."""
 
     def run(self) -> None:
+        """Copy what the package has itself, then what is shared."""
         super().run()
         if self.editable_mode:
             return
