@@ -28,7 +28,7 @@ class BuildWithRecipes(build_py):
     """An editable installation finds them in the checkout."""
 
     def run(self) -> None:
-        """Build, and put the recipes' configurations and the quickstart's models beside the commands."""
+        """Copy what the package has itself, then what is shared."""
         super().run()
         if self.editable_mode:
             return

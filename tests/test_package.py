@@ -117,8 +117,8 @@ def test_the_quickstart_runs_in_an_empty_folder(installed, tmp_path):
     (tmp_path / "text.txt").write_text(text)
     done = run(
         installed / "bin/spiking-mamba",
-        "quickstart", "data=text.txt", "held_out=text.txt", "held_out_rows=2", "length=32", "tasks=[]",
-        "training.max_steps=2", "training.per_device_train_batch_size=1", "output=run",
+        "quickstart", "data=text.txt", "held_out=text.txt", "held_out_rows=2", "length=32", "tasks=[copa]",
+        "limit=1", "training.max_steps=2", "training.per_device_train_batch_size=1", "output=run",
         fresh=True, cwd=tmp_path, PYTHONPATH=str(installed),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -79,7 +79,7 @@ class Clock(TextStreamer):
         self.times: list[float] = []
 
     def put(self, value: torch.Tensor) -> None:
-        """Take a token, and when it came."""
+        """Take the prompt's ids, or a token's, [1, T] or [1]."""
         self.times.append(time.perf_counter())
         super().put(value)
 

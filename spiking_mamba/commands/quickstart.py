@@ -81,7 +81,7 @@ class QuickstartSettings:
         self.distillation()
 
     def distillation(self) -> DistillationSettings:
-        """The settings of its distillation."""
+        """The settings of the training alone."""
         names = {f.name for f in dataclasses.fields(DistillationSettings)}
         shared = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name in names}
         return DistillationSettings(**shared | {"output": str(Path(self.output) / "student")})
