@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from shares import NEURON, set_shares
 from transformers.generation.streamers import BaseStreamer
 
 from neurons.cpu.linear import PackedLinear
@@ -36,12 +37,10 @@ from spiking_mamba import (
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.model.cpu_decoder import CpuDecoder
-from spiking_mamba.model.projection import SpikeEncoder
 from spiking_mamba.model.state_spaces import published_config
 from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.reports.figures import COLOURS, picture
 
-NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 64}}
 SHARES = {"62%": (0.724, 0.406), "42%": (0.49, 0.255)}  # of inputs that fire, in_proj and out_proj
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 LLAMA = {"F16": 1, "Q8_0": 7, "Q4_0": 2}  # llama.cpp's numbers for its formats
@@ -97,29 +96,6 @@ def make(size: str, spiking: bool) -> SpikingMambaForCausalLM:
     return SpikingMambaForCausalLM(
         SpikingMambaConfig(**fields | {"neuron": NEURON if spiking else None})
     ).eval()
-
-
-@torch.no_grad()
-def set_shares(model: SpikingMambaForCausalLM, shares: tuple[float, float]) -> None:
-    """Set every V_th so that about this share of a projection's inputs fires, layer after layer."""
-
-    def threshold(share: float) -> Callable:
-        def set_it(encoder: SpikeEncoder, args: tuple) -> None:
-            size = args[0].abs().flatten()
-            # half a quantum does not fire
-            smallest = size.kthvalue(max(1, round((1 - share) * size.numel()))).values
-            encoder.fix_threshold(2 * float(smallest))
-
-        return set_it
-
-    hooks = [
-        getattr(block.mixer, block.mixer.encoders[name]).register_forward_pre_hook(threshold(share))
-        for block in model.backbone.layers
-        for name, share in zip(("in_proj", "out_proj"), shares, strict=True)
-    ]
-    model(torch.randint(model.config.vocab_size, (1, 64)))
-    for hook in hooks:
-        hook.remove()
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from decoding import copy_bytes_per_second
+from shares import projection_sizes
 
 from neurons import EventDrivenLinear
 from spiking_mamba import SpikingMambaConfig
@@ -30,18 +31,11 @@ from spiking_mamba.spikes.joules import JouleMeter, NoEnergyCounter
 Way = Callable[[], None]
 
 
-def shapes_of(config: SpikingMambaConfig) -> list[tuple[int, int]]:
-    """``(in, out)`` of both projections of a block."""
-    inner = config.expand * config.hidden_size
-    wide = 2 * inner + 2 * config.n_groups * config.state_size + config.num_heads
-    return [(config.hidden_size, wide), (inner, config.hidden_size)]
-
-
 def event_driven_way(config: SpikingMambaConfig, weights: str, batch: int, share: float) -> tuple[Way, float]:
     """A token's projections by spikes of which so many fire, and the bytes of weights that they fetch."""
     layers, fetched = [], 0.0
     for _ in range(config.num_hidden_layers):
-        for inputs, outputs in shapes_of(config):
+        for inputs, outputs in projection_sizes(config):
             layer = EventDrivenLinear(inputs, outputs, bias=False, weights=weights, backend="cupy").cuda()
             low, high = (-127, 128) if weights == "int8" else (0, 256)
             layer.weight.copy_(torch.randint(low, high, layer.weight.shape, device="cuda"))
@@ -63,7 +57,7 @@ def dense_way(config: SpikingMambaConfig, batch: int) -> tuple[Way, float]:
     """The same in bfloat16 by cuBLAS."""
     layers = []
     for _ in range(config.num_hidden_layers):
-        for inputs, outputs in shapes_of(config):
+        for inputs, outputs in projection_sizes(config):
             weight = torch.randn(outputs, inputs, dtype=torch.bfloat16, device="cuda")
             layers.append((weight, torch.randn(batch, inputs, dtype=torch.bfloat16, device="cuda")))
 

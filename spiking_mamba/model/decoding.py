@@ -37,7 +37,7 @@ class DecodingGraph:
         device = self._tensors[0].device
         self._input_ids = torch.zeros(self._tensors[0].shape[0], 1, dtype=torch.long, device=device)
         self._step = step
-        self._graph: torch.cuda.CUDAGraph | None = None
+        self.graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
             self._capture()
 
@@ -48,8 +48,8 @@ class DecodingGraph:
             for _ in range(3):  # compiles, tunes and allocates what must not happen in a capture
                 self._step(self._input_ids, self._cache)
         torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self._graph):
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
             self._logits = self._step(self._input_ids, self._cache)
 
     def _move_in(self, cache: Cache) -> None:
@@ -69,9 +69,9 @@ class DecodingGraph:
         if any(states[key] is not ours for (states, key), ours in zip(tensors(cache), self._tensors)):  # noqa: B905
             self._move_in(cache)
         self._input_ids.copy_(input_ids)
-        if self._graph is None:
+        if self.graph is None:
             return self._step(self._input_ids, self._cache)
-        self._graph.replay()
+        self.graph.replay()
         return self._logits.clone()
 
 
@@ -94,6 +94,13 @@ class DecodingGraphs:
 
     def __len__(self) -> int:
         return len(self._graphs)
+
+    @property
+    def captured(self) -> dict[int, torch.cuda.CUDAGraph]:
+        """The graphs of a token by batch size, outside autocast; none off CUDA."""
+        with self._lock:
+            made = {batch: each.graph for (batch, autocast), each in self._graphs.items() if not autocast}
+        return {batch: graph for batch, graph in made.items() if graph is not None}
 
     def __reduce__(self) -> tuple[Any, ...]:
         # a copied or pickled model captures its own

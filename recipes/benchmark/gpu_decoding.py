@@ -1,0 +1,331 @@
+"""Time decoding on an NVIDIA GPU, token by token, and its joules: event-driven beside all that is dense.
+
+python recipes/benchmark/gpu_decoding.py --size 1.3b [--shares 0.63 0.42 --batches 1 2 4 8 --out runs/gpu]
+
+Weights are random; thresholds are set so that a given share of the projections' weights is fetched, as in
+cpu_decoding.py. "dense bf16" is our model as compiled blocks in a CUDA graph; "dense int8" runs the kernels
+of the event-driven one on activations rounded to int8, with nothing to skip: over dense bf16 it shows what
+integers give, and the event-driven rows over it what zeros give. "overlapping": launches begin while the one
+before ends. A token is a forward pass and an argmax, greedily; medians of repeats, all ways in turn. "Of its
+floor": the time in which the bytes that this way must move could be copied, at the speed of a copy in the
+same run. Joules are NVML's, of the whole GPU, with its idle power and without. --smoke: tiny shapes, on a
+processor too.
+"""
+
+import argparse
+import copy
+import importlib.util
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, make_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from decoding import copy_bytes_per_second, rival
+from gpu_tables import BF16, INT8, draw, table
+from shares import NEURON, set_shares, shares_for
+
+from neurons.cupy import launcher
+from spiking_mamba import (
+    EventDrivenMambaForCausalLM,
+    SpikingMambaConfig,
+    SpikingMambaForCausalLM,
+    event_driven,
+)
+from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.machine import device_name
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.provenance import provenance
+from spiking_mamba.common.records import put_record, read_records
+from spiking_mamba.model import cache as caches
+from spiking_mamba.model.cuda.token import FusedToken, own_cache
+from spiking_mamba.model.state_spaces import published_config
+from spiking_mamba.spikes.joules import JouleMeter, NoEnergyCounter
+
+RECORDS = "gpu_decoding.jsonl"
+PROMPT = 64  # tokens
+RIVAL = "mamba-ssm, CUDA graph"
+TINY = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 32}
+
+
+@dataclass
+class Way:
+    """A way to decode.
+
+    Attributes:
+        decode: decodes so many tokens.
+        bytes: that a token must move.
+        share: of the projections' weights that it fetches.
+        graph: a token without the host, where there is one.
+    """
+
+    decode: Callable[[int], None]
+    bytes: float
+    share: float | None = None
+    graph: torch.cuda.CUDAGraph | None = None
+    times: list[float] = field(default_factory=list)
+
+
+def prompt_for(model: SpikingMambaForCausalLM, batch: int) -> torch.Tensor:
+    ids = torch.randint(model.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)
+
+
+@torch.no_grad()
+def own_way(model: SpikingMambaForCausalLM, batch: int, bytes_: float, share: float | None = None) -> Way:
+    """Ours, captured on CUDA."""
+    output = model(prompt_for(model, batch), use_cache=True, logits_to_keep=1)
+    state = [output.logits[:, -1:].argmax(-1), output.cache]
+
+    @torch.no_grad()
+    def decode(count: int) -> None:
+        token, cache = state
+        for _ in range(count):
+            token = model(token, cache=cache, use_cache=True).logits[:, -1:].argmax(-1)
+        state[0] = token
+
+    decode(3)  # compiles and captures
+    graph = None if model.graphs is None else model.graphs.captured.get(batch)
+    return Way(decode, bytes_, share, graph)
+
+
+def dense_bytes(model: SpikingMambaForCausalLM, batch: int) -> float:
+    """Weights once, but for the rows of the embedding that are not asked for, and states read and written."""
+    config = model.config
+    channels = config.expand * config.hidden_size + 2 * config.n_groups * config.state_size
+    each = config.num_heads * config.head_dim * config.state_size + channels * config.conv_kernel
+    width = model.dtype.itemsize
+    weights = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
+    if not config.tie_word_embeddings:
+        weights -= model.backbone.embeddings.weight.numel()
+    return width * (weights + 2.0 * batch * config.num_hidden_layers * each)
+
+
+@torch.no_grad()
+def event_bytes(made: EventDrivenMambaForCausalLM, batch: int) -> tuple[float, float]:
+    """The same of integers, of whose projections some rows are fetched; and their share, of one token."""
+    from spiking_mamba.model.cuda import kernels, reference
+
+    prompt = prompt_for(made, batch)
+    cache = made(prompt, use_cache=True, logits_to_keep=1).cache
+    cache = own_cache(cache, getattr(torch, made.config.states))
+    fused = FusedToken(made, kernels if made.device.type == "cuda" else reference, keep=True)
+    fused(prompt[:, -1:], cache)
+    matrices = [getattr(b.mixer, name) for b in made.backbone.layers for name in ("in_proj", "out_proj")]
+    fetched = whole = 0.0
+    for kept, layer in zip(fused.kept, matrices, strict=True):
+        scales = 0 if layer.group_scale is None else layer.group_scale.numel()
+        fetched += (kept.inputs != 0).any(0).sum().item() * layer.weight.shape[1] + scales
+        whole += layer.weight.numel() + scales
+    head = made.lm_head.weight.numel()
+    head += 0 if made.lm_head.group_scale is None else made.lm_head.group_scale.numel()
+    small = sum(
+        p.numel() * p.element_size() for name, p in made.named_parameters() if "embeddings" not in name
+    )
+    small += sum(8 * layer.scale.numel() for layer in (*matrices, made.lm_head))
+    states = sum(
+        2 * states[key].numel() * states[key].element_size() for states, key in caches.tensors(cache)
+    )
+    return fetched + head + small + states, fetched / whole
+
+
+class Models:
+    """The models of a size, made where they are needed first, all of the same random weights."""
+
+    def __init__(self, config: SpikingMambaConfig, args: argparse.Namespace) -> None:
+        torch.manual_seed(0)
+        self.args = args
+        fields = {k: v for k, v in config.to_dict().items() if k != "model_type"}
+        with torch.device(args.device):
+            self.dense = SpikingMambaForCausalLM(SpikingMambaConfig(**fields | {"neuron": None})).eval()
+        self.config, self._made = self.dense.config, {}
+
+    def bf16(self) -> SpikingMambaForCausalLM:
+        if BF16 not in self._made:
+            model = copy.deepcopy(self.dense)
+            if self.args.device == "cuda":
+                model.to(torch.bfloat16).capture_decoding()
+            self._made[BF16] = model
+        return self._made[BF16]
+
+    def integers(self, share: float | None, overlaps: bool = False) -> EventDrivenMambaForCausalLM:
+        """Dense without a share; each has graphs of its own, since those that overlap differ."""
+        if (share, overlaps) not in self._made:
+            source = self.dense
+            with torch.device(self.args.device):
+                if share is not None:
+                    source = SpikingMambaForCausalLM.from_dense(self.dense, neuron=NEURON).eval()
+                    set_shares(source, shares_for(self.config, share))
+                made = event_driven(source, self.args.weights, self.args.states)
+            made.set_decoding("compiled" if self.args.device == "cuda" else "torch")
+            self._made[share, overlaps] = made
+        return self._made[share, overlaps]
+
+
+def makers(models: Models, batch: int, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Way]]]:
+    """Every way at a batch size, and what makes it."""
+    if batch in args.dense_batches:
+        if args.rival:
+            yield RIVAL, lambda: rival_way(models, batch, args)
+        yield BF16, lambda: own_way(models.bf16(), batch, dense_bytes(models.bf16(), batch))
+    for share in (None, *args.shares):
+        name = INT8 if share is None else f"event-driven, {share:.0%}"
+        name = name.replace("int8", args.weights)
+        for overlaps in (False, True) if args.overlap else (False,):
+
+            def make(share: float | None = share, overlaps: bool = overlaps) -> Way:
+                made = models.integers(share, overlaps)
+                with launcher.overlapping(overlaps):
+                    return own_way(made, batch, *event_bytes(made, batch))
+
+            yield name + (", overlapping" if overlaps else ""), make
+
+
+def rival_way(models: Models, batch: int, args: argparse.Namespace) -> Way:
+    run = rival(models.config, args)
+    prompt = prompt_for(models.dense, batch)
+
+    def decode(count: int) -> None:
+        run(prompt, count)
+
+    with torch.no_grad():
+        decode(4)
+    return Way(decode, dense_bytes(models.bf16(), batch))
+
+
+def synchronize() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+@torch.no_grad()
+def seconds_a_token(name: str, way: Way, tokens: int) -> float:
+    """Of decoding so many; of the rival's, whose prompt is in it, by the difference of two lengths."""
+    found = []
+    for count in (tokens // 4, tokens) if name == RIVAL else (tokens,):
+        synchronize()
+        start = time.perf_counter()
+        way.decode(count)
+        synchronize()
+        found.append(time.perf_counter() - start)
+    return found[0] / tokens if len(found) == 1 else (found[1] - found[0]) / (tokens - tokens // 4)
+
+
+def replay_milliseconds(graph: torch.cuda.CUDAGraph, repeats: int = 30) -> float:
+    times = []
+    for _ in range(repeats):
+        marks = [torch.cuda.Event(enable_timing=True) for _ in range(2)]
+        marks[0].record()
+        graph.replay()
+        marks[1].record()
+        torch.cuda.synchronize()
+        times.append(marks[0].elapsed_time(marks[1]))
+    return statistics.median(times)
+
+
+@torch.no_grad()
+def joules(way: Way, seconds_each: float, seconds: float, batch: int) -> dict[str, float]:
+    """Millijoules a token, idle power included and without; nothing where nothing counts them."""
+    count = max(4, round(seconds / seconds_each))
+    try:
+        meter = JouleMeter(idle_seconds=1.0)
+    except NoEnergyCounter as error:
+        print(error)
+        return {}
+    with meter:
+        way.decode(count)
+    found = meter.result(count * batch)
+    return {
+        "mJ": 1e3 * found["joules_total_per_token"],
+        "mJ_net": 1e3 * found["joules_net_per_token"],
+        "idle_watts": found["idle_watts"],
+        "watts": found["joules_total"] / found["seconds"],
+    }
+
+
+def measure(models: Models, batch: int, args: argparse.Namespace, about: dict[str, Any]) -> None:
+    """All ways at a batch size; each is put among the records when it is known."""
+    ways: dict[str, Way] = {}
+    for name, make in makers(models, batch, args):
+        start = time.perf_counter()
+        try:
+            ways[name] = make()
+        except Exception as error:  # one that cannot run here leaves the others
+            print(f"{name}, batch {batch}: left out: {type(error).__name__}: {str(error)[:300]}", flush=True)
+        else:
+            print(f"{name}, batch {batch}: ready in {time.perf_counter() - start:.0f} s", flush=True)
+    for _ in range(args.repeats):
+        for name, way in ways.items():
+            way.times.append(seconds_a_token(name, way, args.tokens))
+    for name, way in ways.items():
+        each = statistics.median(way.times)
+        record = {"size": args.size, "batch": batch, "way": name, "seconds": each, "times": way.times}
+        record |= {"bytes": way.bytes, "share": way.share} | about
+        if way.graph is not None:
+            record["replay_ms"] = replay_milliseconds(way.graph)
+        if args.seconds and name != RIVAL:
+            record |= joules(way, each, args.seconds, batch)
+        put_record(args.out / RECORDS, record, ("size", "batch", "way"))
+        print(f"{name}, batch {batch}: {1e3 * each:.3f} ms", flush=True)
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--size", default="1.3b", help="130m, 370m, 780m, 1.3b or 2.7b")
+    parser.add_argument("--shares", type=float, nargs="+", default=[0.63, 0.42])
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
+    parser.add_argument("--dense-batches", type=int, nargs="*", default=[1, 8], help="of what is compiled")
+    parser.add_argument("--weights", default="int8", choices=("int8", "int4"))
+    parser.add_argument("--states", default="bfloat16", choices=("float32", "bfloat16"))
+    parser.add_argument("--tokens", type=int, default=128, help="a repeat's")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each way for joules; 0: none")
+    parser.add_argument("--limit", type=float, default=3600, help="seconds after which no batch begins")
+    parser.add_argument("--overlap", action="store_true", help="also with overlapping launches")
+    parser.add_argument("--rival", action="store_true", help="with mamba-ssm, which tunes for minutes")
+    parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that all of it runs")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu_decoding"))
+    args = parser.parse_args()
+    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.device == "cpu" and not args.smoke:
+        raise ValueError("Decoding on a GPU needs one; --smoke runs anywhere.")
+    if args.smoke:
+        args.size, args.tokens, args.repeats, args.seconds = "smoke", 8, 2, min(args.seconds, 0.2)
+    if args.overlap and (reason := launcher.cannot_overlap(torch.device(args.device, 0))) is not None:
+        print(f"No launches overlap: {reason}")
+        args.overlap = False
+    if args.rival and importlib.util.find_spec("mamba_ssm") is None:
+        print("mamba-ssm: not measured, since it is not installed")
+        args.rival = False
+    return args
+
+
+@fail_clearly()
+def main() -> None:
+    args, start = arguments(), time.perf_counter()
+    quiet()
+    config = SpikingMambaConfig(**TINY, n_groups=1, state_size=16) if args.smoke else None
+    models = Models(config or published_config(f"state-spaces/mamba2-{args.size}"), args)
+    kept = vars(args) | {"out": args.out.name}
+    about: dict[str, Any] = {"provenance": provenance(make_dataclass("Arguments", kept)(**kept))}
+    about["copy_bytes_per_second"] = copy_bytes_per_second() if args.device == "cuda" else None
+    for batch in args.batches:
+        if time.perf_counter() - start > args.limit:
+            print(f"batch {batch}: left out, the time is over")
+            continue
+        measure(models, batch, args, about)
+    records = [r for r in read_records(args.out / RECORDS) if r["size"] == args.size]
+    text = f"{device_name()}, copy {(about['copy_bytes_per_second'] or 0) / 1e12:.2f} TB/s; "
+    text += f"weights {args.weights}, states {args.states}; {args.repeats} repeats of {args.tokens} tokens"
+    text += f" in turn\n\n{table(records)}"
+    print(text)
+    (args.out / f"{args.size}.md").write_text(text + "\n")
+    draw(records, args.out / f"{args.size}.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Tables and pictures of gpu_decoding.py's records."""
+
+from pathlib import Path
+from typing import Any
+
+from spiking_mamba.reports.document import markdown_table
+from spiking_mamba.reports.figures import COLOURS, MARKERS, picture
+
+BF16, INT8 = "dense bf16", "dense int8"
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """A size's records at batch 1, then its growth with the batch, then what integers and zeros give."""
+    own = {(r["way"], r["batch"]): r for r in records}
+    ways, batches = (list(dict.fromkeys(r[key] for r in records)) for key in ("way", "batch"))
+    smallest = min(batches)
+
+    def over(way: str, other: str) -> str:
+        one, two = own.get((other, smallest)), own.get((way, smallest))
+        return f"{one['seconds'] / two['seconds']:.2f}" if one and two else "-"
+
+    rows = []
+    for way in ways:
+        if (r := own.get((way, smallest))) is None:
+            continue
+        floor = r["bytes"] / r["copy_bytes_per_second"] if r.get("copy_bytes_per_second") else None
+        rows.append(
+            [
+                way, f"{smallest / r['seconds']:.0f}", f"{1e3 * r['seconds']:.3f}",
+                f"{r['replay_ms']:.3f}" if "replay_ms" in r else "-", over(way, BF16),
+                "-" if r["share"] is None else f"{r['share']:.2f}", f"{r['bytes'] / 1e6:.0f}",
+                "-" if floor is None else f"{floor / r['seconds']:.0%}",
+                *(f"{r[key]:.0f}" if key in r else "-" for key in ("mJ", "mJ_net", "idle_watts")),
+            ]
+        )  # fmt: skip
+    head = ["tokens/s", "ms a token", "its graph alone", "speed / dense bf16", "share fetched", "MB a token"]
+    head += ["of its floor", "mJ a token", "idle taken off", "idle W"]
+    text = markdown_table([f"{records[0]['size']}, batch {smallest}", *head], rows)
+    if len(batches) > 1:
+        grown = [
+            [way, *(f"{b / own[way, b]['seconds']:.0f}" if (way, b) in own else "-" for b in batches)]
+            for way in ways
+        ]
+        text += "\n\n" + markdown_table(["tokens/s", *(f"batch {b}" for b in batches)], grown)
+    integers = next((way for way in ways if way.startswith("dense int") and "overl" not in way), None)
+    if integers is not None:
+        text += f"\n\nIntegers give {over(integers, BF16)} times dense bf16's speed; zeros, over them: "
+        plain = [w for w in ways if w.startswith("event") and "overl" not in w]
+        text += ", ".join(f"{w.removeprefix('event-driven, ')}: {over(w, integers)}" for w in plain) + "."
+    return text
+
+
+def draw(records: list[dict[str, Any]], path: Path) -> None:
+    """Tokens a second, and how they grow with the batch."""
+    batches = sorted({r["batch"] for r in records})
+    ways = list(dict.fromkeys(r["way"] for r in records))
+    with picture(path, 11, 1.4 + 0.4 * max(6, len(ways)), ncols=2) as (_, (left, right)):
+        first = [r for r in records if r["batch"] == batches[0]]
+        bars = left.barh(
+            [r["way"] for r in first], [r["batch"] / r["seconds"] for r in first], color=COLOURS[0]
+        )
+        left.bar_label(bars, fmt="%.0f", padding=3)
+        left.invert_yaxis()
+        left.set_title(f"{records[0]['size']}, batch {batches[0]}: tokens a second")
+        left.margins(x=0.15)
+        for number, way in enumerate(ways):
+            own = sorted((r["batch"], r["batch"] / r["seconds"]) for r in records if r["way"] == way)
+            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+            right.plot(*zip(*own, strict=True), label=way, **style)
+        right.set_xlabel("sequences at a time")
+        right.set_title("tokens a second, all sequences")
+        right.legend(frameon=False, fontsize=8)

@@ -1,0 +1,60 @@
+"""The benchmark of decoding on a GPU: it runs small on a processor; its tables say what was measured."""
+
+import gpu_decoding
+import gpu_tables
+import pytest
+
+from spiking_mamba.common.records import read_records
+from tests.helpers.commands import ROOT, run
+
+SCRIPT = ROOT / "recipes/benchmark/gpu_decoding.py"
+
+
+def record(way, batch, seconds, **others):
+    return {"size": "1.3b", "batch": batch, "way": way, "seconds": seconds, "bytes": 3e8, "share": None,
+            "copy_bytes_per_second": 3e12} | others  # fmt: skip
+
+
+def test_the_table():
+    records = [
+        record("dense bf16", 1, 2e-3, bytes=2.7e9, mJ=700.0, mJ_net=500.0, idle_watts=73.0),
+        record("dense int8", 1, 1e-3),
+        record("event-driven, 63%", 1, 8e-4, share=0.63, replay_ms=0.7),
+        record("event-driven, 63%", 8, 2e-3, share=0.9),
+    ]
+    text = gpu_tables.table(records)
+    first, second, last = text.split("\n\n")
+    cells = next(line.split("|") for line in first.splitlines() if line.startswith("| event"))
+    assert [cell.strip() for cell in cells[2:-1]] == [
+        "1250", "0.800", "0.700", "2.50", "0.63", "300", "12%", "-", "-", "-",
+    ]  # fmt: skip
+    cells = next(line.split("|") for line in first.splitlines() if line.startswith("| dense bf16"))
+    assert [cell.strip() for cell in cells[-4:-1]] == ["700", "500", "73"]
+    grown = next(line.split("|") for line in second.splitlines() if line.startswith("| event"))
+    assert [cell.strip() for cell in grown[2:-1]] == ["1250", "4000"]
+    assert last == "Integers give 2.00 times dense bf16's speed; zeros, over them: 63%: 1.25."
+
+
+def test_all_of_it_runs_small(tmp_path):
+    done = run(SCRIPT, "--smoke", "--overlap", "--rival", "--batches", "1", "2", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = read_records(tmp_path / gpu_decoding.RECORDS)
+    assert [r["way"] for r in found if r["batch"] == 1] == [
+        "dense bf16", "dense int8", "event-driven, 63%", "event-driven, 42%",
+    ]  # fmt: skip
+    by_share = {r["way"]: r["share"] for r in found if r["batch"] == 1}
+    assert by_share["event-driven, 63%"] == pytest.approx(0.63, abs=0.1)
+    assert by_share["event-driven, 42%"] == pytest.approx(0.42, abs=0.1)
+    assert by_share["dense int8"] > 0.9
+    bytes_of = {r["way"]: r["bytes"] for r in found if r["batch"] == 1}
+    assert bytes_of["event-driven, 42%"] < bytes_of["event-driven, 63%"] < bytes_of["dense int8"]
+    assert bytes_of["dense int8"] < bytes_of["dense bf16"]  # float32 on a processor
+    assert (tmp_path / "smoke.png").stat().st_size > 1000
+    assert "its floor" in (tmp_path / "smoke.md").read_text()
+
+
+def test_what_cannot_run_is_said(tmp_path):
+    done = run(SCRIPT, "--out", tmp_path)
+    assert done.returncode != 0
+    assert "--smoke runs anywhere" in done.stderr
+    assert not list(tmp_path.iterdir())
