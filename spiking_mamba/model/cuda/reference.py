@@ -27,6 +27,7 @@ def project(
     """Norm or gate, neuron or rounding, the product, and what follows it.
 
     Args:
+        given: what the norm or the gate gets. matrix: of the projection, integers.
         most: the neuron's largest count; None: activations are rounded to int8, a factor for every 32.
         convolution: of some of the columns, followed by SiLU; their last inputs move on in place.
         onto: the residual stream ``[B, N]``, to which the product is added in place.
@@ -96,6 +97,7 @@ def scan(projected: torch.Tensor, mixer: Scan) -> tuple[torch.Tensor, torch.Tens
     Args:
         projected: gate ``[H * P]``, then x, B and C behind the convolution, then the time steps ``[H]``:
             float32 ``[B, 2 * H * P + 2 * G * N + H]``.
+        mixer: its parameters, and its state, which moves on in place.
 
     Returns:
         ``[B, H * P]``, and the sums of its squares in pieces, a few for each head.
