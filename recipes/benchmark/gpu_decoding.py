@@ -310,6 +310,17 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def show(args: argparse.Namespace, about: dict[str, Any]) -> None:
+    """Print what is known of a size so far, and put it into the folder as a table and a picture."""
+    records = [r for r in read_records(args.out / RECORDS) if r["size"] == args.size]
+    text = f"{device_name()}, copy {(about['copy_bytes_per_second'] or 0) / 1e12:.2f} TB/s; "
+    text += f"weights {args.weights}, states {args.states}; {args.repeats} repeats of {args.tokens} tokens"
+    text += f" in turn\n\n{table(records)}"
+    print(text, flush=True)
+    (args.out / f"{args.size}.md").write_text(text + "\n")
+    draw(records, args.out / f"{args.size}.png")
+
+
 @fail_clearly()
 def main() -> None:
     args, start = arguments(), time.perf_counter()
@@ -326,13 +337,7 @@ def main() -> None:
             print(f"batch {batch}: left out, the time is over")
             continue
         measure(models, batch, args, about)
-    records = [r for r in read_records(args.out / RECORDS) if r["size"] == args.size]
-    text = f"{device_name()}, copy {(about['copy_bytes_per_second'] or 0) / 1e12:.2f} TB/s; "
-    text += f"weights {args.weights}, states {args.states}; {args.repeats} repeats of {args.tokens} tokens"
-    text += f" in turn\n\n{table(records)}"
-    print(text)
-    (args.out / f"{args.size}.md").write_text(text + "\n")
-    draw(records, args.out / f"{args.size}.png")
+        show(args, about)
 
 
 if __name__ == "__main__":

@@ -41,9 +41,17 @@ def ids_of(rows, length, seed=0):
     return torch.randint(500, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("spec", [INTEGER, None])
-@pytest.mark.parametrize("weights", ["int8", "int4"])
-@pytest.mark.parametrize("fields", [{}, {"n_groups": 2, "use_bias": True}, MLPS], ids=str)
+@pytest.mark.parametrize(
+    ("spec", "weights", "fields"),
+    [
+        (INTEGER, "int8", {}),
+        (INTEGER, "int8", {"n_groups": 2, "use_bias": True}),
+        (INTEGER, "int4", MLPS),
+        (None, "int8", {}),
+        (None, "int4", {"n_groups": 2}),
+    ],
+    ids=str,
+)
 def test_kernels_equal_their_reference(spec, weights, fields):
     made = made_of(spec, weights, **fields).cuda()
     for rows in (1, 3, 8):
