@@ -28,6 +28,7 @@ from gpu_tables import BF16, INT8, draw, table
 from shares import NEURON, set_shares, shares_for
 
 from neurons.cupy import launcher
+from neurons.cupy.event_linear import plan as layouts
 from spiking_mamba import (
     EventDrivenMambaForCausalLM,
     SpikingMambaConfig,
@@ -276,6 +277,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--size", default="1.3b", help="130m, 370m, 780m, 1.3b or 2.7b")
+    parser.add_argument("--layers", type=int, help="fewer layers, for a trial")
     parser.add_argument("--shares", type=float, nargs="+", default=[0.63, 0.42])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--dense-batches", type=int, nargs="*", default=[1, 8], help="of what is compiled")
@@ -286,6 +288,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, default=1.5, help="of each way for joules; 0: none")
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which no batch begins")
     parser.add_argument("--overlap", action="store_true", help="also with overlapping launches")
+    parser.add_argument("--cluster", type=int, help="blocks of a cluster at most, 1 for none; tuning")
+    parser.add_argument("--warps", type=int, help="that a launch should have; tuning")
     parser.add_argument("--rival", action="store_true", help="with mamba-ssm, which tunes for minutes")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that all of it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_decoding"))
@@ -293,6 +297,8 @@ def arguments() -> argparse.Namespace:
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cpu" and not args.smoke:
         raise ValueError("Decoding on a GPU needs one; --smoke runs anywhere.")
+    layouts.CLUSTER = args.cluster or layouts.CLUSTER
+    layouts.WARPS_WANTED = args.warps or layouts.WARPS_WANTED
     if args.smoke:
         args.size, args.tokens, args.repeats, args.seconds = "smoke", 8, 2, min(args.seconds, 0.2)
     if args.overlap and (reason := launcher.cannot_overlap(torch.device(args.device, 0))) is not None:
@@ -304,12 +310,25 @@ def arguments() -> argparse.Namespace:
     return args
 
 
+def show(args: argparse.Namespace, about: dict[str, Any]) -> None:
+    """Print what is known of a size so far, and put it into the folder as a table and a picture."""
+    records = [r for r in read_records(args.out / RECORDS) if r["size"] == args.size]
+    text = f"{device_name()}, copy {(about['copy_bytes_per_second'] or 0) / 1e12:.2f} TB/s; "
+    text += f"weights {args.weights}, states {args.states}; {args.repeats} repeats of {args.tokens} tokens"
+    text += f" in turn\n\n{table(records)}"
+    print(text, flush=True)
+    (args.out / f"{args.size}.md").write_text(text + "\n")
+    draw(records, args.out / f"{args.size}.png")
+
+
 @fail_clearly()
 def main() -> None:
     args, start = arguments(), time.perf_counter()
     quiet()
     config = SpikingMambaConfig(**TINY, n_groups=1, state_size=16) if args.smoke else None
-    models = Models(config or published_config(f"state-spaces/mamba2-{args.size}"), args)
+    config = config or published_config(f"state-spaces/mamba2-{args.size}")
+    config.num_hidden_layers = args.layers or config.num_hidden_layers
+    models = Models(config, args)
     kept = vars(args) | {"out": args.out.name}
     about: dict[str, Any] = {"provenance": provenance(make_dataclass("Arguments", kept)(**kept))}
     about["copy_bytes_per_second"] = copy_bytes_per_second() if args.device == "cuda" else None
@@ -318,13 +337,7 @@ def main() -> None:
             print(f"batch {batch}: left out, the time is over")
             continue
         measure(models, batch, args, about)
-    records = [r for r in read_records(args.out / RECORDS) if r["size"] == args.size]
-    text = f"{device_name()}, copy {(about['copy_bytes_per_second'] or 0) / 1e12:.2f} TB/s; "
-    text += f"weights {args.weights}, states {args.states}; {args.repeats} repeats of {args.tokens} tokens"
-    text += f" in turn\n\n{table(records)}"
-    print(text)
-    (args.out / f"{args.size}.md").write_text(text + "\n")
-    draw(records, args.out / f"{args.size}.png")
+        show(args, about)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,32 @@ from tests.helpers.kernel_parity import Case, check_compensated, check_count, ch
 SHAPES = [(1, (2051,)), (1, (4096,)), (3, (2056,)), (2, (4096,)), (5, (77,)), (37, (70,)), (70, (64,))]
 
 
+def decoding() -> None:
+    """A few tokens of event-driven models, as single launches."""
+    from spiking_mamba.model.cuda.token import FusedToken, own_cache
+    from tests.gpu.test_event_driven import INTEGER, MLPS, ids_of, made_of
+
+    with torch.no_grad():
+        for spec, weights, fields in (
+            (INTEGER, "int8", {"n_groups": 2}),
+            (INTEGER, "int4", MLPS),
+            (None, "int8", {}),
+        ):
+            made = made_of(spec, weights, **fields).cuda()
+            for rows in (1, 3, 8):
+                ids = ids_of(rows, 6).cuda()
+                cache = own_cache(made(ids[:, :4], use_cache=True).cache, torch.bfloat16)
+                token = FusedToken(made)
+                for one in ids[:, 4:].split(1, 1):
+                    token(one, cache)
+    torch.cuda.synchronize()
+    print("sanitize: decoding passed")
+
+
 def main() -> None:
+    if "--decoding" in sys.argv:
+        decoding()
+        return
     cases = 0
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         for T, shape in SHAPES:

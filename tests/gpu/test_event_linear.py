@@ -25,8 +25,8 @@ def spikes_of(rows: int, inputs: int, share: float, seed: int = 0) -> torch.Tens
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
 def test_sums_equal_the_oracle(weights: str, share: float) -> None:
-    sizes = [(0, 3), (3, 0), (1, 1), (31, 5), (130, 67), (512, 528), (2048, 8512), (4096, 2048), (769, 3352)]
-    for (inputs, outputs), rows in itertools.product(sizes, (1, 2, 3, 5, 8, 9, 17, 40)):
+    sizes = [(0, 3), (3, 0), (31, 5), (130, 67), (2048, 8512), (4096, 2048), (769, 3352)]
+    for (inputs, outputs), rows in itertools.product(sizes, (1, 3, 8, 9, 40)):
         layer = random_layer(inputs, outputs, weights, backend="cupy")
         spikes = spikes_of(rows, inputs, share)
         wanted = functional.event_driven_linear(spikes, layer.integer_weight())

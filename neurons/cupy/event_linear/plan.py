@@ -14,7 +14,7 @@ CLUSTER = 8  # blocks of a cluster, at most: what every GPU with clusters can do
 # has sums of its own beside them, as 4-bit weights do.
 _SUMS, _SUMS_TWICE = 64, 32
 _SHARED_BYTES = 46_000  # of a block, without asking for more
-_WARPS_WANTED = 2048  # of a launch: 132 multiprocessors with 16 each hide a fetch's latency
+WARPS_WANTED = 2048  # of a launch: 132 multiprocessors with 16 each hide a fetch's latency
 
 
 class Plan(NamedTuple):
@@ -89,5 +89,5 @@ def plan(
         return p.slabs * min(runs, p.cluster * p.warps)
 
     found = list(layouts())
-    enough = [p for p in found if at_work(p) >= _WARPS_WANTED]
+    enough = [p for p in found if at_work(p) >= WARPS_WANTED]
     return enough[0] if enough else max(found, key=at_work)
