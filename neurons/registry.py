@@ -47,11 +47,14 @@ def register(cls: type[nn.Module]) -> type[nn.Module]:
     return cls
 
 
+def _names(module_name: str) -> dict[str, Any]:
+    return vars(importlib.import_module(module_name))
+
+
 def _exported() -> dict[str, type[nn.Module]]:
     classes = dict(_registered)
     for module_name in _MODULES:
-        module = importlib.import_module(module_name)
-        for name, value in vars(module).items():
+        for name, value in _names(module_name).items():
             if isinstance(value, type) and issubclass(value, _KINDS) and not name.startswith("_"):
                 classes[f"{module_name}.{name}"] = value
     return classes

@@ -238,8 +238,11 @@ def _is_wrapped(linear: nn.Module) -> bool:
 def reject_wrapped(model: nn.Module) -> None:
     """Raise a ValueError where a projection's weights are but a part of it, or not readable as numbers."""
     for name, projection in spike_fed(model):
-        if projection.weight.dtype == torch.uint8:
-            raise ValueError(f"{name} holds packed weights of 4 bits or so: call dequantize() first.")
+        weight = getattr(projection.linear, "weight", None)
+        if weight is None or weight.dtype == torch.uint8:
+            raise ValueError(
+                f"{name} holds packed weights, no numbers; what transformers packed, dequantize() unpacks."
+            )
         if _is_wrapped(projection.linear):
             raise ValueError(
                 f"{name} is wrapped by {type(projection.linear).__name__}, as adapters do: merge it first, "

@@ -176,6 +176,9 @@ def recipes(folder: Path) -> dict[str, Recipe]:
         "generate": Recipe(
             "generate/generate.py", "GenerateSettings", {"prompt": "cats", "model": teacher}, False
         ),
+        "export": Recipe(
+            "export/export.py", "ExportSettings", {"model": teacher, "output": "run", "to": "transformers"}
+        ),
         "documents": Recipe(
             "ablate/documents.py",
             "DocumentSettings",
