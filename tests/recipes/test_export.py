@@ -92,3 +92,11 @@ def test_what_cannot_be_exported_is_refused_in_a_line(tmp_path):
         assert said in found.stderr, (model, to, found.stderr)
         assert found.stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "mlps", "student"]
+
+
+def test_the_console_command_is_the_same(tmp_path):
+    transformers_folder(tmp_path / "first")
+    options = f"model={tmp_path / 'first'}", f"output={tmp_path / 'second'}", "to=state-spaces"
+    found = run(ROOT / "spiking_mamba_console.py", "export", *options)
+    assert found.returncode == 0, found.stderr
+    assert torch.equal(logits(load_dense(tmp_path / "second")), logits(load_dense(tmp_path / "first")))
