@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.common.checkpoint_files import MIXERS
-from spiking_mamba.common.files import refuse_file, write_whole
+from spiking_mamba.common.files import file_sha256, refuse_file, write_whole
 from spiking_mamba.model.converted import mixers_of
 
 __all__ = ["integers", "pack_mixers", "second_moments"]
@@ -168,6 +168,11 @@ def pack_mixers(
         save_file(shard, draft)
         draft.replace(path)
     model.config.save_pretrained(folder)
-    index = {"source": source, "bits": bits, "files": [path.name for path in paths]} | (facts or {})
+    index = {
+        "source": source,
+        "bits": bits,
+        "files": [path.name for path in paths],
+        "sha256": {path.name: file_sha256(path) for path in paths},
+    } | (facts or {})
     write_whole(folder / MIXERS, json.dumps(index, indent=1) + "\n")
     return [folder / MIXERS, *paths]

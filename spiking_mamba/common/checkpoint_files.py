@@ -52,7 +52,7 @@ def _folder(name: str | Path) -> Path:
         return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.bin"]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
-            f"{name} is neither a local folder nor to be had from the hub: {error}"
+            f"{name} is neither a local folder nor to be had from the hub: {one_line(error)}"
         ) from error
 
 

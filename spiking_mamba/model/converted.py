@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from spiking_mamba.common.checkpoint_files import MIXERS, check_links, is_file_name, one_line, read_mapping
 from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.common.files import file_sha256
 from spiking_mamba.model.block import SpikingMambaMixer
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.llama import LlamaWeights, read_llama
@@ -47,6 +48,8 @@ def is_spiking(folder: Path) -> bool:
 def read_index(folder: Path) -> dict[str, Any]:
     """The index of packed mixers: ``source``, the Transformer's name; ``files``; what else was written there.
 
+    Such as the files' ``sha256`` by name, which older ones lack.
+
     Raises:
         CheckpointError: there is none, it is damaged, or a file that it names is not there.
     """
@@ -55,6 +58,8 @@ def read_index(folder: Path) -> dict[str, Any]:
     check_links(folder)
     index = read_mapping(folder / MIXERS)
     files, own = index.get("files"), index.get(STUDENT)
+    if not isinstance(index.get("sha256", {}), dict):
+        raise CheckpointError(f"{folder / MIXERS}: sha256 is no mapping of files to checksums.")
     if (
         not isinstance(index.get("source"), str)
         or not isinstance(files, list)
@@ -185,6 +190,11 @@ def load_mixers(model: PreTrainedModel, folder: str | Path) -> dict[str, Any]:
 def _read_mixers(folder: Path, index: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Float32 tensors of a folder's mixers, by the names that they have in a model."""
     packed: dict[str, torch.Tensor] = {}
+    for name, known in index.get("sha256", {}).items():
+        if name in index["files"] and file_sha256(folder / name) != known:
+            raise CheckpointError(
+                f"{folder} holds damaged mixers: {name} has another sha256 than in {MIXERS}."
+            )
     try:
         for name in index["files"]:
             packed |= load_file(folder / name)

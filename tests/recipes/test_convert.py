@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 
 from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.common.files import file_sha256
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.converted import load_mixers, mixers_of
 from spiking_mamba.model.llama import NotLlamaError
@@ -278,7 +279,8 @@ def test_packed_mixers_come_back(convert, model, tmp_path, bits):
     assert all(path.stat().st_size < 0.03 * 2**20 for path in paths)
     assert len(paths) > 2
     other = convert.conversion.convert(source)
-    load_mixers(other, tmp_path)
+    index = load_mixers(other, tmp_path)
+    assert index["sha256"] == {path.name: file_sha256(path) for path in paths[1:]}
     mixers = [mixers_of(m) for m in (student, other)]
     for one, two in zip(*mixers, strict=True):
         for (name, p), q in zip(one.named_parameters(), two.parameters(), strict=True):
@@ -546,6 +548,7 @@ def test_the_shipped_card_is_of_its_records(convert):
     attention = 30 * (2 * 576 * 576 + 2 * 576 * 192) / 1e6  # by the configuration of SmolLM2-135M
     assert f"{attention:.1f} million parameters, are replaced" in text
     index = json.loads(CARD.with_name("mixers.json").read_text())
+    assert index["sha256"] == {name: file_sha256(CARD.with_name(name)) for name in index["files"]}
     last = [json.loads(line) for line in CARD.with_name("log.jsonl").read_text().splitlines()][-1]
     assert [last[key] for key in ("step", "tokens")] == [index["progress"][key] for key in ("step", "tokens")]
     written = [json.loads(line) for line in (records / "text.jsonl").read_text().splitlines()]
@@ -557,3 +560,25 @@ def test_the_shipped_card_is_of_its_records(convert):
         convert.model_card.CardSettings, [str(FOLDER / "model_card.yaml")]
     ).questions:
         assert f"**{question}**" in text
+
+
+def test_the_shipped_card_s_tables_and_intervals_are_of_its_records(convert, monkeypatch):
+    """As the recipe words them: what is kept, the other texts, stages, tokens, and GPU-minutes."""
+    monkeypatch.chdir(FOLDER.parents[1])
+    card, text = convert.model_card, CARD.read_text()
+    settings = card.parse_settings(card.CardSettings, [str(FOLDER / "model_card.yaml")])
+    records = card.Records(settings)
+    known = card.text_fields(records, settings.package_tokens)
+    known |= card.evaluation_fields(records) | card.ability_fields(records, settings.ability)
+    for name in ("ability", "lambada", "with_chance", "with_all", "weakest", "scores", "passages"):
+        assert known[name] in text, name
+    assert card.stage_table(records) in text
+    assert f"\n{records.gpu_minutes():.0f} GPU-minutes of H200" in text
+    words = " ".join(text.split())
+    for line in (
+        "its {own_last:.0f} million own tokens {own_passes:.1f} times and packages' {package_passes:.1f}",
+        "of {seen:.0f} million, {looping:.0f}% left out as loops and {evaluated:.2f}% for sharing {overlap}",
+        "(temperature {temperature}, min-p {min_p}; of",
+        "Evaluated {date} on one {device} at commit {commit}:",
+    ):
+        assert line.format(**known) in words

@@ -10,6 +10,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
 from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.common.files import file_sha256
 from spiking_mamba.data import train_tokenizer
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.model.converted import load_mixers
@@ -202,6 +203,43 @@ def test_a_source_with_a_head_of_its_own_keeps_it(source, tmp_path):
     model = load_model(tmp_path / "model")
     assert torch.equal(model.lm_head.weight, llama.lm_head.weight)
     assert not model.config.tie_word_embeddings
+
+
+def test_a_byte_that_changed_is_noticed(source, tmp_path):
+    """Where the index has checksums, as what is packed now has."""
+    write(tmp_path / "model", source)
+    files = sorted((tmp_path / "model").glob("mixers-*"))
+    sums = {path.name: file_sha256(path) for path in files}
+    change(tmp_path / "model/mixers.json", sha256=sums)
+    whole = load_model(tmp_path / "model").state_dict()
+    content = bytearray(files[1].read_bytes())
+    content[-1] ^= 1
+    files[1].write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"damaged mixers: mixers-01\.safetensors has another sha256"):
+        load_model(tmp_path / "model")
+    with pytest.raises(CheckpointError, match="another sha256"):
+        load_mixers(SpikingMambaForCausalLM(config()), tmp_path / "model")
+    change(tmp_path / "model/mixers.json", sha256={})
+    found = load_model(tmp_path / "model").state_dict()
+    assert any(not torch.equal(found[name], value) for name, value in whole.items())
+    change(tmp_path / "model/mixers.json", sha256=[1])
+    with pytest.raises(CheckpointError, match="no mapping"):
+        load_model(tmp_path / "model")
+
+
+@pytest.mark.parametrize("name", ["/no/such/model", "no/such/model", "./model", "~/no-such-model"])
+def test_a_tokenizer_of_no_folder(name):
+    with pytest.raises(CheckpointError, match="There is no folder"):
+        load_tokenizer(name)
+
+
+def test_what_the_hub_says_stands_in_one_line(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError("no network\nand\nno cache")
+
+    monkeypatch.setattr("spiking_mamba.common.checkpoint_files.snapshot_download", refuse)
+    with pytest.raises(CheckpointError, match=r"weights/typo is neither .*: no network and no cache$"):
+        load_model("weights/typo")
 
 
 def test_from_pretrained_says_what_reads_packed_mixers(source, tmp_path):
