@@ -61,6 +61,29 @@ def _returned(
     )
 
 
+def _padding_first(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    """The arguments of ``generate()``, where padding behind a prompt, by ``attention_mask``, is before it."""
+    mask = kwargs.get("attention_mask")
+    given = {name: kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")}
+    if args:
+        given["inputs"] = args[0]
+    prompts = {name: value for name, value in given.items() if value is not None}
+    if mask is None or mask.ndim != 2 or not prompts or bool(mask[:, -1].all()):
+        return args, kwargs
+    length = next(iter(prompts.values())).shape[1]
+    before, own = mask[:, :-length], mask[:, -length:]
+    trailing = own.ne(0).flip(1).int().argmax(1, keepdim=True)  # 0 of a row of padding alone
+    places = (torch.arange(length, device=mask.device) - trailing) % length
+    moved = {
+        name: value.gather(1, places[(...,) + (None,) * (value.ndim - 2)].expand_as(value).to(value.device))
+        for name, value in prompts.items()
+    }
+    kwargs = kwargs | {"attention_mask": torch.cat([before, own.gather(1, places)], 1)}
+    if args:
+        return (moved.pop("inputs"), *args[1:]), kwargs | moved
+    return args, kwargs | moved
+
+
 class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
     """The language model; ``config.neuron = None`` makes it a dense Mamba2."""
 
@@ -90,8 +113,13 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
 
     @takes_any_cache_name
     def generate(self, *args: Any, cache: Cache | None = None, **kwargs: Any) -> Any:
-        """As in transformers; ``cache`` holds the tokens before ``input_ids``, under any of its names."""
+        """As in transformers; ``cache`` holds the tokens before ``input_ids``, under any of its names.
+
+        Padding behind a prompt comes to stand before it, in what is returned, too: a text goes on behind its
+        own last token.
+        """
         named = {} if cache is None else {caches.GENERATION_NAME: cache}
+        args, kwargs = _padding_first(args, kwargs)
         return super().generate(*args, **named, **kwargs)
 
     @takes_any_cache_name
@@ -100,13 +128,14 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         input_ids: torch.LongTensor,
         *args: Any,
         cache: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
         """Arguments of the next forward pass of ``generate()``."""
         # it would make masks for attention from a cache
         inputs = super().prepare_inputs_for_generation(
-            input_ids, *args, is_first_iteration=is_first_iteration, **kwargs
+            input_ids, *args, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if cache is not None and not is_first_iteration and inputs.get("attention_mask") is not None:
             ids = inputs.get("input_ids")

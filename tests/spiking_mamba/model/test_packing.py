@@ -75,18 +75,43 @@ def test_a_single_token_may_be_padding():
         close(found, model(own, use_cache=False).logits[0, -1:])
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_generate_from_padded_prompts(side):
+@pytest.mark.parametrize("side", PATTERNS)
+@pytest.mark.parametrize("how", ["positional", "input_ids", "inputs_embeds", "beams"])
+def test_generate_from_padded_prompts(side, how):
     model, ids = model_of("token"), tokens(2, 8) + 0
     ids[ids == 0] = 1
     mask = torch.tensor(PATTERNS[side])
-    text = model.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)[:, 8:]
-    if side == "right":  # generate() takes the token after the last place, which is padding here
-        return
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    if how == "beams":
+        settings["num_beams"] = 3
+    named = {"input_ids": ids}
+    if how == "inputs_embeds":
+        named = {"inputs_embeds": model.get_input_embeddings()(ids)}
+    with torch.no_grad():
+        if how == "positional":
+            text = model.generate(ids, attention_mask=mask, **settings)
+        else:
+            text = model.generate(**named, attention_mask=mask, **settings)
     for row in range(2):
         own = ids[row, mask[row].bool()][None]
-        alone = model.generate(own, attention_mask=torch.ones_like(own), max_new_tokens=5, do_sample=False)
-        assert torch.equal(text[row], alone[0, own.shape[1] :])
+        if not own.numel():
+            continue
+        alone = model.generate(own, attention_mask=torch.ones_like(own), **settings)
+        assert torch.equal(text[row, -5:], alone[0, -5:])
+
+
+def test_a_second_turn_goes_on_behind_padding():
+    model, ids = model_of("token"), tokens(2, 8) + 0
+    ids[ids == 0] = 1
+    mask = torch.tensor(PATTERNS["right"])
+    settings = {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        cache = model(ids[:, :4], attention_mask=mask[:, :4], use_cache=True).cache
+        text = model.generate(ids[:, 4:], attention_mask=mask, cache=cache, **settings)
+    for row in range(2):
+        own = ids[row, mask[row].bool()][None]
+        alone = model.generate(own, attention_mask=torch.ones_like(own), **settings)
+        assert torch.equal(text[row, -5:], alone[0, -5:])
 
 
 def test_short_masks_are_refused():
