@@ -96,6 +96,7 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
     tokenizer = load_tokenizer(settings.teacher)
     distillation.check(teacher.config)
     distillation.make_arguments()
+    data.check_sources(settings.data)
     tasks = evaluation.zero_shot_tasks(settings.tasks)
     held_out = data.draw_rows(settings.held_out, tokenizer, settings.length, settings.held_out_rows)
     with (

@@ -168,7 +168,6 @@ class DistillationSettings:
     def check(self, teacher: SpikingMambaConfig) -> None:
         """Raise what :func:`distill` would raise about these settings, before there is a teacher."""
         self.make_loss()
-        data.check_sources(self.data)
         if self.training.get("max_steps") != 0:  # nothing is trained
             self.make_arguments()
         self.check_student(teacher)

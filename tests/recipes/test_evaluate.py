@@ -1,7 +1,6 @@
 """recipes/evaluate: its real command line on tiny models."""
 
 import copy
-import importlib.util
 import json
 import shutil
 import signal
@@ -16,6 +15,7 @@ import torch
 
 import spiking_mamba
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, evaluation
+from spiking_mamba.commands import evaluate
 from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import train_tokenizer
 from spiking_mamba.evaluation import evaluator
@@ -36,17 +36,14 @@ def run(*arguments: object, **more: Any) -> subprocess.CompletedProcess:
 @pytest.fixture
 def call(monkeypatch, capsys):
     """The same without a process of its own, which takes seconds to import everything."""
-    spec = importlib.util.spec_from_file_location("evaluate_recipe", SCRIPT[0])
-    recipe = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(recipe)
-    monkeypatch.setattr(recipe, "keep_freed_memory", lambda: None)
-    monkeypatch.setattr(recipe, "quiet", lambda: None)
+    monkeypatch.setattr(evaluate, "keep_freed_memory", lambda: None)
+    monkeypatch.setattr(evaluate, "quiet", lambda: None)
 
     def call(*arguments: object) -> subprocess.CompletedProcess:
         monkeypatch.setattr(sys, "argv", [*map(str, SCRIPT), *map(str, arguments)])
         code: int | str | None = 0
         try:
-            recipe.main()
+            evaluate.main()
         except SystemExit as end:
             code = end.code
         out, err = capsys.readouterr()
