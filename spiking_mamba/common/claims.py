@@ -106,11 +106,7 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
     Args:
         parent: where it is made.
         prefix: of its name; all below ``parent`` that begin so are taken for scratch folders.
-
-    Raises:
-        RunError: a file is in the parent's place; nothing was made.
     """
-    refuse_file(parent)
     parent.mkdir(parents=True, exist_ok=True)
     for left in parent.glob(f"{prefix}*"):
         with contextlib.suppress(OSError), claimed(left) as free:  # another process may remove it, too

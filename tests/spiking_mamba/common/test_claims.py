@@ -12,7 +12,6 @@ import pytest
 
 from spiking_mamba.common import claims
 from spiking_mamba.common.claims import LOCK, ClaimedError, claim_folder, claimed, scratch_folder
-from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.files import PART, remove_whole, replace_folder, sweep, unused, write_whole
 from tests.helpers.commands import ROOT
 
@@ -160,11 +159,3 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path):
         write_whole(tmp_path / "a", "\ud800")
     assert (tmp_path / "a").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
-
-
-@pytest.mark.parametrize("parent", ["a", "a/b/c"])
-def test_a_scratch_folder_needs_a_folder_to_be_in(tmp_path, parent):
-    (tmp_path / "a").write_text("precious")
-    with pytest.raises(RunError, match="is a file, no folder"), scratch_folder(tmp_path / parent, ".new-"):
-        pass
-    assert (tmp_path / "a").read_text() == "precious"
