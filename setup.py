@@ -11,6 +11,7 @@ SHARED = (
     "recipes/quickstart/teacher/*",
     "recipes/quickstart/student/*",
     "recipes/generate/generate.yaml",
+    "recipes/benchmark/bench.yaml",
     "recipes/evaluate/evaluate.yaml",
     "recipes/teacher/tiny.yaml",
     "recipes/teacher/teacher.yaml",

@@ -11,7 +11,7 @@ from pathlib import Path
 __all__ = ["COMMANDS", "main"]
 
 # modules of spiking_mamba.commands, in the order in which one needs them
-COMMANDS = ("quickstart", "generate", "pretrain", "distill", "align", "evaluate", "report", "export")
+COMMANDS = ("quickstart", "generate", "pretrain", "distill", "align", "evaluate", "report", "bench", "export")
 
 
 def main() -> None:

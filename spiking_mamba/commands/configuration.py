@@ -29,6 +29,7 @@ CONFIGURATIONS = {
     "align": ["recipes/rl/dpo.yaml", "recipes/rl/kto.yaml", "recipes/rl/mamba2-1.3b-dpo.yaml"],
     "evaluate": ["recipes/evaluate/evaluate.yaml"],
     "generate": ["recipes/generate/generate.yaml"],
+    "bench": ["recipes/benchmark/bench.yaml"],
 }
 
 

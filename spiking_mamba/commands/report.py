@@ -10,6 +10,7 @@ from spiking_mamba.commands.configuration import command_settings
 from spiking_mamba.common.errors import DataError, fail_clearly
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Name, schema
+from spiking_mamba.reports.decoding import speed_table
 from spiking_mamba.reports.evaluation import write_evaluation_report
 from spiking_mamba.reports.preferences import summary
 from spiking_mamba.reports.quickstart import write_report
@@ -20,8 +21,9 @@ class ReportSettings:
     """What is reported.
 
     Attributes:
-        run: folder of a quickstart, of an evaluation or of a preference optimisation: the one that holds
-            ``results.json``. Of the first two ``report.md``, ``report.html`` and pictures are written there.
+        run: folder of a quickstart, of an evaluation, of a preference optimisation or of a bench: the one
+            that holds ``results.json``. Of the first two ``report.md``, ``report.html`` and pictures are
+            written there.
     """
 
     run: Name
@@ -32,6 +34,7 @@ _WRITERS: dict[str, Callable[[Path, dict[str, Any]], str]] = {
     "gap_closed": write_report,
     "groups": write_evaluation_report,
     "change": lambda folder, results: summary(results),
+    "decoding": lambda folder, results: speed_table(results),
 }
 
 
@@ -54,14 +57,14 @@ def report(folder: Path) -> str:
                 return write(folder, results)
             except (KeyError, TypeError) as error:
                 raise DataError(f"{path} lacks what a report needs: {error}") from error
-    raise DataError(f"{path} holds results of no quickstart, evaluation or preference optimisation.")
+    raise DataError(f"{path} holds results of no quickstart, evaluation, preference optimisation or bench.")
 
 
 @fail_clearly()
 def main(description: str | None = __doc__) -> None:
     """Read the command line and run."""
     words = sys.argv[1:]
-    if words and not words[0].startswith("-") and "=" not in words[0]:
+    if words and not words[0].startswith("-") and "=" not in words[0] and not Path(words[0]).is_file():
         words[0] = f"run={json.dumps(words[0])}"
     settings = command_settings(ReportSettings, "report", description, words)
     quiet()

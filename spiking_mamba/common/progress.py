@@ -7,25 +7,42 @@ with Stage(len(texts), "Evaluating") as stage:
 """
 
 import contextlib
+import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from typing import Self
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Self, TypeVar
 
 import datasets
 import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from tqdm import tqdm
 
-__all__ = ["Share", "Stage", "part_of", "quiet", "reporting", "say"]
+__all__ = ["Share", "Stage", "part_of", "quiet", "reporting", "say", "watched"]
 
+T = TypeVar("T")
 Share = Callable[[float], None]  # takes the share of a part that is done, from 0 to 1
+_FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"  # no forecast: parts are not alike
+_PATIENCE = 2  # seconds in which nobody asks how far it is
 
 
 def say(line: str) -> None:
     """Print a line at once, above whatever bar is on the terminal."""
     with tqdm.external_write_mode(file=sys.stdout):
         print(line, flush=True)
+
+
+def watched(rows: Iterable[T], total: int, title: str) -> Iterator[T]:
+    """The rows as they are, with a bar where they take seconds: on a terminal, by the first process.
+
+    Args:
+        rows: what somebody waits for.
+        total: how many there are.
+        title: what stands before the bar.
+    """
+    first = os.environ.get("RANK", "0") == "0"
+    style: dict[str, Any] = {"dynamic_ncols": True, "leave": False, "delay": _PATIENCE, "bar_format": _FORMAT}
+    yield from tqdm(rows, title, total, disable=None if first else True, **style)
 
 
 class Stage:
@@ -46,7 +63,7 @@ class Stage:
         self._bar = tqdm(
             total=parts,
             desc=title,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {elapsed}",  # no forecast: parts are not alike
+            bar_format=_FORMAT,
             dynamic_ncols=True,
             leave=False,
             disable=None if shown else True,

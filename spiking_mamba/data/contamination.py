@@ -21,6 +21,7 @@ from spiking_mamba.common.claims import claimed
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.files import PART
 from spiking_mamba.common.packages import cache_folder
+from spiking_mamba.common.progress import watched
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 from spiking_mamba.data.packages import BENCHMARKS, CORPORA, read_corpus, read_member
 from spiking_mamba.data.tokens import texts_of
@@ -291,7 +292,8 @@ def without_evaluated(
         DataError: all of them do; or see :func:`evaluated_words`.
     """
     words = evaluated_words() if words is None else words
-    marks = np.fromiter(words.marks(texts_of(documents)), np.uint64)
+    texts = watched(texts_of(documents), len(documents), "looking for what is evaluated")
+    marks = np.fromiter(words.marks(texts), np.uint64)
     kept = np.flatnonzero(marks == 0)
     counts: Counter[str] = Counter()
     for mark, count in zip(*np.unique(marks, return_counts=True), strict=True):

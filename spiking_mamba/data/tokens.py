@@ -17,6 +17,7 @@ from spiking_mamba.common.claims import claimed
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.common.files import PART
 from spiking_mamba.common.packages import cache_folder
+from spiking_mamba.common.progress import watched
 from spiking_mamba.data.pieces import pieces
 
 __all__ = [
@@ -148,7 +149,7 @@ def _encoded(
     end = tokenizer.eos_token_id
     batch: list[tuple[bool, str]] = []
     characters = 0
-    for text in texts_of(dataset):
+    for text in watched(texts_of(dataset), len(dataset), "tokenizing"):
         for number, piece in enumerate(pieces(text or "", encode)):
             batch.append((number == 0, piece))
             characters += len(piece)

@@ -14,7 +14,7 @@ from scipy.special import stdtrit
 
 from spiking_mamba.data.benchmarks import SOURCE_TASKS
 
-__all__ = ["gaps", "groups", "interval", "kept_share", "paired_gap"]
+__all__ = ["gaps", "groups", "interval", "kept_share", "median_interval", "paired_gap"]
 
 
 def interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any]:
@@ -37,6 +37,23 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any
     sd = float(np.std(values, ddof=1))
     half = float(stdtrit(runs - 1, 0.5 + confidence / 2)) * sd / math.sqrt(runs)
     return {"mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "runs": runs}
+
+
+def median_interval(values: Sequence[float], confidence: float = 0.95) -> tuple[float, float] | None:
+    """Interval of the median of independent values of any distribution, from two of them.
+
+    Args:
+        values: such as quotients of times.
+        confidence: at least, of the interval.
+
+    Returns:
+        Its ends; None where there are too few values for any: less than six at 95%.
+    """
+    from scipy.stats import quantile_test  # an import of half a second
+
+    found = quantile_test(list(values), p=0.5).confidence_interval(confidence)
+    ends = float(found.low), float(found.high)
+    return ends if all(map(math.isfinite, ends)) else None
 
 
 def _resampled(scores: np.ndarray, resamples: int, random: np.random.Generator) -> np.ndarray:

@@ -25,7 +25,7 @@ from spiking_mamba.common.checkpoint_files import (
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.block import SpikingMambaMixer
 from spiking_mamba.model.configuration import SpikingMambaConfig
-from spiking_mamba.model.projection import SpikeEncoder
+from spiking_mamba.model.projection import ENDS, SpikeEncoder
 from spiking_mamba.model.spike_fed import FIRST_FORM
 
 __all__ = ["SpikingMambaPreTrainedModel"]
@@ -94,6 +94,20 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
 
         def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
             """As of any module."""
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """As of any module; of two tied layers, one that an adapter takes gets a weight of its own.
+
+        PEFT merges an adapter into its layer's weight in place, and the other layer would change with it.
+        """
+        super().__setattr__(name, value)
+        adapted = (
+            name in ENDS and isinstance(value, nn.Module) and "base_layer" in dict(value.named_children())
+        )
+        if adapted and self.config.tie_word_embeddings:
+            base = value.get_base_layer()
+            base.weight = copy.deepcopy(base.weight)
+            self.config.tie_word_embeddings = False
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

@@ -20,7 +20,9 @@ from neurons.functional import spike_dtype
 from spiking_mamba.model.membrane import drive, drive_pieces
 from spiking_mamba.model.packing import Packing
 
-__all__ = ["SpikeEncoder", "Spikes", "SpikingProjection", "project", "reject_wrapped", "spike_fed"]
+__all__ = ["ENDS", "SpikeEncoder", "Spikes", "SpikingProjection", "project", "reject_wrapped", "spike_fed"]
+
+ENDS = ("embeddings", "lm_head")  # layers whose weights may be tied
 
 
 def _scalar(value: float) -> torch.Tensor:
@@ -236,18 +238,28 @@ def _is_wrapped(linear: nn.Module) -> bool:
 
 
 def reject_wrapped(model: nn.Module) -> None:
-    """Raise a ValueError where a projection's weights are but a part of it, or not readable as numbers."""
+    """Raise a ValueError where weights are but a part of their layer, or not readable as numbers.
+
+    Those of projections, embeddings and head.
+    """
     for name, projection in spike_fed(model):
         weight = getattr(projection.linear, "weight", None)
         if weight is None or weight.dtype == torch.uint8:
             raise ValueError(
                 f"{name} holds packed weights, no numbers; what transformers packed, dequantize() unpacks."
             )
-        if _is_wrapped(projection.linear):
-            raise ValueError(
-                f"{name} is wrapped by {type(projection.linear).__name__}, as adapters do: merge it first, "
-                "with PEFT by merge_and_unload()."
-            )
+        _reject_adapter(name, projection.linear)
+    for name, module in model.named_modules():
+        if name.rpartition(".")[2] in ENDS:
+            _reject_adapter(name, module)
+
+
+def _reject_adapter(name: str, layer: nn.Module) -> None:
+    if _is_wrapped(layer):
+        raise ValueError(
+            f"{name} is wrapped by {type(layer).__name__}, as adapters do: merge it first, with PEFT by "
+            "merge_and_unload()."
+        )
 
 
 class SpikingProjection(nn.Module):

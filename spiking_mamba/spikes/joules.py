@@ -123,11 +123,15 @@ class ProcessorJoules:
     """
 
     def __init__(self, folder: str | Path = "/sys/class/powercap") -> None:
-        # of a package, intel-rapl:0; its parts, intel-rapl:0:1, are in it
-        zones = [zone for zone in Path(folder).glob("intel-rapl:*") if zone.name.count(":") == 1]
-        self._counters = [
-            (zone / "energy_uj", int((zone / "max_energy_range_uj").read_text())) for zone in sorted(zones)
-        ]
+        # of a package, intel-rapl:0; its parts, intel-rapl:0:1, are in it, and it in the platform's, "psys"
+        zones = [zone for zone in sorted(Path(folder).glob("intel-rapl:*")) if zone.name.count(":") == 1]
+        try:
+            packages = [zone for zone in zones if (zone / "name").read_text().startswith("package")]
+            self._counters = [
+                (zone / "energy_uj", int((zone / "max_energy_range_uj").read_text())) for zone in packages
+            ]
+        except OSError as error:
+            raise NoEnergyCounter(f"{error.filename}: {error.strerror}") from error
         if not self._counters:
             raise NoEnergyCounter(f"{folder} shows no energy counter of a processor.")
         self.joules = 0.0

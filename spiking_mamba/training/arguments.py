@@ -36,7 +36,7 @@ __all__ = ["TRAINING_KEYS", "Training", "autocast", "compile_blocks", "training_
 _LEFT_OUT = {
     *("output_dir", "seed", "data_seed", "resume_from_checkpoint", "do_train", "do_eval", "do_predict"),
     *("push_to_hub", "hub_token", "hub_private_repo", "hub_model_id", "hub_strategy", "hub_always_push"),
-    *("hub_revision", "project", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
+    *("hub_revision", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config", "local_rank"),
     *("debug", "label_names"),
     *("length_column_name", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches"),
@@ -173,6 +173,8 @@ def training_arguments(
         raise ValueError(f"training.max_steps must be {_MAX_STEPS}, got 0.")
     defaults: dict[str, Any] = {
         "report_to": "none",
+        "run_name": folder.absolute().name,
+        "project": "spiking-mamba",
         "disable_tqdm": False,  # transformers would decide by how much it is to say itself
         "logging_steps": 10,
         "save_strategy": "steps",

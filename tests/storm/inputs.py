@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ class Recipe(NamedTuple):
     """A recipe that is stormed.
 
     Attributes:
-        script: below ``recipes``.
+        script: below ``recipes``, or one of the package, from the checkout's root.
         settings: the class of its settings, in the script or what it imports.
         good: settings that are right.
         reaches: whether their first write comes within seconds, with what lies here.
@@ -36,6 +37,11 @@ class Recipe(NamedTuple):
     settings: str
     good: dict[str, Any]
     reaches: bool = True
+
+    @property
+    def path(self) -> Path:
+        """Of the script."""
+        return (ROOT if self.script.startswith("spiking_mamba/") else RECIPES) / self.script
 
 
 def make_inputs(folder: Path) -> None:
@@ -51,6 +57,8 @@ def make_inputs(folder: Path) -> None:
             for n in range(40)
         ]
         (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "finished").mkdir()
+    shutil.copy(ROOT / "docs/results/quickstart.json", folder / "finished/results.json")
     (folder / "corpus").mkdir()
     lines = [json.dumps({"text": each, "source": "here"}) for each in text]
     (folder / "corpus" / "train.jsonl").write_text("\n".join(lines))
@@ -178,6 +186,15 @@ def recipes(folder: Path) -> dict[str, Recipe]:
         ),
         "export": Recipe(
             "export/export.py", "ExportSettings", {"model": teacher, "output": "run", "to": "transformers"}
+        ),
+        "bench": Recipe(
+            "spiking_mamba/commands/bench.py",
+            "BenchSettings",
+            {"model": teacher, "output": "run", "ways": ["dense float32"], "over": "dense float32"}
+            | {"repeats": 1, "tokens": 2, "threads": 1},
+        ),
+        "report": Recipe(
+            "spiking_mamba/commands/report.py", "ReportSettings", {"run": str(folder / "finished")}, False
         ),
         "documents": Recipe(
             "ablate/documents.py",

@@ -72,7 +72,8 @@ def _of_fields(name: str, recipe: Recipe, cls: type) -> Iterator[Case]:
             if (number + place) % 2:
                 yield Case(name, "type", (key,), good.encode(), (f"{key}={value}",))
             else:
-                plain = yaml.safe_dump({k: v for k, v in recipe.good.items() if k != key})
+                rest = {k: v for k, v in recipe.good.items() if k != key}
+                plain = yaml.safe_dump(rest) if rest else ""
                 yield Case(name, "type", (key,), f"{plain}{key}: {value}\n".encode())
         if "null" not in said and not said.startswith(("a name or a list", "anything")) and number % 2:
             yield Case(name, "type", (key,), good.encode(), (f"{key}=null",))

@@ -57,7 +57,7 @@ def beside(script: Path) -> Iterator[None]:
 
 
 def settings_class(recipe: Recipe) -> type:
-    script = RECIPES / recipe.script
+    script = recipe.path
     with beside(script):
         spec = importlib.util.spec_from_file_location(f"stormed_{script.parent.name}_{script.stem}", script)
         assert spec is not None
@@ -123,7 +123,7 @@ def perform(recipe: Recipe, case: Case, home: Path, follow: bool = False) -> tup
                 os.dup2(nowhere.fileno(), 1)
                 os.chdir(folder)
                 signal.alarm(SECONDS)
-                script = RECIPES / recipe.script
+                script = recipe.path
                 sys.path.insert(0, str(script.parent))
                 sys.argv = [str(script), "settings.yaml", *case.arguments]
                 watch_writes(home.resolve(), follow)

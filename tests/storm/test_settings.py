@@ -1,5 +1,6 @@
 """The short form of the storm of settings that `make storm` runs in full; and what --help says."""
 
+import importlib
 import re
 from dataclasses import fields
 
@@ -7,6 +8,7 @@ import pytest
 import yaml
 
 from spiking_mamba.common.words import described, descriptions, hints_of, words
+from spiking_mamba_console import COMMANDS
 from tests.helpers.commands import ROOT, run
 from tests.storm.inputs import recipes
 from tests.storm.mutations import cases
@@ -34,10 +36,13 @@ def test_help_says_what_each_key_means(name):
     assert set(recipe.good) <= set(hints_of(cls))
 
 
-def test_every_script_with_settings_is_stormed():
-    stormed = {recipe.script for recipe in recipes(ROOT).values()}
-    scripts = {str(path.relative_to(RECIPES)) for path in RECIPES.rglob("*.py") if _parses(path)}
-    assert scripts == stormed
+def test_every_script_and_command_with_settings_is_stormed():
+    stormed = recipes(ROOT).values()
+    scripts = {path for path in RECIPES.rglob("*.py") if _parses(path)}
+    assert scripts == {recipe.path for recipe in stormed if recipe.path.is_relative_to(RECIPES)}
+    for name in COMMANDS:
+        module = importlib.import_module(f"spiking_mamba.commands.{name}")
+        assert {recipe.settings for recipe in stormed} & vars(module).keys(), name
 
 
 def _parses(path):

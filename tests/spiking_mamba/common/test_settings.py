@@ -210,6 +210,9 @@ def test_training_arguments(tmp_path):
     )
     assert (arguments.learning_rate, arguments.max_steps, arguments.seed) == (1e-3, 5, 3)
     assert (arguments.adam_beta2, arguments.bf16, arguments.report_to) == (0.95, False, [])
+    assert (arguments.project, arguments.run_name) == ("spiking-mamba", "run")  # in what is reported to
+    named = training_arguments(tmp_path / "run", {"project": "mine", "run_name": "first"}, 0)
+    assert (named.project, named.run_name) == ("mine", "first")
     with pytest.raises(ValueError, match="'learning_rat' in training; did you mean 'learning_rate'"):
         training_arguments(tmp_path / "run", {"learning_rat": 1e-3}, 0)
     assert not (tmp_path / "run").exists()

@@ -136,6 +136,66 @@ def test_other_adapters_merge(settings):
     assert (logits(model.merge_and_unload()) - unmerged).abs().max() <= 1e-5
 
 
+TIED = {
+    "embeddings": {"target_modules": ["embeddings", "in_proj"]},
+    "lm_head": {"target_modules": ["lm_head"]},
+    "both": {"target_modules": ["embeddings", "lm_head"], "lora_alpha": 16},
+    "one adapter for both": {"target_modules": ["embeddings", "lm_head"], "ensure_weight_tying": True},
+}
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_an_adapter_of_one_of_two_tied_layers_leaves_the_other(name, tmp_path):
+    base = tiny_model(neuron=INTEGER, tie_word_embeddings=True)
+    weight = base.lm_head.weight.detach().clone()
+    model = adapted(copy.deepcopy(base), **TIED[name])
+    losses = train(model, 4)
+    assert losses[-1] < losses[0]
+    unmerged = logits(model)
+    updates = {}
+    for key, layer in model.base_model.model.named_modules():
+        if getattr(layer, "lora_embedding_A", None):
+            a, b = layer.lora_embedding_A["default"], layer.lora_embedding_B["default"]
+            updates[key] = layer.scaling["default"] * (b @ a).T
+        elif hasattr(layer, "lora_A") and key == "lm_head":
+            a, b = layer.lora_A["default"].weight, layer.lora_B["default"].weight
+            updates[key] = layer.scaling["default"] * (b @ a)
+    assert all(update.abs().max() > 1e-3 for update in updates.values())
+    model.save_pretrained(tmp_path / "adapters")
+    merged = model.merge_and_unload()
+    assert (logits(merged) - unmerged).abs().max() <= 5e-5
+    for key in ("backbone.embeddings", "lm_head"):
+        expected = weight + updates.get(key, 0)
+        assert (merged.get_submodule(key).weight - expected).abs().max() <= 1e-6
+    assert not merged.config.tie_word_embeddings
+    merged.save_pretrained(tmp_path / "merged")
+    again = SpikingMambaForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert torch.equal(logits(again), logits(merged))
+
+    if "ensure_weight_tying" in TIED[name]:
+        return  # PEFT forgets the head when it loads them: it looks for layers called embed_tokens
+    again = PeftModel.from_pretrained(copy.deepcopy(base), tmp_path / "adapters").eval()
+    assert torch.equal(logits(again), unmerged)
+    assert (logits(again.merge_and_unload()) - unmerged).abs().max() <= 5e-5  # the usual way to deploy
+    assert base.config.tie_word_embeddings
+    assert base.lm_head.weight is base.backbone.embeddings.weight
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}],
+    ids=["projections", "modules_to_save", "trainable_token_indices"],
+)
+def test_other_adapters_of_a_tied_model_merge(settings):
+    model = adapted(tiny_model(neuron=INTEGER, tie_word_embeddings=True), **settings)
+    train(model, 4)
+    unmerged = logits(model)
+    merged = model.merge_and_unload()
+    assert (logits(merged) - unmerged).abs().max() <= 5e-5
+    tied = merged.lm_head.weight is merged.backbone.embeddings.weight
+    assert tied == merged.config.tie_word_embeddings == ("modules_to_save" not in settings)
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_changes_no_gradient(reentrant):
     gradients = []
@@ -156,6 +216,11 @@ def test_what_reads_weights_wants_them_merged(tmp_path):
     for convert in (event_driven, fold_thresholds, lambda model: export(model, tmp_path / "a")):
         with pytest.raises(ValueError, match=r"in_proj is wrapped by Linear, .* merge it first"):
             convert(model)
+    for name in ("embeddings", "lm_head"):
+        model = adapted(tiny_model(neuron=INTEGER), target_modules=[name]).base_model.model
+        for convert in (event_driven, lambda model: export(model, tmp_path / "a")):
+            with pytest.raises(ValueError, match=rf"{name} is wrapped by \w+, .* merge it first"):
+                convert(model)
     dense = adapted(tiny_model()).base_model.model
     for form in ("transformers", "state-spaces"):
         with pytest.raises(ValueError, match="merge it first"):

@@ -140,9 +140,10 @@ def test_no_time_to_idle(card):
         JouleMeter(idle_seconds=0)
 
 
-def _counter(folder, name, joules, largest=2**32):
+def _counter(folder, name, joules, largest=2**32, of="package-0"):
     zone = folder / name
     zone.mkdir(parents=True, exist_ok=True)
+    (zone / "name").write_text(f"{of}\n")
     (zone / "energy_uj").write_text(f"{round(1e6 * joules) % largest}\n")
     (zone / "max_energy_range_uj").write_text(f"{largest - 1}\n")
 
@@ -151,14 +152,22 @@ def test_a_processors_joules(tmp_path):
     _counter(tmp_path, "intel-rapl:0", 4290.0)
     _counter(tmp_path, "intel-rapl:1", 7.0)
     _counter(tmp_path, "intel-rapl:0:0", 1.0)  # a part of the first
+    _counter(tmp_path, "intel-rapl:2", 1000.0, of="psys")  # the whole machine, the packages in it
     meter = ProcessorJoules(tmp_path)
     for before, after in ((4290.0, 4296.0), (4296.0, 4297.5)):
         _counter(tmp_path, "intel-rapl:0", before)
         with meter:
             _counter(tmp_path, "intel-rapl:0", after)  # past 2**32 microjoules: it begins again
+            _counter(tmp_path, "intel-rapl:2", 1000.0 + after, of="psys")
     assert meter.joules == pytest.approx(7.5)
 
 
 def test_no_counter_of_a_processor(tmp_path):
     with pytest.raises(NoEnergyCounter, match="no energy counter"):
         ProcessorJoules(tmp_path)
+    _counter(tmp_path, "intel-rapl:0", 1.0)
+    for name in ("energy_uj", "max_energy_range_uj", "name"):
+        (tmp_path / "intel-rapl:0" / name).rename(tmp_path / "away")
+        with pytest.raises(NoEnergyCounter, match=rf"intel-rapl:0/{name}: No such file"):
+            ProcessorJoules(tmp_path)
+        (tmp_path / "away").rename(tmp_path / "intel-rapl:0" / name)
