@@ -75,7 +75,7 @@ gpu:
 	touch $@
 
 docs: .venv-docs/.ready
-	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict $(ARGS)
 
 notebook: $(BIN)/.ready
 	$(BIN)/python -m pip install --quiet -c constraints.txt nbclient ipykernel

@@ -51,6 +51,6 @@ def wrong(site: Path) -> list[str]:
     for path in sorted(site.rglob("*.css")):
         found += [
             f"{path.name}: fetches {url}"
-            for url in re.findall(r"url\(['\"]?(https?://[^)]+)", path.read_text())
+            for url in re.findall(r"url\(['\"]?(https?://[^)'\"]+)", path.read_text())
         ]
     return found

@@ -44,6 +44,12 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_markdown(markdown: str, page: Any, **kwargs: Any) -> None:
+    """A page that is alone below its tab has no list of pages beside it."""
+    if page.parent is None:
+        page.meta["hide"] = ["navigation"]
+
+
 def on_post_build(config: Any) -> None:
     """Refuse a site with a dead link, or one that fetches something from elsewhere."""
     wrong = built.wrong(Path(config.site_dir))
