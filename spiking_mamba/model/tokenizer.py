@@ -40,7 +40,9 @@ def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) 
     if Path(name).is_dir():
         check_links(Path(name))
     elif name.startswith(("/", "~", ".")) or name.count("/") > 1:  # no name that the hub could have
-        raise CheckpointError(f"There is no folder {name} that a tokenizer could be loaded from.")
+        raise CheckpointError(
+            f"There is no folder {name} that a tokenizer could be loaded from; name another by tokenizer=..."
+        )
     try:
         return AutoTokenizer.from_pretrained(name)
     except Exception as error:  # a broken file or no network; readers of both raise what they please

@@ -3,6 +3,9 @@
 import ctypes
 import ctypes.util
 import importlib.util
+import os
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,6 +47,19 @@ class Nvrtc:
         ptx = self._string("PTX", program)
         self.lib.nvrtcDestroyProgram(ctypes.byref(program))
         return ptx
+
+    def ptx_of_each(self, source: launcher.Source, options: Sequence[tuple[str, ...]]) -> list[str]:
+        """PTX for compute_90 by each of these options; every fourth's for compute_80 must be the same."""
+
+        def compile(each: tuple[str, ...], arch: int) -> str:
+            return self.ptx(source, (*each, f"-arch=compute_{arch}"))
+
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            newer = list(pool.map(lambda each: compile(each, 90), options))
+            older = list(pool.map(lambda each: compile(each, 80), options[::4]))
+        for one, other in zip(newer[::4], older, strict=True):
+            assert one.replace(".target sm_90", ".target sm_80") == other
+        return newer
 
 
 @pytest.fixture(scope="module")

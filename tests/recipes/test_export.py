@@ -84,6 +84,8 @@ def test_what_cannot_be_exported_is_refused_in_a_line(tmp_path):
         ("mlps", "file", "event-driven", "is there already"),
         ("mlps", "student", "event-driven", "is there already"),
         ("mlps", "student", "gguf", "is there already"),
+        ("mlps", "file/below", "event-driven", "is a file, no folder"),
+        ("mlps", "file/far/below", "gguf", "is a file, no folder"),
         ("nowhere", "new", "gguf", "nowhere"),
         ("mlps", "new", "onnx", "to must be"),
     ):

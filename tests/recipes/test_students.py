@@ -1,9 +1,6 @@
 """Students of a converted model: what they learn, what their spikes cost, rivals, scores, packing."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +10,7 @@ import torch
 from spiking_mamba.common.errors import CheckpointError, DataError
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.spikes.counting import count_spikes
+from tests.helpers.commands import run as run_command
 from tests.helpers.converting import FOLDER, recipe_modules, transformer, write_prepared
 
 ROOT = FOLDER.parents[1]
@@ -282,10 +280,7 @@ def test_tokens_of_another_vocabulary(convert, tmp_path):
 
 
 def command(script, yaml, *arguments):
-    return subprocess.run(
-        [sys.executable, ROOT / script, ROOT / "recipes/distill" / yaml, *arguments],
-        capture_output=True, text=True, timeout=240, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    return run_command(ROOT / script, ROOT / "recipes/distill" / yaml, *arguments)
 
 
 def test_from_training_to_scores(folder, tmp_path):

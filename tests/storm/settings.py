@@ -37,6 +37,8 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 WROTE = 77  # exit status of a run that came to its first write
 LONGEST = 700  # characters of a line that is read
 SECONDS = 120  # that a run may take
+# where the descriptors of open folders begin among the arguments of an audit event
+_FOLDERS = {"os.mkdir": 2, "os.rename": 2, "os.remove": 1, "os.rmdir": 1, "shutil.rmtree": 1}
 FAULTS = ("obscure", "late", "senseless", "refused though right")
 
 
@@ -83,8 +85,10 @@ def watch_writes(home: Path, follow: bool) -> None:
             path, _, flags = arguments
             if not isinstance(flags, int) or not flags & WRITING:
                 return
-        elif event in ("os.mkdir", "os.rename", "os.remove", "os.rmdir"):
+        elif event in _FOLDERS:
             path = arguments[0]
+            if any(isinstance(each, int) and each >= 0 for each in arguments[_FOLDERS[event] :]):
+                return  # relative to an open folder, within a tree that is removed: its rmtree was judged
         else:
             return
         within = isinstance(path, str) and Path(path).absolute().resolve().is_relative_to(home)

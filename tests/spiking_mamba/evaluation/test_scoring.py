@@ -51,6 +51,12 @@ def model():
     return Mamba2ForCausalLM(config)
 
 
+@pytest.fixture(scope="module")
+def hellaswag():
+    [task] = zero_shot_tasks("hellaswag").values()
+    return SimpleNamespace(eval_docs=task.eval_docs, config=task.config)  # which lm-eval makes at every look
+
+
 @pytest.fixture
 def no_network(monkeypatch):
     def refuse(_, address):
@@ -242,8 +248,8 @@ def names_of(task, items):
     return [source.partition("~")[0] for source in task.eval_docs.select(items)["source_id"]]
 
 
-def test_items_are_drawn_by_a_seed_from_every_source():
-    [task] = zero_shot_tasks("hellaswag").values()
+def test_items_are_drawn_by_a_seed_from_every_source(hellaswag):
+    task = hellaswag
     whole = names_of(task, range(len(task.eval_docs)))
     assert whole == ["activitynet"] * 3243 + ["wikihow"] * 6799  # why the first ones are no sample
     drawn = draw_items(task, 250, seed=3)
@@ -263,9 +269,8 @@ def test_items_are_drawn_by_a_seed_from_every_source():
 
 
 @pytest.mark.parametrize("limit", [1, 2, 3, 7])
-def test_any_number_of_items(limit):
-    [task] = zero_shot_tasks("hellaswag").values()
-    drawn = draw_items(task, limit)
+def test_any_number_of_items(hellaswag, limit):
+    drawn = draw_items(hellaswag, limit)
     assert len(drawn["items"]) == sum(drawn["sources"].values()) == limit
 
 
