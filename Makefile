@@ -20,7 +20,7 @@ EDGE_TESTS ?= tests/neurons $(addprefix tests/spiking_mamba/, \
   distill_at_scale.py::test_two_processes_train_as_one_and_resume evaluate.py::test_results rl.py::test_the_results \
   rl.py::test_two_processes_train_as_one shipped_student.py)
 
-.PHONY: help test storm test-gpu test-edges lint lock quickstart gpu clean
+.PHONY: help test storm test-gpu test-edges lint lock quickstart gpu docs notebook clean
 
 help:
 	@echo "make quickstart   distil a spiking Mamba2 on real text and report (minutes on a CPU, no GPU needed)"
@@ -29,6 +29,8 @@ help:
 	@echo "make test-gpu     the tests that need an NVIDIA GPU"
 	@echo "make test-edges   the oldest and the newest releases that pyproject.toml allows"
 	@echo "make gpu          add mamba-ssm's and causal-conv1d's kernels to the current environment"
+	@echo "make docs         the documentation as a site in site/, every link checked"
+	@echo "make notebook     run the documentation's notebook, and keep what it printed and drew"
 	@echo "make lock         renew constraints.txt, the versions that everything here is installed in"
 
 # spikingjelly comes without its dependencies: it asks for torchvision and torchaudio, which nothing here uses.
@@ -64,6 +66,21 @@ lint: $(BIN)/.ready
 gpu:
 	sh recipes/install_gpu.sh
 
+# The site imports nothing of the project: an environment of its own, made in seconds.
+.venv-docs/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb"))["project"]; \
+	  print(*p["optional-dependencies"]["docs"], sep="\n")' > .venv-docs/requirements.txt
+	.venv-docs/bin/python -m pip install --quiet -c constraints.txt -r .venv-docs/requirements.txt
+	touch $@
+
+docs: .venv-docs/.ready
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/python -m mkdocs build --strict $(ARGS)
+
+notebook: $(BIN)/.ready
+	$(BIN)/python -m pip install --quiet -c constraints.txt nbclient ipykernel
+	$(BIN)/python docs/fill_notebook.py docs/notebooks/student.ipynb
+
 $(UV):
 	$(PYTHON) -m venv .venv-uv
 	.venv-uv/bin/python -m pip install --quiet uv==0.13.9
@@ -90,4 +107,4 @@ RESOLUTION_newest := highest
 	touch $@
 
 clean:
-	rm -rf $(VENV) .venv-uv .venv-lowest .venv-newest build dist *.egg-info
+	rm -rf $(VENV) .venv-uv .venv-docs .venv-lowest .venv-newest build dist site *.egg-info
