@@ -26,7 +26,8 @@ class ReportSettings:
     Attributes:
         run: folder of a quickstart, of an evaluation, of a preference optimisation or of a bench: the one
             that holds ``results.json``. Of the first two ``report.md``, ``report.html`` and pictures are
-            written there. Several evaluations, or several quickstarts, are reported side by side, in ``output``.
+            written there. Several evaluations, or several quickstarts, are reported side by side, in
+            ``output``.
         output: folder for the report of several runs; by default that of the run itself.
     """
 
