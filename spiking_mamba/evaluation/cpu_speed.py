@@ -171,12 +171,17 @@ def llama_ways(
 
     Raises:
         ValueError: GGUF has no such model.
-        RuntimeError: llama.cpp does not take it.
+        RuntimeError: llama.cpp does not take it, or was built with AMX.
     """
     import ctypes
 
     import llama_cpp as lc
 
+    if b"AMX_INT8 = 1" in lc.llama_print_system_info():  # 0.3.36 dies at the head of tied embeddings
+        raise RuntimeError(
+            "this llama.cpp was built with AMX, by which it crashes on this model's quantised head: build "
+            "llama-cpp-python with CMAKE_ARGS=-DGGML_NATIVE=OFF and what else the processor has"
+        )
     _silent.append(lc.llama_log_callback(lambda level, text, data: None))
     lc.llama_log_set(_silent[-1], ctypes.c_void_p(0))
     source = folder / "float32.gguf"

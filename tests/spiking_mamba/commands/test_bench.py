@@ -2,7 +2,9 @@
 
 import json
 import re
+import sys
 from math import comb
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +12,7 @@ import neurons
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, event_driven
 from spiking_mamba.commands.bench import BenchSettings, bench, without_neurons
 from spiking_mamba.common.errors import DataError
+from spiking_mamba.evaluation.cpu_speed import llama_ways
 from spiking_mamba.evaluation.statistics import median_interval
 from spiking_mamba.reports.decoding import draw_speeds, speed_table
 from tests.helpers.commands import ROOT, run
@@ -125,3 +128,11 @@ def test_integers_alone(dense, tmp_path):
     assert row["way"] == "event-driven int4"
     with pytest.raises(DataError, match="int8 cannot be timed here: the checkpoint is event-driven int4"):
         bench(BenchSettings(model=folder, ways=["dense int8"], **SHORT))
+
+
+def test_a_llama_that_would_die_is_not_tried(dense, tmp_path, monkeypatch):
+    """llama.cpp built with AMX ends the process at a quantised head that is tied to the embeddings."""
+    built = SimpleNamespace(llama_print_system_info=lambda: b"CPU : AVX512 = 1 | AMX_INT8 = 1 | ")
+    monkeypatch.setitem(sys.modules, "llama_cpp", built)
+    with pytest.raises(RuntimeError, match="built with AMX"):
+        llama_ways(dense, tmp_path, 1)
