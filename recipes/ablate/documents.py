@@ -14,6 +14,7 @@ import datasets
 import numpy as np
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCardData
 from measures import text_sha256
 from pydantic import Field
 
@@ -29,6 +30,7 @@ from spiking_mamba.evaluation.scoring import kl_and_agreement
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.model.modes import evaluating
 from spiking_mamba.model.tokenizer import load_tokenizer
+from spiking_mamba.reports.hub_card import Score, card_data, write_hub_card
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.spikes.counts import SpikeCounts
 from spiking_mamba.training.student import Length
@@ -47,6 +49,7 @@ class DocumentSettings:
         length: tokens a row.
         batch_size: rows a forward pass.
         results: file of the records, one a student, text and length.
+        card: put the perplexities at the head of the student's ``README.md``.
     """
 
     teacher: Name
@@ -55,6 +58,7 @@ class DocumentSettings:
     length: Length = 512
     batch_size: Count = 8
     results: Name = "docs/results/documents.jsonl"
+    card: bool = False
 
 
 def documents_of(ids: np.ndarray, end: int) -> np.ndarray:
@@ -138,10 +142,29 @@ def perplexity_ratio(
     return {key: float(value) for key, value in ratio.items()} | {"documents": count}
 
 
+def perplexity_score(record: dict[str, Any], resamples: int = 10_000, seed: int = 0) -> Score:
+    """A student's perplexity on a recorded text, with a bootstrap interval over documents."""
+    tokens, _, student = np.asarray(record["documents"], float).T
+    random, count = np.random.default_rng(seed), len(tokens)
+    drawn = random.multinomial(count, np.full(count, 1 / count), size=resamples)  # [resamples, documents]
+    low, high = np.quantile(np.exp(drawn @ student / (drawn @ tokens)), [0.025, 0.975])
+    value = float(np.exp(student.sum() / tokens.sum()))
+    name = f"{Path(record['text']).stem.replace('_', '-')} documents"
+    of = f"over {count} documents, {record['tokens']} tokens in rows of {record['length']}"
+    return Score(name, "perplexity", value, of, (float(low), float(high)))
+
+
+def head(student: str, records: Sequence[dict[str, Any]]) -> ModelCardData:
+    """What the hub reads at the head of the student's card; its teacher and its text have no name there."""
+    scores = [perplexity_score(record) for record in records]
+    return card_data(Path(student).name, scores, "apache-2.0", spiking=True)
+
+
 def measure(settings: DocumentSettings) -> None:
     refuse_changed_code(Path(settings.results))
     teacher, student = load_dense(settings.teacher).eval(), load_model(settings.student).eval()
     tokenizer = load_tokenizer(settings.teacher)
+    records = []
     for text in settings.texts:
         rows = data.tokenize(data.load_text(text), tokenizer, settings.length).with_format("numpy")
         comparison, spikes = compare(teacher, student, rows, tokenizer.eos_token_id, settings.batch_size)
@@ -160,6 +183,7 @@ def measure(settings: DocumentSettings) -> None:
             },
         }
         put_record(Path(settings.results), record | provenance(settings), IDENTITY)
+        records.append(record)
         ratio = perplexity_ratio(comparison["documents"])
         print(
             f"{text}, {settings.length}: teacher {ratio['teacher']:.3f}, student {ratio['student']:.3f}, "
@@ -168,6 +192,8 @@ def measure(settings: DocumentSettings) -> None:
             f"{comparison['top1']:.1%}",
             flush=True,
         )
+    if settings.card:
+        write_hub_card(settings.student, head(settings.student, records))
 
 
 @fail_clearly()

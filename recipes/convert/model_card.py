@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import numpy as np
 import torch
 from ability import read_items
+from huggingface_hub import ModelCardData
 from openings import PARTS
 from pydantic import Field
 
@@ -29,10 +30,14 @@ from spiking_mamba.model.converted import mixers_of, read_index
 from spiking_mamba.model.source import load_source, load_source_tokenizer
 from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.reports.figures import picture
+from spiking_mamba.reports.hub_card import Score, card_data, hub_card
+from spiking_mamba.reports.hub_card import accuracy as accuracy_score
 
 TEMPLATE = Path(__file__).with_name("model_card.md")
 CURVE, LOG = "curve.png", "log.jsonl"
 TOP_P, TEMPERATURE, NEW_TOKENS = 0.9, 0.7, 60  # of the answers
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # on the hub; the package carries it quantised
+ROW = 512  # tokens of held-out text
 TEXTS = {"web": "OpenWebText", "wiki": "Wikipedia"}
 
 Items = dict[str, np.ndarray]
@@ -295,7 +300,7 @@ def evaluation_fields(records: Records) -> dict[str, Any]:
         "passages": passage_table(records),
         "passage_count": " and ".join(map(str, count)),
         "passages_asked": max(count),
-        "passage_length": 512,
+        "passage_length": ROW,
         "notes": " ".join(
             f"{name}: {about.note}." for name, about in BENCHMARK_SETS.items() if about.note is not None
         ),
@@ -314,6 +319,21 @@ def origin(entry: dict[str, Any]) -> dict[str, str]:
         "device": machine["gpu"] or machine["cpu"],
         "commit": str(about["commit"])[:7],
     }
+
+
+def head(records: Records, name: str) -> ModelCardData:
+    """What the hub reads; the text that was trained on has no name there."""
+    scores = []
+    for task, items in records.items[1].items():
+        mean = float(items.mean())
+        error, count = float(np.sqrt(mean * (1 - mean) / len(items))), f"{len(items)} items"
+        scores.append(accuracy_score(task, BENCHMARK_SETS[task].main, mean, error, count))
+    for short, label in TEXTS.items():
+        count = f"{records.model[f'passages_{short}']} rows of {ROW} tokens"
+        scores.append(Score(label, "perplexity", records.model[f"perplexity_{short}"], count))
+    return card_data(
+        name, scores, "apache-2.0", spiking=False, library="spiking-mamba", base_model=BASE_MODEL
+    )
 
 
 def write(settings: CardSettings) -> Path:
@@ -350,7 +370,7 @@ def write(settings: CardSettings) -> Path:
         new=NEW_TOKENS,
         samples=samples_text(settings, source, model),
     )
-    write_whole(folder / "README.md", card)
+    write_whole(folder / "README.md", str(hub_card(head(records, folder.name), card)))
     return folder / "README.md"
 
 

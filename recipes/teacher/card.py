@@ -15,6 +15,7 @@ from typing import Annotated, Any
 
 import torch
 from datasets import Dataset
+from huggingface_hub import ModelCardData
 from pydantic import Field
 
 from spiking_mamba import data
@@ -32,6 +33,7 @@ from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.reports.figures import picture
+from spiking_mamba.reports.hub_card import card_data, hub_card, scores_of
 
 TEMPLATE = Path(__file__).with_name("card.md")
 TOP_P, TEMPERATURE, NEW_TOKENS = 0.95, 0.8, 60  # of the samples
@@ -162,6 +164,10 @@ def lambada(model: Any, tokenizer: Any, weights: str, length: int, path: Path) -
 # Parts of the card --------------------------------------------------------------------------------------
 
 
+def text_label(name: str) -> str:
+    return "held-out documents" if name.endswith("held_out.jsonl") else name
+
+
 def perplexity_table(texts: dict[str, Any], ngram: dict[str, Any]) -> str:
     rows = []
     for name, of_text in texts.items():
@@ -169,7 +175,7 @@ def perplexity_table(texts: dict[str, Any], ngram: dict[str, Any]) -> str:
         beaten = ["-", "-"]
         if baseline is not None:
             beaten = [f"{baseline:.3f}", f"{1 - of_text['bits_per_byte'] / baseline:.1%}"]
-        label = "held-out documents" if name.endswith("held_out.jsonl") else name
+        label = text_label(name)
         rows.append([label, f"{of_text['perplexity']:.2f}", f"{of_text['bits_per_byte']:.3f}", *beaten])
     header = ["text", "perplexity", "bits per byte", f"{ngram['order']}-gram", "fewer bits by"]
     return markdown_table(header, rows)
@@ -360,8 +366,16 @@ def write(settings: CardSettings) -> Path:
         temperature=TEMPERATURE,
         samples="\n\n".join(sample(model, tokenizer, seed) for seed in range(settings.samples)),
     )
-    write_whole(folder / "README.md", card)
+    write_whole(folder / "README.md", str(hub_card(head(records, on_lambada), card)))
     return folder / "README.md"
+
+
+def head(records: Records, on_lambada: dict[str, Any]) -> ModelCardData:
+    """What the hub reads; the corpus has no name there."""
+    texts = {text_label(name): of_text for name, of_text in records.evaluated("perplexity").items()}
+    scores = scores_of(records.evaluated("tasks"), texts | {"LAMBADA": on_lambada})
+    name = records.evaluations[0]["models"][0]["name"]
+    return card_data(name, scores, "apache-2.0", spiking=False)
 
 
 @fail_clearly()

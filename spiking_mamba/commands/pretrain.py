@@ -2,7 +2,7 @@
 
 from spiking_mamba.commands.configuration import command_settings
 from spiking_mamba.common.errors import fail_clearly
-from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.progress import quiet, say_once
 from spiking_mamba.training.pretraining import PretrainingSettings, pretrain
 
 
@@ -12,7 +12,7 @@ def main(description: str | None = __doc__) -> None:
     settings = command_settings(PretrainingSettings, "pretrain", description)
     quiet()
     folder, _ = pretrain(settings)
-    print(f"The teacher is in {folder}.")
+    say_once(f"The teacher is in {folder}.")
 
 
 if __name__ == "__main__":

@@ -18,12 +18,23 @@ import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from tqdm import tqdm
 
-__all__ = ["Share", "Stage", "part_of", "quiet", "reporting", "say", "watched"]
+__all__ = ["Share", "Stage", "part_of", "quiet", "reporting", "say", "say_once", "watched"]
 
 T = TypeVar("T")
 Share = Callable[[float], None]  # takes the share of a part that is done, from 0 to 1
 _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"  # no forecast: parts are not alike
 _PATIENCE = 2  # seconds in which nobody asks how far it is
+
+
+def _is_first() -> bool:
+    """Whether this is the first of a launcher's processes, or the only one."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say_once(line: str) -> None:
+    """As :func:`say`, by the first of several processes."""
+    if _is_first():
+        say(line)
 
 
 def say(line: str) -> None:
@@ -40,9 +51,8 @@ def watched(rows: Iterable[T], total: int, title: str) -> Iterator[T]:
         total: how many there are.
         title: what stands before the bar.
     """
-    first = os.environ.get("RANK", "0") == "0"
     style: dict[str, Any] = {"dynamic_ncols": True, "leave": False, "delay": _PATIENCE, "bar_format": _FORMAT}
-    yield from tqdm(rows, title, total, disable=None if first else True, **style)
+    yield from tqdm(rows, title, total, disable=None if _is_first() else True, **style)
 
 
 class Stage:

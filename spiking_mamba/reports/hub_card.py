@@ -1,55 +1,110 @@
 """A model card as the hub reads it: metadata from recorded results, then the card's text."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-__all__ = ["hub_card", "metadata", "write_hub_card"]
+__all__ = ["Score", "accuracy", "card_data", "hub_card", "metadata", "scores_of", "write_hub_card"]
 
 TAGS = ("mamba2", "spiking-neural-network", "spikingjelly")
 _NORMAL = 1.96  # standard errors to each side of 95%
 
 
-def _interval(value: float, error: float | None) -> str:
-    if error is None or not math.isfinite(error):
-        return ""
-    return f", 95% interval {value - _NORMAL * error:.3f} to {value + _NORMAL * error:.3f}"
+class Score(NamedTuple):
+    """A number that was measured.
+
+    Attributes:
+        dataset: what on, a task or a text.
+        metric: as the hub calls it, ``acc``, ``perplexity``.
+        value: of it.
+        of: so many, such as "250 items".
+        interval: ends of the 95% interval; None: it is not known.
+        split: of the dataset.
+    """
+
+    dataset: str
+    metric: str
+    value: float
+    of: str
+    interval: tuple[float, float] | None = None
+    split: str | None = None
+
+    def result(self) -> EvalResult:
+        """As the hub has it; it knows no intervals, so that they stand in the metric's name."""
+        digits = 3 if abs(self.value) <= 1 else 2
+        bounds = ""
+        if self.interval is not None:
+            bounds = ", 95% interval {:.{digits}f} to {:.{digits}f}".format(*self.interval, digits=digits)
+        return EvalResult(
+            task_type="text-generation",
+            dataset_type=self.dataset,
+            dataset_name=self.dataset,
+            dataset_split=self.split,
+            metric_type=self.metric,
+            metric_name=f"{self.metric}{bounds}, {self.of}",
+            metric_value=round(self.value, 4),
+        )
 
 
-def _evaluated(entry: Mapping[str, Any]) -> list[EvalResult]:
-    """The metrics of one model of ``results.json``: each task's main metric, and perplexities."""
+def accuracy(
+    task: str, metric: str, value: float, error: float | None, count: str, split: str | None = None
+) -> Score:
+    """A score with the interval that its standard error gives, where there is one."""
+    known = error is not None and math.isfinite(error)
+    ends = (value - _NORMAL * error, value + _NORMAL * error) if known and error is not None else None
+    return Score(task, metric, value, count, ends, split)
+
+
+def scores_of(tasks: Mapping[str, Any], texts: Mapping[str, Any]) -> list[Score]:
+    """Of a model of ``results.json``: the main metric of each of its ``tasks``, and perplexities."""
     found = []
-    for task, scores in entry["tasks"].items():
-        score = scores["metrics"][scores["main"]]
-        bounds = _interval(score["value"], score["stderr"])
-        found.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=task,
-                dataset_name=task,
-                dataset_split=scores["data"]["split"],
-                metric_type=scores["main"],
-                metric_name=f"{scores['main']}{bounds}, {scores['n']} items",
-                metric_value=score["value"],
-            )
-        )
-    for text, scores in entry["perplexity"].items():
-        if scores["perplexity"] is None:
-            continue  # beyond what a number holds
-        found.append(
-            EvalResult(
-                task_type="text-generation",
-                dataset_type=text,
-                dataset_name=text,
-                metric_type="perplexity",
-                metric_name=f"perplexity, {scores['tokens']} tokens",
-                metric_value=scores["perplexity"],
-            )
-        )
+    for task, scores in tasks.items():
+        score, of = scores["metrics"][scores["main"]], scores["data"]
+        count = f"{scores['n']} items" + (f" of {of['rows']}" if of["rows"] > scores["n"] else "")
+        found.append(accuracy(task, scores["main"], score["value"], score["stderr"], count, of["split"]))
+    for text, scores in texts.items():
+        if scores["perplexity"] is not None:  # beyond what a number holds
+            found.append(Score(text, "perplexity", scores["perplexity"], f"{scores['tokens']} tokens"))
     return found
+
+
+def card_data(
+    model: str,
+    scores: Iterable[Score],
+    licence: str,
+    *,
+    spiking: bool,
+    library: str = "transformers",
+    base_model: str | None = None,
+    datasets: Sequence[str] = (),
+) -> ModelCardData:
+    """What stands at the head of a card.
+
+    Args:
+        model: its name.
+        scores: what was measured.
+        licence: as the hub writes it, ``apache-2.0``.
+        spiking: whether it has neurons.
+        library: that loads it.
+        base_model: hub name of what it was made of.
+        datasets: hub names of what it was trained on.
+    """
+    evaluated = [score.result() for score in scores]
+    return ModelCardData(
+        language="en",
+        license=licence,
+        library_name=library,
+        pipeline_tag="text-generation",
+        base_model=base_model,
+        datasets=list(datasets) or None,
+        metrics=sorted({each.metric_type for each in evaluated}) or None,
+        tags=list(TAGS if spiking else TAGS[:1]),
+        model_name=model,
+        eval_results=evaluated or None,
+    )
 
 
 def metadata(
@@ -59,14 +114,12 @@ def metadata(
     base_model: str | None = None,
     datasets: Sequence[str] = (),
 ) -> ModelCardData:
-    """What stands at the head of a card.
+    """What stands at the head of the card of an evaluated model.
 
     Args:
         results: ``results.json`` of an evaluation.
         model: the name of a model in it.
-        licence: as the hub writes it, ``apache-2.0``.
-        base_model: hub name of what it was made of.
-        datasets: hub names of what it was trained on.
+        licence, base_model, datasets: see :func:`card_data`.
 
     Raises:
         ValueError: the results know no such model.
@@ -75,25 +128,15 @@ def metadata(
     if entry is None:
         known = ", ".join(entry["name"] for entry in results["models"])
         raise ValueError(f"The results know no model {model!r}, only {known}.")
-    evaluated = _evaluated(entry)
-    return ModelCardData(
-        language="en",
-        license=licence,
-        library_name="transformers",
-        pipeline_tag="text-generation",
-        base_model=base_model,
-        datasets=list(datasets) or None,
-        metrics=sorted({each.metric_type for each in evaluated}) or None,
-        tags=list(TAGS if entry["neuron"] is not None else TAGS[:1]),
-        model_name=model,
-        eval_results=evaluated or None,
-    )
+    scores, spiking = scores_of(entry["tasks"], entry["perplexity"]), entry["neuron"] is not None
+    return card_data(model, scores, licence, spiking=spiking, base_model=base_model, datasets=datasets)
 
 
 def hub_card(data: ModelCardData, text: str) -> ModelCard:
     """A card of this text; metadata that it had is replaced."""
-    card = ModelCard(text)
-    return ModelCard(f"---\n{data.to_yaml()}\n---\n{card.text}")
+    if text.startswith("---\n"):
+        text = ModelCard(text).text
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n{text}")
 
 
 def write_hub_card(folder: str | Path, data: ModelCardData) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 import card
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from matplotlib.image import imread
 
 from spiking_mamba.common.files import file_sha256
@@ -56,7 +57,7 @@ def fields_of(text):
         if name:
             known = f"(?P<{name}>" in pattern
             pattern += f"(?P={name})" if known else f"(?P<{name}>{PARAGRAPHS.get(name, '.*?')})"
-    found = re.fullmatch(pattern, text, flags=re.DOTALL)
+    found = re.fullmatch(pattern, ModelCard(text).text, flags=re.DOTALL)
     assert found, "not the template's text"
     return found.groupdict()
 
@@ -104,7 +105,13 @@ def evaluation_record(weights, command, tasks, texts):
         "hardware": HARDWARE,
         "settings": {"length": 32},
     }
-    model = {"weights_sha256": weights, "dtype": "float32", "tasks": tasks, "perplexity": texts}
+    model = {
+        "name": "small",
+        "weights_sha256": weights,
+        "dtype": "float32",
+        "tasks": tasks,
+        "perplexity": texts,
+    }
     return {"provenance": provenance, "models": [model]}
 
 
@@ -112,10 +119,10 @@ def evaluation_records(weights):
     accuracy = {"value": 0.4321, "stderr": 0.0213}
     both = {"acc": accuracy, "acc_norm": {"value": 0.5, "stderr": None}}
     texts = {
-        "held_out.jsonl": {"perplexity": 18.126, "bits_per_byte": 1.2},
-        "other": {"perplexity": 99.994, "bits_per_byte": 2.3456},
+        "held_out.jsonl": {"perplexity": 18.126, "bits_per_byte": 1.2, "tokens": 4321},
+        "other": {"perplexity": 99.994, "bits_per_byte": 2.3456, "tokens": 99},
     }
-    whole = {"n": 123, "data": {"rows": 123}, "drawn": None}
+    whole = {"n": 123, "data": {"rows": 123, "split": "test"}, "drawn": None, "main": "acc"}
     piqa = {"piqa": whole | {"metrics": both, "chance": 0.5}}
     copa = {"copa": whole | {"metrics": {"acc": accuracy}, "chance": None}}
     return {
@@ -227,6 +234,11 @@ def test_every_number_is_that_of_a_record(records, drawn):
         ["piqa", "123", "0.432 ± 0.021", "0.500", "0.500"],
         ["copa", "123", "0.432 ± 0.021", "", "-"],
     ]
+    heads = {each.dataset_name: each for each in ModelCard(text).data.eval_results}
+    assert (
+        heads["piqa"].metric_name == "acc, 95% interval 0.390 to 0.474, 123 items"
+    )  # 0.4321 -+ 1.96 * 0.0213
+    assert (heads["held-out documents"].metric_value, len(heads)) == (18.126, 5)
     assert table(text, "package") == [["a-book 1.2", "MIT", "17", "1,999,111"]]
     assert table(text, "further passes") == [
         ["0", "0", "-", "-", "17.13"],
@@ -336,6 +348,8 @@ def test_the_shipped_card_is_what_its_records_give(tmp_path, monkeypatch):
     assert theirs.pop("samples").count("\n\n> ") + 1 == settings.samples
     del mine["samples"]
     assert theirs == mine
+    heads = [ModelCard(text).data.to_dict() for text in (again, (SHIPPED / "README.md").read_text())]
+    assert heads[0] == heads[1]
 
 
 def test_the_shipped_curve_can_be_read():

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from torch.nn import functional as F
 
 from spiking_mamba.common.errors import CheckpointError
@@ -573,6 +574,7 @@ def test_the_shipped_card_s_tables_and_intervals_are_of_its_records(convert, mon
     for name in ("ability", "lambada", "with_chance", "with_all", "weakest", "scores", "passages"):
         assert known[name] in text, name
     assert card.stage_table(records) in text
+    assert ModelCard(text).data.to_dict() == card.head(records, "smollm2-mamba2").to_dict()
     assert f"\n{records.gpu_minutes():.0f} GPU-minutes of H200" in text
     words = " ".join(text.split())
     for line in (

@@ -111,6 +111,7 @@ def test_two_processes_train_as_one_and_resume(kind, arguments, one_process, tmp
     command = [*arguments, f"output={tmp_path / 'run'}", "training.per_device_train_batch_size=2"]
     done = torchrun(*launcher, *command, **environment)
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("The student is in ") == 1
     sharded = list((tmp_path / "run/checkpoint-4").glob("pytorch_model_fsdp_0/*.distcp"))
     assert len(sharded) == (0 if kind == "ddp" else 2)
     assert_alike(tmp_path / "run", one_process)

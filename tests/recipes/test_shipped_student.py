@@ -4,8 +4,12 @@ import re
 from pathlib import Path
 
 import datasets
+import documents
+import numpy as np
 import pytest
 import torch
+from huggingface_hub import ModelCard
+from huggingface_hub.utils import validate_repo_id
 from transformers import AutoModelForCausalLM
 
 from spiking_mamba import spike_driven
@@ -58,6 +62,38 @@ def test_the_card_has_the_numbers_of_its_run():
     assert f"{run['checks']['bf16']['perplexity']:.2f}" in CARD
     assert f"{run['after']['gain']['fp32']:.2f}x" in CARD
     assert run["depends"]["teacher"]["model.safetensors"] == file_sha256(TEACHER / "model.safetensors")
+
+
+def test_the_cards_head_is_of_its_records():
+    (record,) = read_records(ROOT / "docs/results/documents.jsonl")
+    assert record["depends"]["student"] == file_sha256(STUDENT / "model.safetensors")
+    tokens, _, nats = np.asarray(record["documents"]).T
+    mean = nats.sum() / tokens.sum()
+    error = np.sqrt(((nats - mean * tokens) ** 2).sum()) / tokens.sum()  # of a ratio of sums, to first order
+    (found,) = ModelCard(CARD).data.eval_results
+    assert found.metric_value == pytest.approx(np.exp(mean), abs=1e-4)
+    ends = re.match(r"perplexity, 95% interval ([\d.]+) to ([\d.]+), over 232 documents,", found.metric_name)
+    for end, sign in zip(ends.groups(), (-1, 1), strict=True):
+        assert np.log(float(end)) == pytest.approx(mean + sign * 1.96 * error, abs=0.1 * error)
+    assert f"| perplexity | 17.10 | {found.metric_value:.2f} |" in CARD
+    assert ModelCard(CARD).data.to_dict() == documents.head("student", [record]).to_dict()
+
+
+@pytest.mark.parametrize("folder", [STUDENT, TEACHER, ROOT / "weights/smollm2-mamba2"])
+def test_the_hub_could_read_the_head_of_every_card(folder):
+    card = ModelCard.load(folder / "README.md")  # raises for a head that is not right
+    assert (card.data.license, card.data.language, card.data.model_name) == ("apache-2.0", "en", folder.name)
+    if card.data.base_model is not None:
+        validate_repo_id(card.data.base_model)
+    results = card.data.eval_results
+    assert sorted({each.metric_type for each in results}) == card.data.metrics
+    assert len({each.unique_identifier for each in results}) == len(results)
+    for each in results:
+        assert re.search(r"\d (items|tokens|rows)\b", each.metric_name)
+        if each.metric_type != "perplexity":
+            low, high = map(float, re.search(r"interval ([\d.]+) to ([\d.]+)", each.metric_name).groups())
+            assert low < each.metric_value < high
+    assert card.text.startswith("# ")
 
 
 def test_the_cards_code_runs(monkeypatch):
