@@ -1,19 +1,19 @@
 """What an evaluation's report says of spikes and energy: counted, estimated, measured, and by layer."""
 
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from spiking_mamba.reports.charts import Model, layer_energy_panels
 from spiking_mamba.reports.costs import drawn_tables, own_tables
-from spiking_mamba.reports.document import Block, Heading, Paragraph, Picture, Table
-from spiking_mamba.reports.figures import draw_layer_energy, unit
-from spiking_mamba.reports.spike_map import draw_spikes
+from spiking_mamba.reports.document import Block, Heading, Paragraph, Table, drawn
+from spiking_mamba.reports.figures import unit
+from spiking_mamba.reports.spike_map import spike_panels
 
-__all__ = ["Model", "flat", "number", "of_energy", "of_joules", "of_layers", "of_spikes", "shared_tasks"]
-
-Model = Mapping[str, Any]
+__all__ = ["flat", "number", "of_energy", "of_joules", "of_layers", "of_spikes", "shared_tasks"]
 
 _RIVALS = {
     "gain": "over dense",
@@ -38,6 +38,7 @@ _MEMORY_SCOPES = {
     "model": "the whole model, prefill",
     "decode_projections": "the projections, decoding token by token",
     "decode": "the whole model, decoding token by token",
+    "event_driven": "the whole model, decoding by the event-driven runtime",
 }
 
 
@@ -175,6 +176,8 @@ def _energy_table(
     if not rows:
         return []
     header = ["model, cost table", *_SPENDERS.values(), *(f"gain {name}" for name in _RIVALS.values())]
+    known = [any(cell != "–" for cell in column) for column in zip(*rows, strict=True)]
+    header, *rows = [[*itertools.compress(row, known)] for row in (header, *rows)]
     return [Heading(title, 3), Table(header, rows)]
 
 
@@ -222,14 +225,10 @@ def of_layers(folder: Path, models: Sequence[Model]) -> list[Block]:
         name = _file_name(model["name"], taken)
         pictures = []
         if (model["energy"] or {}).get("layers"):
-            path = folder / f"layer_energy-{name}.png"
-            draw_layer_energy(model["energy"], path)
-            text = f"Energy per token by layer, dense and spiking, {_at(drawn_tables([model]))}: "
-            pictures.append(Picture(path, text + model["name"]))
-        if model["spikes"]:
-            path = folder / f"spikes-{name}.png"
-            if draw_spikes(model["spikes"], path):
-                pictures.append(Picture(path, f"Spikes by layer: {model['name']}"))
+            panels = layer_energy_panels(model["energy"], model["name"])
+            pictures.append(drawn(folder / f"layer_energy-{name}.png", panels))
+        if model["spikes"] and (panels := spike_panels(model["spikes"])):
+            pictures.append(drawn(folder / f"spikes-{name}.png", panels))
         if pictures:
             blocks += [Heading(model["name"], 3), *pictures]
     if not blocks:

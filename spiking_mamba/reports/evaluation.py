@@ -5,24 +5,26 @@ does not have (no spiking model, a single seed, no reference) are left out of it
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from spiking_mamba.reports import energy as energy_report
-from spiking_mamba.reports.costs import drawn_tables
+from spiking_mamba.reports.charts import Model, accuracy_energy_panels, gap_panels, task_panels
+from spiking_mamba.reports.comparison import side_by_side
 from spiking_mamba.reports.document import (
     Block,
     Code,
+    Glance,
     Heading,
     Paragraph,
-    Picture,
     Table,
+    drawn,
     markdown_table,
-    write_document,
 )
-from spiking_mamba.reports.energy import Model, flat, number, shared_tasks
-from spiking_mamba.reports.figures import accuracy_and_energy, draw_accuracy_energy, draw_gaps
+from spiking_mamba.reports.energy import flat, number, shared_tasks
+from spiking_mamba.reports.glance import first_picture, plural, sentences
+from spiking_mamba.reports.page import write_document
 
 __all__ = ["write_evaluation_report"]
 
@@ -39,10 +41,14 @@ def write_evaluation_report(folder: Path, results: Mapping[str, Any]) -> str:
     """
     models = results["models"]
     folder.mkdir(parents=True, exist_ok=True)
-    blocks: list[Block] = [Heading("Evaluation", 1), Paragraph(_lead(results))]
-    blocks += [Heading("Models"), _models(models)]
+    shown = first_picture(results)
+    first = drawn(folder / "overview.png", shown) if shown else None
+    blocks: list[Block] = [Heading("Evaluation", 1), Glance(sentences(results), first)]
+    blocks += [Paragraph(note) for note in results.get("notes") or []]
+    blocks += [Heading("Models"), Paragraph(_lead(results)), _models(models)]
+    blocks += side_by_side(models)
     blocks += _accuracy_over_energy(folder, models)
-    blocks += _tasks(models)
+    blocks += _tasks(folder, models, {panel.text for panel in shown})
     blocks += _gaps(folder, results.get("gaps") or [])
     blocks += _seeds(results.get("groups") or {})
     blocks += _perplexity(models)
@@ -52,7 +58,7 @@ def write_evaluation_report(folder: Path, results: Mapping[str, Any]) -> str:
     blocks += energy_report.of_layers(folder, models)
     blocks += _provenance(results)
     write_document(folder, blocks)
-    tables = [block for block in (*_tasks(models), *_perplexity(models)) if isinstance(block, Table)]
+    tables = [block for block in (*_task_table(models), *_perplexity(models)) if isinstance(block, Table)]
     return "\n\n".join(markdown_table(table.header, table.rows) for table in tables)
 
 
@@ -64,17 +70,14 @@ def _range(row: Mapping[str, Any], digits: int = 2, factor: float = 1.0) -> str:
     return f"({number(row['low'], digits, factor)} to {number(row['high'], digits, factor)})"
 
 
-def _plural(count: int, noun: str) -> str:
-    return f"{count:,} {noun}" + ("" if count == 1 else "s")
-
-
 def _lead(results: Mapping[str, Any]) -> str:
-    models, provenance = results["models"], results.get("provenance") or {}
-    tasks = {task for model in models for task in model["tasks"]}
-    device = (provenance.get("hardware") or {}).get("device", "an unknown device")
-    text = f"{_plural(len(models), 'model')} on {_plural(len(tasks), 'zero-shot task')}"
-    text += f", {provenance.get('date', 'no date')}, on {device}."
-    references = [model["name"] for model in models if model["reference"]]
+    provenance = results.get("provenance") or {}
+    text = f"{plural(len(results['models']), 'model')}"
+    if "date" in provenance:
+        device = (provenance.get("hardware") or {}).get("device", "an unknown device")
+        text += f", {provenance['date']}, on {device}"
+    text += "."
+    references = [model["name"] for model in results["models"] if model["reference"]]
     if references:
         text += f" Gaps are taken against {', '.join(references)}."
     return text
@@ -99,26 +102,29 @@ def _models(models: Sequence[Model]) -> Table:
 
 
 def _accuracy_over_energy(folder: Path, models: Sequence[Model]) -> list[Block]:
-    texts = []
-    for table in drawn_tables(models):
-        points, label = accuracy_and_energy(models, table)
-        sentences = [f"{p['name']}: {p['accuracy']:.2f} at {p['projections']:.2f}x" for p in points]
-        if sentences:
-            text = f"Accuracy ({label}) over energy gain of the projections, {table} table. "
-            texts.append(text + "; ".join(sentences) + ".")
-    if not texts:
+    panels = accuracy_energy_panels(models)
+    if not panels:
         return []
-    path = folder / "accuracy_energy.png"
-    draw_accuracy_energy(models, path)
     note = (
         "Right is less energy than the dense model, up is more accurate; the star is the reference, at 1x. "
         "Where a group has several runs, small points are runs and the large one is their mean with "
         "95 % intervals (Student's t), cut off where they leave the picture."
     )
-    return [Heading("Accuracy and energy"), Picture(path, " ".join(texts)), Paragraph(note)]
+    picture = drawn(folder / "accuracy_energy.png", panels)
+    return [Heading("Accuracy and energy"), picture, Paragraph(note)]
 
 
-def _tasks(models: Sequence[Model]) -> list[Block]:
+def _tasks(folder: Path, models: Sequence[Model], shown: Container[str]) -> list[Block]:
+    """The table, and its picture where that is not shown already."""
+    tables = _task_table(models)
+    if not tables:
+        return []
+    panels = [panel for panel in task_panels(models) if panel.text not in shown]
+    pictures = [drawn(folder / "tasks.png", panels)] if panels else []
+    return [Heading("Zero-shot accuracy"), *pictures, *tables]
+
+
+def _task_table(models: Sequence[Model]) -> list[Block]:
     tasks = shared_tasks(models)
     if not tasks:
         return []
@@ -149,14 +155,12 @@ def _tasks(models: Sequence[Model]) -> list[Block]:
         "enters the source's average, gaps and intervals; chance is what guessing scores."
     )
     header = ["task, metric", "main", "items", "chance %", *(model["name"] for model in models)]
-    return [Heading("Zero-shot accuracy"), Table(header, rows), Paragraph(note)]
+    return [Table(header, rows), Paragraph(note)]
 
 
 def _gaps(folder: Path, gaps: Sequence[Mapping[str, Any]]) -> list[Block]:
     if not gaps:
         return []
-    path = folder / "gaps.png"
-    draw_gaps(gaps, path)
     gaps = sorted(gaps, key=lambda gap: gap["task"] != "average")
     pairs = list(dict.fromkeys((gap["reference"], gap["model"]) for gap in gaps))
     by_pair = {(gap["task"], gap["reference"], gap["model"]): gap for gap in gaps}
@@ -175,10 +179,9 @@ def _gaps(folder: Path, gaps: Sequence[Mapping[str, Any]]) -> list[Block]:
         "that both answered are resampled together, for the average within each task. An interval that "
         "holds 0 is no evidence of a gap."
     )
-    text = "Gaps to the reference with 95 % intervals, as in the table below."
     return [
         Heading("Gap to the reference"),
-        Picture(path, text),
+        drawn(folder / "gaps.png", gap_panels(gaps)),
         Table(["task", "items", *names], rows),
         Paragraph(note),
     ]
@@ -204,10 +207,10 @@ def _seeds(groups: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> list[Block]
             if row is None:
                 cells.append("–")
             elif row["sd"] is None:
-                cells.append(f"{number(row['mean'], 2, factor)}, {_plural(row['runs'], 'run')}")
+                cells.append(f"{number(row['mean'], 2, factor)}, {plural(row['runs'], 'run')}")
             else:
                 middle = _with_error(row["mean"], row["sd"], factor)
-                cells.append(f"{middle} {_range(row, 2, factor)}, {_plural(row['runs'], 'run')}")
+                cells.append(f"{middle} {_range(row, 2, factor)}, {plural(row['runs'], 'run')}")
         rows.append([_quantity(name) + (" %" if accuracy else ""), *cells])
     note = (
         "Mean ± standard deviation (n - 1) over the runs of a group, and the 95 % interval of the mean by "

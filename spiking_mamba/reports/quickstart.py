@@ -1,28 +1,43 @@
 """What a run found: tables for the terminal, ``report.md``, ``report.html`` and a picture."""
 
+import itertools
 import json
 import math
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from spiking_mamba.common.files import write_whole
 from spiking_mamba.reports.document import (
     Block,
+    Glance,
     Heading,
     Paragraph,
     Picture,
     Quote,
     Table,
     markdown_table,
-    write_document,
 )
-from spiking_mamba.reports.figures import picture
-from spiking_mamba.reports.spike_map import count_map, share_norm
+from spiking_mamba.reports.figures import COLOURS, Panel, short, write_png
+from spiking_mamba.reports.glance import RIVAL, plural
+from spiking_mamba.reports.overview import MOST, Quantity, energy_text, overview
+from spiking_mamba.reports.page import write_document
+from spiking_mamba.reports.spike_map import count_panels
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+    from matplotlib.figure import FigureBase
 
-__all__ = ["summary", "write_report"]
+__all__ = ["summary", "write_comparison", "write_report"]
+
+_SHOWN = "What students keep and cost, KL by step, spike counts by layer"
+_ENERGIES = {
+    "with_neurons": "energy: projections with neurons",
+    "whole_model": "energy: whole model",
+    "decoding": "energy: decoding, with memory",
+    "quantised_sparse": RIVAL,
+}
 
 
 def write_report(folder: Path, results: dict[str, Any]) -> str:
@@ -32,9 +47,7 @@ def write_report(folder: Path, results: dict[str, Any]) -> str:
         The summary.
     """
     write_whole(folder / "results.json", json.dumps(results, indent=1))
-    image = folder / "report.png"
-    _draw(results, image)
-    write_document(folder, _document(results, image))
+    write_document(folder, _document(results, folder / "report.png"))
     return summary(results)
 
 
@@ -45,6 +58,9 @@ def summary(results: dict[str, Any]) -> str:
 
 
 def _document(results: dict[str, Any], image: Path) -> list[Block]:
+    runs = {"student": results}
+    first, learning, spikes = _overview(runs), _learning(runs), count_panels(results["spikes"]["projections"])
+    write_png(image, [*first, learning, *spikes])
     about = (
         f"Perplexity is that of {results['held_out_tokens']} tokens of {results['held_out']}; zero-shot "
         "scores are accuracies of lm-eval's tasks with their standard errors. Energy counts operations on "
@@ -56,15 +72,48 @@ def _document(results: dict[str, Any], image: Path) -> list[Block]:
     made = f"seed {results['seed']}; {results['seconds']:.0f} s on {results['device']}; {versions}"
     return [
         Heading("Distilling a spiking Mamba2", 1),
+        Glance(_sentences(results), Picture(image, _SHOWN, first)),
+        Heading("Quality"),
         _quality(results),
         Paragraph(_closed(results)),
+        Heading("Costs"),
         _costs(results),
-        Picture(image, "KL by step, spike histograms and energy"),
+        Heading("Learning and spikes"),
+        Picture(image, "KL by step, spike counts by layer", [learning, *spikes]),
         Paragraph(about),
         Paragraph(f'A sample of the student, prompted with "{results["prompt"]}":'),
         Quote(results["sample"]),
         Paragraph(f"Settings: settings.yaml; {made}."),
     ]
+
+
+def _sentences(results: dict[str, Any]) -> dict[str, str]:
+    """What was measured, what the student keeps of its teacher, and what it costs."""
+    teacher, before, after, energy = (results[key] for key in ("teacher", "before", "after", "energy"))
+    steps = plural(max((row["step"] for row in results["log"]), default=0), "step")
+    text = f"{results['held_out_tokens']:,} tokens of {results['held_out']}"
+    kept = [
+        f"a perplexity of {after['perplexity']:.2f} against the teacher's {teacher['perplexity']:.2f} "
+        f"({before['perplexity']:.2f} before distillation)",
+        f"the teacher's likeliest next token in {after['top1_agreement']:.1%} of all places",
+    ]
+    if after["zero_shot"]:
+        text += f" and {plural(len(after['zero_shot']), 'zero-shot task')}"
+        kept.append(f"{_mean(after):.1%} accuracy against {_mean(teacher):.1%}, the tasks' mean")
+    names = {
+        "with_neurons": "projections with their neurons",
+        "whole_model": "the whole model",
+        "decoding": "decoding, memory traffic included,",
+        "quantised_sparse": "hypothetically at int8, projections against a network that skips zeros",
+    }
+    costs = "; ".join(f"{name} {energy_text(energy[key])}" for key, name in names.items())
+    return {
+        "Measured": f"a spiking student of {results['levels']} levels, distilled from a dense Mamba2 in "
+        f"{steps}, on {text}.",
+        "Keeps": f"{'; '.join(kept)}.",
+        "Costs": "energy against the teacher's, estimated from counted operations (at 45 nm, fp32): "
+        + f"{costs}.",
+    }
 
 
 def _quality(results: dict[str, Any]) -> Table:
@@ -113,33 +162,122 @@ def _times(gain: float, digits: int = 2) -> str:
     return f"{gain:.{digits}f}x" if math.isfinite(gain) else "infinite"  # without a spike
 
 
-def _draw(results: dict[str, Any], path: Path) -> None:
-    with picture(path, 15, 4.2, dpi=110, ncols=3) as (figure, (losses, spikes, energy)):
+def _overview(runs: Mapping[str, dict[str, Any]]) -> list[Panel]:
+    """What the students keep of their teachers and what they cost."""
+    quantities = []
+    teachers = [results["teacher"] for results in runs.values()]
+    students = [results["after"] for results in runs.values()]
+    pairs = [(s["perplexity"], t["perplexity"]) for s, t in zip(students, teachers, strict=True)]
+    quantities.append(_against("perplexity", pairs, "{:.2f} against {:.2f}"))
+    if all(student["zero_shot"] for student in students):
+        pairs = [(_mean(s), _mean(t)) for s, t in zip(students, teachers, strict=True)]
+        tasks = plural(len(students[0]["zero_shot"]), "task")
+        quantities.append(_against(f"mean accuracy of {tasks}", pairs, "{:.1%} against {:.1%}"))
+    for key, name in _ENERGIES.items():
+        gains = [results["energy"][key] for results in runs.values()]
+        ratios = [1 / gain if gain else None for gain in gains]
+        quantities.append(Quantity(name, ratios, [energy_text(gain) for gain in gains], cost=True))
+    return overview(quantities, list(runs), "the teacher")
+
+
+def _against(name: str, pairs: Sequence[tuple[float, float]], form: str) -> Quantity:
+    ratios = [ours / theirs if theirs else None for ours, theirs in pairs]
+    return Quantity(name, ratios, [form.format(*pair) for pair in pairs])
+
+
+def _mean(model: dict[str, Any]) -> float:
+    return fmean(score["acc"] for score in model["zero_shot"].values())
+
+
+def _learning(runs: Mapping[str, dict[str, Any]]) -> Panel:
+    return Panel(
+        "KL of the student to its teacher by step of the distillation.", 2.9, partial(_draw_learning, runs)
+    )
+
+
+def _draw_learning(runs: Mapping[str, dict[str, Any]], figure: "FigureBase") -> None:
+    panel = figure.subplots()
+    for colour, (name, results) in zip(itertools.cycle(COLOURS), runs.items(), strict=False):
         points = [(row["step"], row["kl"]) for row in results["log"] if "kl" in row]
-        losses.plot([x for x, _ in points], [y for _, y in points], marker=".")
-        losses.set(title="KL of the student to its teacher", xlabel="step", ylabel="nats a token")
-        losses.set_ylim(bottom=0)
-
-        rows = results["spikes"]["projections"]
-        names = [f"{n.split('.')[2]} {n.rsplit('.', 1)[1].removesuffix('_proj')}" for n in rows]
-        shown = count_map(spikes, list(rows.values()), names, share_norm(list(rows.values())))
-        spikes.set(title="Spike counts by layer", xlabel="spike count s", ylabel="layer, projection")
-        figure.colorbar(shown, ax=spikes, label="share of the counts (grey: none)")
-        _draw_energy(energy, results["energy"])
+        panel.plot(
+            [x for x, _ in points], [y for _, y in points], marker=".", color=colour, label=short(name, 40)
+        )
+    panel.set(title="KL of the student to its teacher", xlabel="step", ylabel="nats a token")
+    panel.set_ylim(bottom=0)
+    panel.grid()
+    if len(runs) > 1:
+        figure.legend(loc="outside lower left", frameon=False, fontsize=11)
 
 
-def _draw_energy(panel: "Axes", gains: dict[str, float]) -> None:
-    names = {
-        "with_neurons": "projections\nwith neurons",
-        "whole_model": "whole model",
-        "decoding": "decoding,\nwith memory",
-        "quantised_sparse": "projections, over\nquantised int8\nskipping zeros *",
+def write_comparison(folder: Path, runs: Mapping[str, dict[str, Any]]) -> str:
+    """Write ``report.md``, ``report.html`` and ``report.png`` of several runs side by side to ``folder``.
+
+    Args:
+        folder: is made if it is not there.
+        runs: the results of each by its name.
+
+    Returns:
+        The table, for the terminal.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    first = _overview(runs) if len(runs) <= MOST else []
+    maps = {name: count_panels(results["spikes"]["projections"]) for name, results in runs.items()}
+    learning = _learning(runs)
+    image = folder / "report.png"
+    write_png(image, [*first, learning, *itertools.chain(*maps.values())])
+    table = _side_by_side(runs)
+    blocks: list[Block] = [
+        Heading("Quickstarts side by side", 1),
+        Glance(
+            _compared(runs),
+            Picture(image, _SHOWN, first or [learning]),
+        ),
+        Heading("Side by side"),
+        table,
+        *_unlike(runs),
+        Heading("Learning and spikes"),
+        *([Picture(image, "KL by step", [learning])] if first else []),
+    ]
+    for name, panels in maps.items():
+        blocks += [Heading(name, 3), Picture(image, f"Spike counts by layer: {name}", panels)]
+    for name, results in runs.items():
+        blocks += [Paragraph(f'{name}, prompted with "{results["prompt"]}":'), Quote(results["sample"])]
+    write_document(folder, blocks)
+    return markdown_table(table.header, table.rows)
+
+
+def _compared(runs: Mapping[str, dict[str, Any]]) -> dict[str, str]:
+    best = min(runs, key=lambda name: runs[name]["after"]["perplexity"])
+    least = max(runs, key=lambda name: runs[name]["energy"]["with_neurons"])
+    after, teacher = (runs[best][model]["perplexity"] for model in ("after", "teacher"))
+    gain = energy_text(runs[least]["energy"]["with_neurons"])
+    return {
+        "Measured": f"{plural(len(runs), 'student')}, each against its own dense teacher: {', '.join(runs)}.",
+        "Keeps": f"{best} has the lowest perplexity, {after:.2f} against its teacher's {teacher:.2f}.",
+        "Costs": f"{least} takes the least energy in its projections with their neurons, {gain} than its "
+        "teacher, estimated from counted operations (at 45 nm, fp32).",
     }
-    lengths = [gains[key] if math.isfinite(gains[key]) else 0.0 for key in names]
-    bars = panel.barh(list(names.values()), lengths, color=["#2a7f62", "#2a7f62", "#2a7f62", "#b7c9c2"])
-    panel.bar_label(bars, [_times(gains[key], 1) for key in names], padding=4)
-    panel.axvline(1.0, color="black", linewidth=0.8)
-    panel.invert_yaxis()
-    panel.margins(x=0.15)
-    panel.set(title="Energy gain over dense fp32", xlabel="times less, 45 nm operation costs")
-    panel.text(1, -0.26, "* hypothetical", transform=panel.transAxes, ha="right", fontsize=8)
+
+
+def _unlike(runs: Mapping[str, dict[str, Any]]) -> list[Block]:
+    texts = {name: f"{r['held_out_tokens']:,} tokens of {r['held_out']}" for name, r in runs.items()}
+    if len(set(texts.values())) == 1:
+        return []
+    told = "; ".join(f"{name}: {text}" for name, text in texts.items())
+    return [Paragraph(f"The perplexities are of different texts ({told}): compare each with its teacher's.")]
+
+
+def _side_by_side(runs: Mapping[str, dict[str, Any]]) -> Table:
+    columns = []
+    for results in runs.values():
+        column = {
+            "levels": str(results["levels"]),
+            "the teacher's perplexity": f"{results['teacher']['perplexity']:.2f}",
+        }
+        column |= {name: after for name, _, _, after, _ in _quality(results).rows}
+        column |= {
+            name.replace(f" of {results['levels']} levels", ""): cell for name, cell in _costs(results).rows
+        }
+        columns.append(column)
+    names = dict.fromkeys(name for column in columns for name in column)
+    return Table(["", *runs], [[name, *(column.get(name, "–") for column in columns)] for name in names])

@@ -25,7 +25,9 @@ class Drawn:
             self.names.append(path.name.replace(".part", ""))
             self.figures.append(figure)
             size = figure.get_size_inches() * dpi
-            self.texts.append([(t.get_text(), b, size) for t, b in boxes.items() if t.figure is figure])
+            self.texts.append(
+                [(t.get_text(), b, size) for t, b in boxes.items() if t.figure.canvas is figure.canvas]
+            )
 
         monkeypatch.setattr(Text, "draw", record)
         monkeypatch.setattr(Figure, "savefig", keep)

@@ -1,6 +1,7 @@
 """A user's own table of costs, from the command line of recipes/evaluate to every table and picture."""
 
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
 from spiking_mamba.commands import evaluate as recipe
 from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import train_tokenizer
+from spiking_mamba.reports.figures import short
 from tests.helpers.pages import Page
 
 ROOT = Path(__file__).parents[2]
@@ -71,22 +73,30 @@ def test_a_users_costs_reach_every_table_and_picture(evaluated, drawn):
 
     # every picture of energy shows it, says its name, and that it is hypothetical
     assert sorted(drawn.names) == [
-        "accuracy_energy.png", "gaps.png", "layer_energy-student.png", "spikes-student.png"
+        "gaps.png", "layer_energy-student.png", "overview.png", "spikes-student.png", "tasks.png"
     ]  # fmt: skip
     drawn.check()
-    for name in ("accuracy_energy.png", "layer_energy-student.png"):
-        assert f"{OWN} table, hypothetical" in drawn.text_of(name)
-        assert "fp32 table" in drawn.text_of(name)
-        assert "fp32 table, hypothetical" not in drawn.text_of(name)
-    alternatives = [attributes["alt"] for tag, attributes in page.attributes if tag == "img"]
-    assert any(f"{OWN} table" in text and f"at {gain:.2f}x" in text for text in alternatives)
-    assert f"Energy per token by layer, dense and spiking, tables fp32, {OWN}: student" in alternatives
+    assert f"{OWN} table, hypothetical" in drawn.text_of("layer_energy-student.png")
+    assert "fp32 table" in drawn.text_of("layer_energy-student.png")
+    assert "fp32 table, hypothetical" not in drawn.text_of("layer_energy-student.png")
+    overview = drawn.text_of("overview.png").split("\n")
+    assert {f"whole model, {short(OWN, 12)}*", "whole model, fp32", "times teacher; * hypothetical"} <= {
+        *overview
+    }
+    told = [picture.attrib["aria-label"] for picture in page.pictures()]
+    with_neurons = f"projections with neurons, {short(OWN, 12)}*: {with_neurons:.2f} times less"
+    assert with_neurons in told[0]
+    assert f"Energy per token by layer, in_proj, {OWN} table, hypothetical: student" in told
     assert f"operation counts at the tables fp32, {OWN}, compute only" in page.text
 
-    panels = drawn.figures[drawn.names.index("accuracy_energy.png")].axes
-    at = [[line.get_xdata()[0] for line in panel.lines if line.get_marker() == "o"] for panel in panels]
-    gains = [energy[scope][t]["gain"] for t in ("fp32", OWN) for scope in ("projections", "model")]
-    assert at == [[pytest.approx(value)] for value in gains]
+    (axes,) = drawn.figures[drawn.names.index("overview.png")].axes
+    gains = [
+        row[t]["gain"]
+        for t in ("fp32", OWN)
+        for row in (energy["projections_with_neurons"], energy["model"], energy["with_memory"]["decode"])
+    ]
+    drawn_bars = [bar.get_width() for bar in axes.patches][-7:-1]  # the last is a quantised network's
+    assert drawn_bars == pytest.approx([-math.log2(gain) for gain in gains])
 
 
 def test_the_bars_of_every_layer(evaluated, drawn):
@@ -97,7 +107,7 @@ def test_the_bars_of_every_layer(evaluated, drawn):
     costs = {"fp32": (4.6, 0.9), OWN: (MAC, AC)}
     places = [(table, side) for table in costs for side in ("in_proj", "out_proj")]
     for panel, (table, side) in zip(panels, places, strict=True):
-        assert panel.get_title("left").startswith(f"{side}, {table} table")
+        assert panel.get_title("left").replace("\n", " ").startswith(f"{side}, {table} table")
         scale = picojoules[panel.get_ylabel().split()[0]]
         rows = [row for name, row in student["spikes"]["projections"].items() if name.endswith(side)]
         mac, ac = costs[table]

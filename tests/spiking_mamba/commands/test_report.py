@@ -31,7 +31,7 @@ def drawn_nothing(monkeypatch):
     """Without its picture, which tests/recipes looks at."""
     from spiking_mamba.reports import quickstart
 
-    monkeypatch.setattr(quickstart, "_draw", lambda results, path: path.write_bytes(b""))
+    monkeypatch.setattr(quickstart, "write_png", lambda path, panels: path.write_bytes(b""))
 
 
 def test_of_a_preference_optimisation(tmp_path):
