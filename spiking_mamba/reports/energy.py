@@ -82,7 +82,7 @@ def of_spikes(models: Sequence[Model]) -> list[Block]:
     if dearer:
         blocks.append(Paragraph(f"More accumulations than the dense model's MACs: {', '.join(dearer)}."))
     if rows := _spikes_by_task(spiking):
-        header = ["task", "of", *(model["name"] for model in spiking)]
+        header = ["task, count", *(model["name"] for model in spiking)]
         blocks += [Heading("By task", 3), Table(header, rows)]
     return blocks
 
@@ -97,7 +97,7 @@ def _spikes_by_task(models: Sequence[Model]) -> list[list[str]]:
     for task in shared_tasks(models):
         found = [(model["tasks"].get(task) or {}).get("spikes") for model in models]
         if any(found):
-            rows += [[task, label, *(show(f) if f else "–" for f in found)] for label, show in columns]
+            rows += [[f"{task}, {label}", *(show(f) if f else "–" for f in found)] for label, show in columns]
     return rows
 
 

@@ -7,6 +7,7 @@ and its edge is shaded. Pictures are SVG, a panel each.
 
 import base64
 import html
+import re
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -34,8 +35,9 @@ _FOLDED = """
   .{name}.wide { max-width: none; background: none; }
   .{name} table, .{name} tbody { display: block; }
   .{name} thead { position: absolute; clip-path: inset(50%); width: 1px; height: 1px; overflow: hidden; }
-  .{name} tr { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--cell)), 1fr));
-    align-items: end; gap: 0.25rem 1rem; padding: 0.6rem 0; border-bottom: 1px solid var(--line); break-inside: avoid; }
+  .{name} tr { display: grid; align-items: end; gap: 0.25rem 1rem; padding: 0.6rem 0;
+    grid-template-columns: repeat(auto-fill, minmax(min(100%, var(--cell)), 1fr));
+    border-bottom: 1px solid var(--line); break-inside: avoid; }
   .{name} td { display: block; padding: 0; border: 0; text-align: left; overflow-wrap: anywhere; }
   .{name} td:empty { display: none; }
   .{name} td.long { grid-column: 1 / -1; }
@@ -60,7 +62,7 @@ h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); }
 p { max-width: 45rem; }
 .glance { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 22rem), 1fr));
   gap: 0.5rem 2rem; }
-.glance p { margin: 0 0 0.75rem; font-size: 1.0625rem; }
+.glance p { margin: 0 0 0.6rem; }
 .panels { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 22rem), 1fr));
   gap: 1rem 2rem; margin: 1rem 0; }
 svg { display: block; width: 100%; max-width: 32rem; height: auto; fill: currentColor; }
@@ -80,7 +82,7 @@ th:first-child, td:first-child { text-align: left; min-width: min(11rem, 30vw); 
 tbody tr:hover, tbody tr:hover td:first-child { background: var(--band); }
 blockquote { margin-left: 0; padding-left: 1rem; border-left: 3px solid var(--line); }
 pre { overflow-x: auto; padding: 0.75rem; background: var(--band); font-size: 0.8125rem; }
-@media (max-width: 44rem) {"""
+@media (max-width: 42rem) {"""
     + _FOLDED.replace("{name}", "paper")
     + "}\n@media (max-width: 66rem) {"
     + _FOLDED.replace("{name}", "screen")
@@ -94,7 +96,6 @@ pre { overflow-x: auto; padding: 0.75rem; background: var(--band); font-size: 0.
   thead { display: table-header-group; }
   .panels, .glance { grid-template-columns: 1fr 1fr; }
   .glance .panels { grid-template-columns: 1fr; margin: 0; }
-  .glance p { font-size: 1em; }
   .wide { overflow: visible; background: none; }
   th:first-child, td:first-child { position: static; background: none; }
   pre { white-space: pre-wrap; border: 1px solid var(--line); }
@@ -110,10 +111,17 @@ def _escaped(text: object) -> str:
     return html.escape(plain(text))
 
 
+def _together(cell: str) -> str:
+    """A number and its unit stay on a line."""
+    return re.sub(r"(?<=\d) (?=\S{1,2}$)", "\u00a0", cell)
+
+
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    longest = [max(len(plain(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    heads = [max(map(len, plain(name).split()), default=0) for name in header]
+    columns = zip(heads, *([len(plain(cell)) for cell in row] for row in rows), strict=True)
+    longest = [max(column) for column in columns]
     first, beside = longest[0], sum(3 + min(length, 64) for length in longest[1:])
-    fits = min(first, 18) + beside <= _PHONE, min(first, 36) + beside <= _PAPER
+    fits = min(first, 18) + beside <= _PHONE, min(first, 24) + beside <= _PAPER
     kind = "phone" if fits[0] else "paper" if fits[1] else "screen"
     cell = max(6, *(min(13, length) for length in longest[1:])) if longest[1:] else 6
 
@@ -121,7 +129,7 @@ def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         named = [f' data-of="{_escaped(name)}"' if name else "" for name in ("", *header[1:])]
         marks = [' class="long"' if len(cell) > _LONG else "" for cell in cells]
         parts = zip(marks, named, cells, strict=True)
-        return "".join(f"<td{mark}{of}>{_escaped(cell)}</td>" for mark, of, cell in parts)
+        return "".join(f"<td{mark}{of}>{_together(_escaped(cell))}</td>" for mark, of, cell in parts)
 
     head = "".join(f"<th>{_escaped(name)}</th>" for name in header)
     body = "\n".join(f"<tr>{line(row)}</tr>" for row in rows)

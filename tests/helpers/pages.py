@@ -40,7 +40,7 @@ class Page(HTMLParser):
     def handle_data(self, data):
         self.text += data
         if self.open and self.open[-1] in ("td", "th"):
-            self.tables[-1][-1][-1] += data
+            self.tables[-1][-1][-1] += data.replace("\u00a0", " ")
         elif self.open and self.open[-1] in ("h1", "h2", "h3"):
             self.titles[-1] += data
 
