@@ -17,7 +17,7 @@ from spiking_mamba.common.checkpoint_files import locate
 from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import DataError, RunError, fail_clearly
 from spiking_mamba.common.files import refuse_file, unused
-from spiking_mamba.common.machine import cores
+from spiking_mamba.common.machine import check_threads, cores
 from spiking_mamba.common.progress import Share, Stage, quiet, say
 from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.schema import Count, Name, schema
@@ -75,11 +75,7 @@ class BenchSettings:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise ValueError("prompt must not be empty.")
-        if self.threads is not None and self.threads > cores():
-            raise ValueError(
-                f"threads must be from 1 to {cores()}, the cores that this process may use, "
-                f"got {self.threads}."
-            )
+        check_threads(self.threads)
         if self.ways is not None:
             if len(set(self.ways)) < len(self.ways):
                 raise ValueError(f"ways must not have the same twice, got {self.ways}.")

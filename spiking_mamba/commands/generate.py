@@ -12,7 +12,7 @@ from transformers import TextStreamer
 
 from spiking_mamba.commands.configuration import command_settings
 from spiking_mamba.common.errors import fail_clearly
-from spiking_mamba.common.machine import cores
+from spiking_mamba.common.machine import check_threads, cores
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Count, Name, Natural, Positive, Seed, schema
 from spiking_mamba.model.checkpoint import load_model
@@ -57,11 +57,7 @@ class GenerateSettings:
     def __post_init__(self) -> None:
         if not self.prompt.strip():
             raise ValueError("prompt must not be empty.")
-        if self.threads is not None and self.threads > cores():
-            raise ValueError(
-                f"threads must be from 1 to {cores()}, the cores that this process may use, "
-                f"got {self.threads}."
-            )
+        check_threads(self.threads)
 
     def sampling(self) -> dict[str, Any]:
         """Arguments of ``generate()``."""

@@ -6,7 +6,7 @@ import sys
 
 import torch
 
-__all__ = ["bf16_pays", "cores", "device_name", "keep_freed_memory"]
+__all__ = ["bf16_pays", "check_threads", "cores", "device_name", "keep_freed_memory"]
 
 
 def keep_freed_memory() -> None:
@@ -42,3 +42,11 @@ def device_name() -> str:
 def cores() -> int:
     """How many processors this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def check_threads(threads: int | None) -> None:
+    """Raise a ValueError for more threads than this process may use processors; None asks for no number."""
+    if threads is not None and not 1 <= threads <= cores():
+        raise ValueError(
+            f"threads must be from 1 to {cores()}, the cores that this process may use, got {threads}."
+        )
