@@ -112,8 +112,8 @@ def _escaped(text: object) -> str:
 
 
 def _together(cell: str) -> str:
-    """A number and its unit stay on a line."""
-    return re.sub(r"(?<=\d) (?=\S{1,2}$)", "\u00a0", cell)
+    """A number stays on a line with its unit and its error."""
+    return re.sub(r"(?<=\d) (?=\S{1,2}$)| (?=± )|(?<=±) ", "\u00a0", cell)
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
