@@ -153,9 +153,7 @@ def svg(panel: Panel, name: str) -> str:
         for axes in figure.axes:
             axes.patch.set_visible(False)
         _plain_ticks(figure)
-        FigureCanvasSVG(figure).print_svg(
-            written, metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
-        )
+        FigureCanvasSVG(figure).print_svg(written, metadata={"Date": None})
     return _inline(written.getvalue(), panel.text, name)
 
 

@@ -331,7 +331,7 @@ def test_an_error_of_the_command_is_one_line(checkpoints, tmp_path):
         (["models=[{0}/teacher/model, {0}/teacher/model]"], "twice"),
         (["models={0}/student{{seed}}/model"], "needs seeds"),
         (["seeds=[0,1]"], "no model has {seed}"),
-        (["tokenizer=/nowhere/at", "models={0}/mute/model"], "name another by tokenizer="),
+        (["tokenizer=/nowhere/at", "models={0}/mute/model"], "that a tokenizer could be loaded from"),
         (["reference=student9"], "none of the models"),
         (["limit=0"], "limit"),
         (["limit_sed=1"], "did you mean 'limit_seed'"),
