@@ -7,73 +7,12 @@ from torch import nn
 
 from . import functional
 from .backend import EVENT_BACKENDS, check_cupy, check_numba
+from .rounding import GROUP, LARGEST_SPIKE, LARGEST_SUM, int4_weights, int8_weights
 
-__all__ = ["EventDrivenLinear", "int4_weights", "int8_weights"]
+__all__ = ["LARGEST_BATCH", "EventDrivenLinear"]
 
-GROUP = 32  # inputs that share a scale of 4-bit weights
 LARGEST_BATCH = 8  # rows of spikes that one launch of CUDA's kernel takes
-_LARGEST_SUM = 2**31 - 1
-_LARGEST_SPIKE = 128
 _EXACT = 2**24  # float32 holds all integers up to it, so sums in any order are exact
-
-
-def int8_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Round to integers from -127 to 127 times one scale an output.
-
-    Args:
-        weight: ``[out, in]``, floating point.
-
-    Returns:
-        int8 ``[in, out]`` and the scales, float32 ``[out]``.
-    """
-    wide = weight.detach().float()
-    scale = _amax(wide, 1) / 127
-    integers = torch.round(wide / _no_zero(scale)[:, None]).to(torch.int8)
-    return integers.t().contiguous(), scale
-
-
-def int4_weights(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Round to integers from -8 to 7 times a scale for every 32 inputs of an output.
-
-    These scales are integers in turn, from 0 to 255, times one scale an output, so that sums of spikes stay
-    exact integers.
-
-    Args:
-        weight: ``[out, in]``, floating point.
-
-    Returns:
-        Integers from -8 to 7, int8 ``[in, out]``; the groups' scales, uint8 ``[ceil(in / 32), out]``; the
-        outputs' scales, float32 ``[out]``.
-
-    Raises:
-        ValueError: so many inputs that a sum could leave 32 bits.
-    """
-    out_features, in_features = weight.shape
-    groups = -(-in_features // GROUP)
-    largest = min(255, _LARGEST_SUM // (_LARGEST_SPIKE * 8 * max(1, groups * GROUP)))
-    if largest < 1:
-        raise ValueError(f"{in_features} inputs of 4-bit weights are too many: a sum could leave 32 bits.")
-    wide = torch.zeros(out_features, groups * GROUP, device=weight.device)
-    wide[:, :in_features] = weight.detach().float()
-    wide = wide.view(out_features, groups, GROUP)
-    # -8 has no positive counterpart: what is largest below 0 may take 8 steps, above 0 only 7
-    wanted = torch.maximum(_amax(wide, -1, sign=-1) / 8, _amax(wide, -1, sign=1) / 7)  # [out, groups]
-    scale = _amax(wanted, 1) / largest
-    group_scale = torch.ceil(wanted / _no_zero(scale)[:, None]).clamp(max=largest)
-    step = _no_zero(group_scale * scale[:, None])
-    integers = torch.round(wide / step[..., None]).clamp(-8, 7).to(torch.int8)
-    integers = integers.view(out_features, -1)[:, :in_features].t().contiguous()
-    return integers, group_scale.to(torch.uint8).t().contiguous(), scale
-
-
-def _amax(x: torch.Tensor, dim: int, sign: int = 0) -> torch.Tensor:
-    """The largest magnitude, or the largest value of ``sign * x``, at least 0; 0 of nothing."""
-    x = x.abs() if sign == 0 else sign * x
-    return x.amax(dim).clamp(min=0) if x.shape[dim] else x.new_zeros(x.shape[:dim] + x.shape[dim:][1:])
-
-
-def _no_zero(scale: torch.Tensor) -> torch.Tensor:
-    return torch.where(scale > 0, scale, torch.ones_like(scale))
 
 
 class EventDrivenLinear(nn.Module):
@@ -120,7 +59,7 @@ class EventDrivenLinear(nn.Module):
         super().__init__()
         if weights not in ("int8", "int4"):
             raise ValueError(f"weights must be 'int8' or 'int4', got {weights!r}.")
-        if weights == "int8" and in_features * _LARGEST_SPIKE**2 > _LARGEST_SUM:
+        if weights == "int8" and in_features * LARGEST_SPIKE**2 > LARGEST_SUM:
             raise ValueError(f"{in_features} inputs are too many: a sum could leave 32 bits.")
         self.in_features, self.out_features, self.weights = in_features, out_features, weights
         self.backend = backend
@@ -138,15 +77,26 @@ class EventDrivenLinear(nn.Module):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear, weights: str = "int8", backend: str = "torch"
+        cls,
+        linear: nn.Linear,
+        weights: str = "int8",
+        backend: str = "torch",
+        moments: torch.Tensor | None = None,
     ) -> "EventDrivenLinear":
-        """The layer with a linear layer's weights, rounded; on its device."""
+        """The layer with a linear layer's weights, rounded; on its device.
+
+        Args:
+            linear: on any device.
+            weights, backend: as of the class.
+            moments: of 4-bit weights, the sum of ``x x^T`` over inputs for which they are to be rounded,
+                ``[in, in]``; see :func:`neurons.rounding.int4_weights`.
+        """
         layer = cls(linear.in_features, linear.out_features, linear.bias is not None, weights, backend)
         layer.to(linear.weight.device)
         if weights == "int8":
             layer.weight, layer.scale = int8_weights(linear.weight)
         else:
-            integers, layer.group_scale, layer.scale = int4_weights(linear.weight)
+            integers, layer.group_scale, layer.scale = int4_weights(linear.weight, moments)
             layer.weight = _two_a_byte(integers)
         if linear.bias is not None:
             layer.bias = linear.bias.detach().float().clone()

@@ -283,7 +283,10 @@ def _has(check: Callable[[], None]) -> bool:
 
 
 def event_driven(
-    model: SpikingMambaForCausalLM, weights: str = "int8", states: str = "float32"
+    model: SpikingMambaForCausalLM,
+    weights: str = "int8",
+    states: str = "float32",
+    calibration: torch.Tensor | None = None,
 ) -> EventDrivenMambaForCausalLM:
     """A copy of ``model`` for inference, in float32 but for projections and head, which become integers.
 
@@ -291,12 +294,17 @@ def event_driven(
         model: spiking, with signed integer spikes that fit in int8, or dense.
         weights: 'int8' with a scale an output, or 'int4' with one for every 32 inputs of an output.
         states: dtype of the scan's states in compiled tokens.
+        calibration: for int4, tokens of text like that which the model will meet, int64 ``[rows, length]``:
+            each layer's weights are rounded for what it gets there. Meanwhile a layer of ``in`` inputs takes
+            ``in * in`` floats.
 
     Raises:
         ValueError: the neuron's spikes are no integers of int8; an argument is none of those named; a
             projection carries an adapter that is not merged.
     """
     reject_wrapped(model)
+    if calibration is not None and (weights != "int4" or calibration.ndim != 2 or not calibration.numel()):
+        raise ValueError("calibration is [rows, length] of tokens, not empty, and for weights='int4' alone.")
     skipped = ("model_type", "architectures", "dtype", "transformers_version")
     fields = {key: value for key, value in model.config.to_dict().items() if key not in skipped}
     folded = {"threshold": 1.0, "learn_threshold": False, "sgc": None, "spike_driven": False}
@@ -311,25 +319,52 @@ def event_driven(
         and not name.startswith("lm_head.")
     }
     made.load_state_dict(kept, strict=False)
+    moments = {} if calibration is None else _moments(model, calibration)
     with torch.no_grad():
         for block, source in zip(made.backbone.blocks, model.backbone.blocks, strict=True):
             for name, projection in spike_fed(source.mixer):
                 threshold = torch.as_tensor(projection.threshold).item()
-                _fill(getattr(block.mixer, name), cast(nn.Linear, projection.linear), threshold)
+                linear = cast(nn.Linear, projection.linear)
+                _fill(getattr(block.mixer, name), linear, threshold, moments.get(linear))
                 if name == "out_proj" and isinstance(block.mixer, SpikingMambaMLP):
                     # what its neuron gets comes straight from the upper half of the input projection
                     cast(torch.Tensor, block.mixer.in_proj.scale).chunk(2)[1].div_(threshold)
                 else:
                     block.weight_before(name).div_(threshold)
-        _fill(made.lm_head, model.lm_head, 1.0)
+        _fill(made.lm_head, model.lm_head, 1.0, moments.get(model.lm_head))
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval()
 
 
-def _fill(layer: EventDrivenLinear, linear: nn.Linear, threshold: float) -> None:
+@torch.no_grad()
+def _moments(model: SpikingMambaForCausalLM, tokens: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
+    """The sum of ``x x^T`` over what projections and head get for these tokens, by layer."""
+    found: dict[nn.Module, torch.Tensor] = {}
+
+    def add(layer: nn.Module, given: tuple[Any, ...]) -> None:
+        x = given[0].flatten(0, -2).float()
+        found[layer] = found[layer].addmm_(x.t(), x) if layer in found else x.t() @ x
+
+    layers = [cast(nn.Module, projection.linear) for _, projection in spike_fed(model)]
+    hooks = [layer.register_forward_pre_hook(add) for layer in (*layers, model.lm_head)]
+    was_training = model.training
+    model.eval()
+    try:
+        for rows in tokens.to(model.device).split(4):
+            model(rows, use_cache=False)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _fill(
+    layer: EventDrivenLinear, linear: nn.Linear, threshold: float, moments: torch.Tensor | None
+) -> None:
     """Put a linear layer's weights, rounded, into an integer one; V_th goes into their scale."""
     if not 0 < threshold < math.inf:
         raise ValueError(f"A threshold must be finite and positive, got {threshold}.")
-    rounded = EventDrivenLinear.from_linear(linear, layer.weights)
+    rounded = EventDrivenLinear.from_linear(linear, layer.weights, moments=moments)
     rounded.scale *= threshold
     layer.load_state_dict(rounded.state_dict())

@@ -14,7 +14,7 @@ from torch import nn
 
 import neurons
 from neurons import EventDrivenLinear, SILIFNode, set_backend
-from neurons.event_linear import int4_weights, int8_weights
+from neurons.rounding import int4_weights, int8_weights
 
 BACKENDS = ["torch", pytest.param("numba", marks=pytest.mark.numba)]
 

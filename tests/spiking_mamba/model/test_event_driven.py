@@ -105,6 +105,47 @@ def test_backends_have_the_same_logits():
         assert torch.equal(made(tokens(2, 9)).logits, wanted)
 
 
+def layers_of(model):
+    """Projections by place, and the head."""
+    layers = {(n, name): getattr(block.mixer, name) for n, block in enumerate(model.backbone.layers)
+              for name in ("in_proj", "out_proj")}  # fmt: skip
+    return layers | {"head": model.lm_head}
+
+
+@pytest.mark.parametrize("fields", [{"neuron": INTEGER}, {"neuron": INTEGER} | MLPS, {"neuron": None}])
+def test_four_bits_rounded_for_some_text(fields):
+    """Every layer's weights are rounded for what it gets there; the model is left as it was."""
+    model, ids = tiny_model(threshold=THRESHOLDS if fields["neuron"] else 1.0, **fields), tokens(4, 40)
+    given = {}
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, args, place=place: given.update({place: args[0]}))
+        for place, layer in layers_of(model).items()
+    ]
+    with torch.no_grad():
+        model(ids)
+    for hook in hooks:
+        hook.remove()
+    made = event_driven(model.train(), "int4", calibration=ids)
+    assert model.training
+    assert not any(layer._forward_pre_hooks for layer in layers_of(model).values())
+    for place, layer in layers_of(made).items():
+        x = given[place].flatten(0, -2)
+        linear = layers_of(model)[place]
+        expected = neurons.EventDrivenLinear.from_linear(linear, "int4", moments=x.t() @ x)
+        assert torch.equal(layer.weight, expected.weight)
+        assert torch.equal(layer.group_scale, expected.group_scale)
+    plain = event_driven(model, "int4")
+    assert any(not torch.equal(a.weight, b.weight) for a, b in
+               zip(layers_of(made).values(), layers_of(plain).values(), strict=True))  # fmt: skip
+
+
+def test_calibration_that_makes_no_sense_is_refused():
+    model = tiny_model(neuron=INTEGER)
+    for weights, ids in (("int8", tokens(2, 9)), ("int4", tokens(2, 9)[0]), ("int4", tokens(2, 9)[:0])):
+        with pytest.raises(ValueError, match="calibration is"):
+            event_driven(model, weights, calibration=ids)
+
+
 def test_round_blocks():
     x = torch.randn(3, 70, generator=torch.Generator().manual_seed(0))
     x[1, 32:64] = 0.0
