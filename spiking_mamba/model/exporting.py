@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from spiking_mamba.common.checkpoint_files import locate
 from spiking_mamba.common.claims import scratch_folder
 from spiking_mamba.common.errors import RunError
+from spiking_mamba.common.files import refuse_file
 from spiking_mamba.common.schema import Name, schema
 from spiking_mamba.model.checkpoint import export_dense, load_dense, load_model
 from spiking_mamba.model.converted import is_converted
@@ -68,6 +69,7 @@ def export(settings: ExportSettings) -> Path:
         ValueError: that form has no such model.
     """
     output = Path(settings.output)
+    refuse_file(output.absolute().parent)
     filled = output.is_dir() and (settings.to == "gguf" or any(output.iterdir()))
     if filled or (output.exists() and not output.is_dir()):
         raise RunError(f"{output} is there already: name another output.")
