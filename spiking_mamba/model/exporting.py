@@ -69,6 +69,7 @@ def export(settings: ExportSettings) -> Path:
         ValueError: that form has no such model.
     """
     output = Path(settings.output)
+    refuse_file(output.absolute().parent)
     filled = output.is_dir() and (settings.to == "gguf" or any(output.iterdir()))
     if filled or (output.exists() and not output.is_dir()):
         raise RunError(f"{output} is there already: name another output.")
