@@ -73,7 +73,6 @@ def export(settings: ExportSettings) -> Path:
     filled = output.is_dir() and (settings.to == "gguf" or any(output.iterdir()))
     if filled or (output.exists() and not output.is_dir()):
         raise RunError(f"{output} is there already: name another output.")
-    refuse_file(output.parent)
     folder, _ = locate(settings.model)
     tokenizer = None
     if settings.tokenizer is not None or has_tokenizer(folder) or is_converted(folder):
