@@ -82,8 +82,9 @@ def build(spec: dict[str, Any]) -> nn.Module:
         ValueError: the class is not allowed, or refuses a value.
     """
     if not isinstance(spec, dict) or "class" not in spec or not set(spec) <= {"class", "args"}:
-        is_class = isinstance(spec, type) and issubclass(spec, _KINDS)
-        hint = f", the class and not a node: {spec.__name__}()?" if is_class else "."
+        given: Any = spec
+        is_class = isinstance(given, type) and issubclass(given, _KINDS)
+        hint = f", the class and not a node: {given.__name__}()?" if is_class else "."
         raise TypeError(f'A neuron is described as {{"class": ..., "args": {{...}}}}, got {spec!r}{hint}')
     cls, args = _find(spec["class"]), spec.get("args")
     args = {} if args is None else args  # a YAML key without a value

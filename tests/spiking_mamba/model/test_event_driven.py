@@ -135,5 +135,5 @@ def test_what_cannot_be_event_driven_is_refused():
         made.train()
     with pytest.raises(ValueError, match="event-driven already, with weights='int8'"):
         event_driven(made, "int4")
-    with pytest.raises(TypeError, match="got str; .*load_model"):
+    with pytest.raises(TypeError, match=r"got str; .*load_model"):
         event_driven("a/folder")
