@@ -64,10 +64,11 @@ def _find(name: object) -> type[nn.Module]:
     classes = _exported()
     if isinstance(name, str) and name in classes:
         return classes[name]
-    near = difflib.get_close_matches(str(name), classes, n=1)
+    alone = (n for n in classes if n.rpartition(".")[2] == name)  # a class's name without its module's
+    near = next(alone, None) or next(iter(difflib.get_close_matches(str(name), classes, n=1)), None)
     raise ValueError(
         f"Unknown neuron or surrogate class {name!r}"
-        + (f"; did you mean {near[0]!r}?" if near else ".")
+        + (f"; did you mean {near!r}?" if near else ".")
         + f" Allowed are the exported names of {', '.join(_MODULES)} and classes given to neurons.register()."
     )
 
@@ -81,7 +82,10 @@ def build(spec: dict[str, Any]) -> nn.Module:
         ValueError: the class is not allowed, or refuses a value.
     """
     if not isinstance(spec, dict) or "class" not in spec or not set(spec) <= {"class", "args"}:
-        raise TypeError(f'A neuron is described as {{"class": ..., "args": {{...}}}}, got {spec!r}.')
+        given: Any = spec
+        is_class = isinstance(given, type) and issubclass(given, _KINDS)
+        hint = f", the class and not a node: {given.__name__}()?" if is_class else "."
+        raise TypeError(f'A neuron is described as {{"class": ..., "args": {{...}}}}, got {spec!r}{hint}')
     cls, args = _find(spec["class"]), spec.get("args")
     args = {} if args is None else args  # a YAML key without a value
     if not isinstance(args, dict):
@@ -102,9 +106,15 @@ def spec_of(module: nn.Module) -> dict[str, Any]:
     The class of an instance that somebody made in this process is trusted, so it is registered.
 
     Raises:
-        TypeError: a parameter is not kept under its own name, or not as plain data.
+        TypeError: it is neither a ``MemoryModule`` nor a ``SurrogateFunctionBase``; a parameter is not kept
+            under its own name, or not as plain data.
     """
     cls = type(module)
+    if not isinstance(module, _KINDS):
+        raise TypeError(
+            f"A {cls.__name__} is no neuron: a spikingjelly MemoryModule is wanted, or of a surrogate a "
+            "SurrogateFunctionBase."
+        )
     name = next((n for n, c in _exported().items() if c is cls), None)
     if name is None:
         name = _qualified_name(register(cls))

@@ -63,7 +63,10 @@ def _read(folder: Path) -> tuple[str, dict[str, Any]]:
     """The kind of a run's results, and the results."""
     path = folder / "results.json"
     if not path.is_file():
-        raise DataError(f"There is no {path}: the run has not finished, or is none that has a report.")
+        raise DataError(
+            f"There is no {path}: the run has not finished, or is none that has a report, as distill, whose "
+            "student evaluate measures."
+        )
     try:
         results = json.loads(path.read_text())
     except ValueError as error:

@@ -226,7 +226,8 @@ def locate(name: str | Path) -> tuple[Path, dict[str, Any]]:
     folder = _folder(name)
     check_links(folder)
     if not (path := folder / "config.json").is_file():
-        raise CheckpointError(f"{folder} is no checkpoint: it has no config.json.")
+        of_run = f" It is a run's, whose model is {folder}/model." if (folder / "model").is_dir() else ""
+        raise CheckpointError(f"{folder} is no checkpoint: it has no config.json.{of_run}")
     settings = read_mapping(path)
     if (folder / MIXERS).is_file():
         return folder, settings

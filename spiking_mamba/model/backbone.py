@@ -169,13 +169,15 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         """``[B, L, hidden_size]``, what the first block gets.
 
         Raises:
-            ValueError: neither ids nor embeddings are given, or both; a token id lies outside the vocabulary
-                (checked on the CPU).
+            ValueError: neither ids nor embeddings are given, or both; ids are not ``[B, L]``; a token id lies
+                outside the vocabulary (checked on the CPU).
         """
         if inputs_embeds is not None and input_ids is None:
             return inputs_embeds
         if input_ids is None or inputs_embeds is not None:
             raise ValueError("Pass either input_ids or inputs_embeds.")
+        if input_ids.dim() != 2:
+            raise ValueError(f"input_ids must be [batch, length], got {list(input_ids.shape)}.")
         self._check_ids(input_ids)
         return self.embeddings(input_ids)
 

@@ -68,7 +68,8 @@ def _check_neuron(node: nn.Module, membrane: str) -> None:
     if membrane != "token" or not isinstance(node, neurons.SILIFNode) or isinstance(node, neurons.TILIFNode):
         raise ValueError(
             "An event-driven model needs neurons.SILIFNode with membrane='token', whose spikes are integers "
-            f"that no earlier token changes; this one has {type(node).__name__}, membrane={membrane!r}."
+            f"that no earlier token changes; this one has {type(node).__name__}, membrane={membrane!r}. Its "
+            "own generate() decodes it."
         )
     if isinstance(node.surrogate_function, neurons.DeadZoneSpikeCount):
         raise ValueError("An event-driven model rounds at half a quantum; it has no dead zone.")
@@ -299,10 +300,11 @@ def event_driven(
             ``in * in`` floats.
 
     Raises:
-        ValueError: the neuron's spikes are no integers of int8; an argument is none of those named; a
-            projection carries an adapter that is not merged.
+        TypeError: ``model`` is no model of this package, such as a folder's name.
+        ValueError: it is event-driven already; the neuron's spikes are no integers of int8; an argument is
+            none of those named; a projection carries an adapter that is not merged.
     """
-    reject_wrapped(model)
+    _check_source(model)
     if calibration is not None and (weights != "int4" or calibration.ndim != 2 or not calibration.numel()):
         raise ValueError("calibration is [rows, length] of tokens, not empty, and for weights='int4' alone.")
     skipped = ("model_type", "architectures", "dtype", "transformers_version")
@@ -334,6 +336,18 @@ def event_driven(
         _fill(made.lm_head, model.lm_head, 1.0, moments.get(model.lm_head))
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval()
+
+
+def _check_source(model: Any) -> None:
+    if isinstance(model, nn.Module):
+        reject_wrapped(model)
+    if not isinstance(model, SpikingMambaForCausalLM):
+        raise TypeError(
+            f"event_driven takes a SpikingMambaForCausalLM, got {type(model).__name__}; "
+            "spiking_mamba.model.checkpoint.load_model loads one from a folder."
+        )
+    if isinstance(model, EventDrivenMambaForCausalLM):
+        raise ValueError(f"The model is event-driven already, with weights={model.config.weights!r}.")
 
 
 @torch.no_grad()

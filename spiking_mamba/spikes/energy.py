@@ -123,6 +123,11 @@ def _add(*energies: Mapping[str, float]) -> dict[str, float]:
 
 def _projections(counts: SpikeCounts, config: SpikingMambaConfig) -> dict[str, _Projection]:
     """Per-token operations of every projection; checks that ``counts`` are those of such a model."""
+    if not isinstance(counts, SpikeCounts) or not isinstance(config, SpikingMambaConfig):
+        raise TypeError(
+            "The energy is that of counts and of a model's config, in this order, got "
+            f"{type(counts).__name__} and {type(config).__name__}."
+        )
     wanted = sizes(config)
     rows = counts.projections
     if sorted((p.in_features, p.out_features) for p in rows.values()) != sorted(wanted):
@@ -181,6 +186,7 @@ def model_energy(
         is ``None`` where spikes cost nothing at all, and where the rival's energy is not known.
 
     Raises:
+        TypeError: ``counts`` or ``config`` is something else, such as the model itself.
         ValueError: the counts are empty, not finite, or not those of ``config``'s model.
     """
     projections = _projections(counts, config)

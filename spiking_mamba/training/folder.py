@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from spiking_mamba.common.claims import LOCK, claim_folder
 from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.files import PART, refuse_above, remove_whole, sweep, unused, write_whole
+from spiking_mamba.common.settings import shorter
 from spiking_mamba.training.processes import on_first_process
 
 __all__ = ["COMPLETE", "HISTORY", "kept_in", "run_folder", "start_run"]
@@ -129,10 +130,20 @@ def _check_same(folder: Path, plain: dict[str, Any]) -> None:
         raise RunError(f"{folder} holds no run to resume: {kept} cannot be read.") from error
     if not isinstance(before, dict):
         raise RunError(f"{folder} holds no run to resume: {kept} is no mapping.")
-    keys = {str(key) for key in before.keys() | plain.keys()} - {"output"}  # the folder may have been moved
-    changed = sorted(key for key in keys if before.get(key) != plain.get(key))
+    changed = sorted(_changed(before | {"output": None}, plain | {"output": None}))  # it may have been moved
     if changed:
         raise RunError(f"{folder} holds a run with other settings of {', '.join(changed)}.")
+
+
+def _changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
+    """The keys that differ, of mappings those below them, and what a single value was: 'a.b (it was 3)'."""
+    for key in {str(key) for key in before.keys() | now.keys()}:
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from (f"{key}.{below}" for below in _changed(old, new))
+        elif old != new:
+            long = isinstance(old, dict | list)
+            yield key if long else f"{key} (it was {shorter(json.dumps(old, default=str))})"
 
 
 def _empty(folder: Path) -> None:

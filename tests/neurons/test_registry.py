@@ -160,8 +160,12 @@ def test_own_class_needs_to_be_registered():
     assert spec_of(module) == spec
     with pytest.raises(ValueError, match="Unknown"):  # that opens nothing else of its module
         build({"class": f"{__name__}.OwnSurrogate"})
-    with pytest.raises(ValueError, match="Unknown"):
+    with pytest.raises(ValueError, match=f"Unknown .* did you mean '{OWN}'"):
         build({"class": "Own"})
+    with pytest.raises(ValueError, match=r"did you mean 'spikingjelly\.activation_based\.neuron\.LIFNode'"):
+        build({"class": "LIFNode"})
+    with pytest.raises(TypeError, match=r"the class and not a node: SILIFNode\(\)\?"):
+        build(SILIFNode)
 
 
 def test_own_surrogate_inside_a_node():
@@ -213,7 +217,7 @@ def test_register_takes_nodes_and_surrogates(thing):
 
 
 def test_spec_of_other_modules_is_an_error():
-    with pytest.raises(TypeError, match="register takes"):
+    with pytest.raises(TypeError, match="A Linear is no neuron"):
         spec_of(nn.Linear(2, 2))
 
 

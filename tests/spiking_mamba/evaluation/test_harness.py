@@ -215,6 +215,13 @@ class TestErrors:
         with pytest.raises(CheckpointError, match=r"holds no tokenizer.*tokenizer="):
             SpikingMambaLM(state_spaces)
 
+    def test_the_folder_of_a_run(self, dense, tmp_path):
+        shutil.copytree(dense, tmp_path / "run/model")
+        with pytest.raises(CheckpointError, match=r"whose model is .*run/model"):
+            SpikingMambaLM(tmp_path / "run")
+        with pytest.raises(CheckpointError, match=r"whose model is .*run/model"):
+            load_tokenizer(tmp_path / "run")
+
     def test_a_broken_tokenizer(self, dense, tmp_path):
         shutil.copytree(dense, tmp_path / "broken")
         (tmp_path / "broken/tokenizer.json").write_text("{")

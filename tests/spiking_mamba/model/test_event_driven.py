@@ -171,5 +171,10 @@ def test_what_cannot_be_event_driven_is_refused():
         event_driven(tiny_model(neuron=INTEGER), "int2")
     with pytest.raises(ValueError, match="states must be"):
         event_driven(tiny_model(neuron=INTEGER), states="int8")
+    made = event_driven(tiny_model(neuron=INTEGER))
     with pytest.raises(ValueError, match="for inference"):
-        event_driven(tiny_model(neuron=INTEGER)).train()
+        made.train()
+    with pytest.raises(ValueError, match="event-driven already, with weights='int8'"):
+        event_driven(made, "int4")
+    with pytest.raises(TypeError, match=r"got str; .*load_model"):
+        event_driven("a/folder")

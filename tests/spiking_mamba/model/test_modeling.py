@@ -496,6 +496,11 @@ def test_a_monitor_sees_the_spikes():
 # --- bad input ---
 
 
+def test_ids_without_a_batch():
+    with pytest.raises(ValueError, match=r"must be \[batch, length\], got \[4\]"):
+        tiny_model()(tokens(1, 4)[0])
+
+
 @pytest.mark.parametrize("token", [-1, VOCABULARY])
 def test_token_outside_the_vocabulary(token):
     ids = tokens(1, 4)

@@ -382,6 +382,9 @@ def test_precisions_that_were_not_measured(measured_in, hypothetical):
 
 def test_counts_that_do_not_fit():
     config = SpikingMambaConfig(**SIZES)
+    for wrong in ((config, two_layers()), (two_layers(), SIZES)):
+        with pytest.raises(TypeError, match="of counts and of a model's config"):
+            model_energy(*wrong)
     with pytest.raises(ValueError, match="0 projections are not those"):
         model_energy(SpikeCounts({}), config)
     with pytest.raises(ValueError, match="not those of a spiking model"):

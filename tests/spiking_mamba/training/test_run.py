@@ -154,7 +154,7 @@ def test_a_run_whose_folder_was_moved_is_gone_on_with(tmp_path):
     (tmp_path / "a").rename(tmp_path / "b")
     with run_folder(Other(str(tmp_path / "b")), True, False):
         pass
-    with pytest.raises(RunError, match="other settings of number"):
+    with pytest.raises(RunError, match=r"other settings of number \(it was 1\)\.$"):
         start_run(Other(str(tmp_path / "b"), 2), True, False)
 
 
