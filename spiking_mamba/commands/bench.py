@@ -37,6 +37,7 @@ WAYS = (
     *(f"{kind} {form}" for kind in ("dense", "event-driven") for form in WEIGHTS),
     *(f"llama.cpp {form}" for form in LLAMA),
 )
+_NAMES = f"{', '.join(WAYS[:-1])} or {WAYS[-1]}"
 
 
 @schema
@@ -61,7 +62,7 @@ class BenchSettings:
 
     model: Name
     ways: (
-        Annotated[list[Literal[WAYS]], Field(min_length=1), Words("a list of names of ways")] | None  # type: ignore[valid-type]
+        Annotated[list[Literal[WAYS]], Field(min_length=1), Words(f"a list of {_NAMES}")] | None  # type: ignore[valid-type]
     ) = None
     over: Literal[WAYS] | None = None  # type: ignore[valid-type]
     prompt: str = "The city lies on"

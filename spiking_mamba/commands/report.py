@@ -38,7 +38,7 @@ class ReportSettings:
         if not self.run:
             raise ValueError("run: name the folder of a run.")
         if len(self.run) > 1 and self.output is None:
-            raise ValueError("output: several runs are reported in a folder of their own.")
+            raise ValueError("output: several runs are reported in a folder of their own, output=NEW.")
 
 
 class _Kind(NamedTuple):

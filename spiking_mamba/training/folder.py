@@ -15,6 +15,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 from spiking_mamba.common.claims import LOCK, claim_folder
 from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.files import PART, refuse_above, remove_whole, sweep, unused, write_whole
+from spiking_mamba.common.progress import say
 from spiking_mamba.common.settings import shorter
 from spiking_mamba.training.processes import on_first_process
 
@@ -77,6 +78,8 @@ def _begin(folder: Path, settings: Any, resume: bool, overwrite: bool) -> None:
     plan = _plan(folder, settings, resume, overwrite)
     if plan == "overwrite":
         _empty(folder)
+    if plan == "begin" and resume:
+        say(f"{folder} holds no run to go on with: one begins.")
     if plan != "resume" or _written_by(folder) is None:  # by a version that wrote no mark
         mark = f"{MARK}{type(settings).__name__}\n"
         write_whole(folder / SETTINGS, mark + yaml.safe_dump(_plain(settings), sort_keys=False))

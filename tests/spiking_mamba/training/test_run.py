@@ -158,6 +158,13 @@ def test_a_run_whose_folder_was_moved_is_gone_on_with(tmp_path):
         start_run(Other(str(tmp_path / "b"), 2), True, False)
 
 
+def test_a_run_that_begins_where_one_was_to_be_gone_on_with_says_so(tmp_path, capsys):
+    for said in (f"{tmp_path} holds no run to go on with: one begins.\n", ""):
+        with run_folder(Other(str(tmp_path)), True, False):
+            pass
+        assert capsys.readouterr().out == said
+
+
 def test_a_file_is_no_folder(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(RunError, match="is a file"):
