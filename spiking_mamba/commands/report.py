@@ -127,7 +127,7 @@ def main(description: str | None = __doc__) -> None:
     """Read the command line and run."""
     words = sys.argv[1:]
     named = list(itertools.takewhile(lambda word: not word.startswith("-") and "=" not in word, words))
-    if named:
+    if named and not Path(named[0]).is_file():  # a file is a configuration
         words = [f"run={json.dumps(named)}", *words[len(named) :]]
     settings = command_settings(ReportSettings, "report", description, words)
     quiet()
