@@ -177,24 +177,27 @@ def prompt_of(settings: BenchSettings, model: SpikingMambaForCausalLM) -> torch.
     return tokenizer(settings.prompt, return_tensors="pt")["input_ids"]
 
 
-def ways_of(makers: Makers, names: list[str] | None, progress: Share) -> dict[str, Way]:
+def ways_of(makers: Makers, names: list[str] | None, over: str | None, progress: Share) -> dict[str, Way]:
     """The ways of these names; or all that there are, and lines about those that are not.
 
     Raises:
-        DataError: one that is named is not to be had.
+        DataError: one that is named, or ``over``, is not to be had.
     """
     ways, left = dict[str, Way](), dict[str, list[str]]()
-    for done, name in enumerate(names or WAYS):
-        progress(done / len(names or WAYS))
+    wanted = names or list(WAYS)
+    for done, name in enumerate(sorted(wanted, key=lambda name: name != over)):  # over first: all hang on it
+        progress(done / len(wanted))
         try:
             ways[name] = makers.make(name)
         except ValueError as error:
-            if names is not None:
+            if names is not None or name == over:
                 raise DataError(f"{name} cannot be timed here: {error}") from error
             left.setdefault(str(error), []).append(name)
     for reason, several in left.items():
         say(f"{', '.join(several)}: left out: {reason}")
-    return ways
+    if not ways:
+        raise DataError("There is nothing to compare: every way was left out.")
+    return {name: ways[name] for name in wanted if name in ways}
 
 
 def bench(settings: BenchSettings) -> dict[str, Any]:
@@ -213,10 +216,9 @@ def bench(settings: BenchSettings) -> dict[str, Any]:
     prompt = prompt_of(settings, model)
     with tempfile.TemporaryDirectory() as scratch, Stage(2, "bench") as stage:
         with stage.part("compiling") as share:
-            ways = ways_of(Makers(model, settings, prompt, Path(scratch)), settings.ways, share)
-        over = settings.over or next(iter(ways), None)
-        if over not in ways:
-            raise DataError(f"There is nothing to compare: {over or 'every way'} was left out.")
+            makers = Makers(model, settings, prompt, Path(scratch))
+            ways = ways_of(makers, settings.ways, settings.over, share)
+        over = settings.over or next(iter(ways))
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
         with stage.part("decoding") as share:
             rows = measure(ways, settings.repeats, settings.tokens, meter(), share)
