@@ -175,7 +175,11 @@ def test_a_folder_that_holds_another_run_is_left_alone(ran, tmp_path):
     for settings, flags, message in [
         (ran, (False, False), "already holds files"),
         (other, (False, False), "already holds files"),
-        (other, (True, False), "other settings of loss, rate, steps"),
+        (
+            other,
+            (True, False),
+            r"other settings of loss\.kl \(it was 1\.0\), rate \(it was 0\.1\), steps \(it was 10\)\.",
+        ),
         (ran, (True, True), "exclude each other"),
     ]:
         with pytest.raises(RunError, match=message):
