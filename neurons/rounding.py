@@ -83,7 +83,7 @@ def _usable(moments: torch.Tensor, in_features: int) -> torch.Tensor:
         raise ValueError("moments must be finite.")
     wide = moments.detach().double().clone()
     diagonal = wide.diagonal()
-    mean = diagonal.mean() if in_features else diagonal.sum()
+    mean = diagonal.mean()
     diagonal += _DAMPING * torch.where(mean > 0, mean, 1.0)  # inputs that were never seen count a little
     return wide
 

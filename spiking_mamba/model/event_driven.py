@@ -24,6 +24,7 @@ from spiking_mamba.model.cuda.token import FusedTokens, cannot_fuse, own_cache
 from spiking_mamba.model.decoding import DecodingGraphs
 from spiking_mamba.model.mlp import SpikingMambaMLP
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.modes import evaluating
 from spiking_mamba.model.projection import reject_wrapped, spike_fed
 from spiking_mamba.model.quantised import QuantisedLinear
 
@@ -361,13 +362,11 @@ def _moments(model: SpikingMambaForCausalLM, tokens: torch.Tensor) -> dict[nn.Mo
 
     layers = [cast(nn.Module, projection.linear) for _, projection in spike_fed(model)]
     hooks = [layer.register_forward_pre_hook(add) for layer in (*layers, model.lm_head)]
-    was_training = model.training
-    model.eval()
     try:
-        for rows in tokens.to(model.device).split(4):
-            model(rows, use_cache=False)
+        with evaluating(model):
+            for rows in tokens.to(model.device).split(4):
+                model(rows, use_cache=False)
     finally:
-        model.train(was_training)
         for hook in hooks:
             hook.remove()
     return found

@@ -125,8 +125,10 @@ def test_four_bits_rounded_for_some_text(fields):
         model(ids)
     for hook in hooks:
         hook.remove()
-    made = event_driven(model.train(), "int4", calibration=ids)
-    assert model.training
+    model.train().backbone.layers[0].eval()  # a frozen part
+    modes = [module.training for module in model.modules()]
+    made = event_driven(model, "int4", calibration=ids)
+    assert [module.training for module in model.modules()] == modes
     assert not any(layer._forward_pre_hooks for layer in layers_of(model).values())
     for place, layer in layers_of(made).items():
         x = given[place].flatten(0, -2)
