@@ -1,6 +1,5 @@
 """Time decoding of a checkpoint on this processor: by integers that follow spikes, and by what is dense."""
 
-import contextlib
 import copy
 import importlib.util
 import json
@@ -14,7 +13,7 @@ from pydantic import Field
 
 from spiking_mamba.commands.configuration import command_settings
 from spiking_mamba.common.checkpoint_files import locate
-from spiking_mamba.common.claims import scratch_folder
+from spiking_mamba.common.claims import whole_folder
 from spiking_mamba.common.errors import DataError, RunError, fail_clearly
 from spiking_mamba.common.files import refuse_file, unused
 from spiking_mamba.common.machine import check_threads, cores
@@ -249,16 +248,12 @@ def check_output(settings: BenchSettings) -> None:
 
 def write(folder: Path, results: dict[str, Any]) -> None:
     """Table, picture and numbers, in a folder that is there whole or not at all."""
-    with scratch_folder(folder.parent, f".{folder.name}-") as scratch:
-        draft = scratch / folder.name
+    with whole_folder(folder) as draft:
         draft.mkdir()
         (draft / "results.json").write_text(json.dumps(results, indent=1))
         (draft / "table.md").write_text(speed_table(results) + "\n")
         name = Path(results["provenance"]["settings"]["model"]).name
         draw_speeds(results["decoding"], name, draft / "speed.png")
-        with contextlib.suppress(FileNotFoundError):
-            folder.rmdir()
-        draft.replace(folder)
 
 
 @fail_clearly()

@@ -20,7 +20,7 @@ from pathlib import Path
 from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.files import refuse_file
 
-__all__ = ["LOCK", "ClaimedError", "claim_folder", "claimed", "scratch_folder"]
+__all__ = ["LOCK", "ClaimedError", "claim_folder", "claimed", "scratch_folder", "whole_folder"]
 
 LOCK = ".lock"  # in a folder that cannot itself be locked, as on NFS
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP)  # of some network file systems
@@ -118,6 +118,19 @@ def scratch_folder(parent: Path, prefix: str) -> Iterator[Path]:
             yield folder
         finally:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def whole_folder(folder: Path) -> Iterator[Path]:
+    """A draft of a folder: not made yet, and given the folder's name when the block has ended well.
+
+    Args:
+        folder: a new or empty one; what its drafts were that a kill has left is removed.
+    """
+    with scratch_folder(folder.parent, f".{folder.name}-") as scratch:
+        draft = scratch / folder.name
+        yield draft
+        draft.replace(folder)
 
 
 def _new_folder(parent: Path, prefix: str, stack: contextlib.ExitStack) -> Path:

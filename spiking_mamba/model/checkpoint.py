@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, PreTrainedTokenizerBase
 
 from spiking_mamba.common.checkpoint_files import WEIGHTS, locate, one_line
-from spiking_mamba.common.claims import scratch_folder
+from spiking_mamba.common.claims import whole_folder
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.conversion import fold_thresholds
@@ -79,12 +79,10 @@ def export_dense(
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} already holds files.")
-    with scratch_folder(folder.parent, f".{folder.name}-") as scratch:
-        draft = scratch / folder.name
+    with whole_folder(folder) as draft:
         _write_dense(model, draft, form)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
-        draft.replace(folder)
 
 
 def _write_dense(model: SpikingMambaForCausalLM | Mamba2ForCausalLM, folder: Path, form: str) -> None:

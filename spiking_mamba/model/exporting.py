@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from spiking_mamba.common.checkpoint_files import locate
-from spiking_mamba.common.claims import scratch_folder
+from spiking_mamba.common.claims import whole_folder
 from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.files import refuse_file
 from spiking_mamba.common.schema import Name, schema
@@ -97,9 +97,7 @@ def export(settings: ExportSettings) -> Path:
 
 def _write(output: Path, save: Callable[[Path], object], tokenizer: PreTrainedTokenizerBase | None) -> None:
     """Make a folder by ``save`` and the tokenizer, whole or not at all."""
-    with scratch_folder(output.parent, f".{output.name}-") as scratch:
-        draft = scratch / output.name
+    with whole_folder(output) as draft:
         save(draft)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
-        draft.replace(output)

@@ -11,7 +11,14 @@ import time
 import pytest
 
 from spiking_mamba.common import claims
-from spiking_mamba.common.claims import LOCK, ClaimedError, claim_folder, claimed, scratch_folder
+from spiking_mamba.common.claims import (
+    LOCK,
+    ClaimedError,
+    claim_folder,
+    claimed,
+    scratch_folder,
+    whole_folder,
+)
 from spiking_mamba.common.files import PART, remove_whole, replace_folder, sweep, unused, write_whole
 from tests.helpers.commands import ROOT
 
@@ -159,3 +166,23 @@ def test_a_file_that_cannot_be_written_stays_as_it_was(tmp_path):
         write_whole(tmp_path / "a", "\ud800")
     assert (tmp_path / "a").read_text() == "before"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_whole_folder_has_its_name_at_the_end(tmp_path, there):
+    folder = tmp_path / "made" / "folder"
+    if there:
+        folder.mkdir(parents=True)
+    with whole_folder(folder) as draft:
+        draft.mkdir()
+        (draft / "a").write_text("1")
+        assert folder.exists() == there
+    assert (folder / "a").read_text() == "1"
+    assert list(folder.parent.iterdir()) == [folder]
+
+
+def test_a_folder_that_was_not_finished_is_none(tmp_path):
+    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "folder") as draft:
+        draft.mkdir()
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
