@@ -165,7 +165,7 @@ def llama_ways(
 
     Args:
         dense: what is written as GGUF.
-        folder: where; llama.cpp reads the files as long as it runs.
+        folder: where, that model's alone; llama.cpp reads the files as long as it runs.
         threads: for one token, and for a prompt.
         forms: of :data:`LLAMA`.
 
@@ -185,7 +185,8 @@ def llama_ways(
     _silent.append(lc.llama_log_callback(lambda level, text, data: None))
     lc.llama_log_set(_silent[-1], ctypes.c_void_p(0))
     source = folder / "float32.gguf"
-    write_gguf(dense, source)
+    if not source.exists():  # asked for form by form, it is written once
+        write_gguf(dense, source)
     ways = {}
     for name, number in forms.items():
         path, settings = folder / f"{name}.gguf", lc.llama_model_quantize_default_params()
