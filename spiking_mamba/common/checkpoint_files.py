@@ -27,6 +27,7 @@ __all__ = [
     "check_links",
     "is_file_name",
     "locate",
+    "model_of_run",
     "one_line",
     "read_headers",
     "read_mapping",
@@ -217,6 +218,11 @@ def check_layers(folder: Path, settings: dict[str, Any]) -> None:
         )
 
 
+def model_of_run(folder: Path) -> str:
+    """Where the model of a run's folder is, for who has named that; nothing where it is no run's."""
+    return f"a run's, whose model is {folder}/model" if (folder / "model" / "config.json").is_file() else ""
+
+
 def locate(name: str | Path) -> tuple[Path, dict[str, Any]]:
     """The local folder of a checkpoint, fetched if it is on the hub, and its config.json.
 
@@ -226,8 +232,8 @@ def locate(name: str | Path) -> tuple[Path, dict[str, Any]]:
     folder = _folder(name)
     check_links(folder)
     if not (path := folder / "config.json").is_file():
-        of_run = f" It is a run's, whose model is {folder}/model." if (folder / "model").is_dir() else ""
-        raise CheckpointError(f"{folder} is no checkpoint: it has no config.json.{of_run}")
+        hint = f" It is {where}." if (where := model_of_run(folder)) else ""
+        raise CheckpointError(f"{folder} is no checkpoint: it has no config.json.{hint}")
     settings = read_mapping(path)
     if (folder / MIXERS).is_file():
         return folder, settings

@@ -1,12 +1,13 @@
 """What a person is told who presses Ctrl-C: what is kept, and how to go on."""
 
 import contextlib
-import os
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
+
+from spiking_mamba.common.ranks import is_first_process
 
 __all__ = ["end_interrupted", "interruptible", "measured_so_far"]
 
@@ -44,6 +45,6 @@ def end_interrupted(interrupt: KeyboardInterrupt) -> NoReturn:
     """
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     notes = getattr(interrupt, "__notes__", None) or [NOTHING]
-    if int(os.environ.get("RANK", 0)) == 0:  # of a distributed run one process speaks
+    if is_first_process():  # of a distributed run one process speaks
         print(f"interrupted: {notes[-1]}", file=sys.stderr, flush=True)
     sys.exit(STATUS)

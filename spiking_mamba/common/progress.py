@@ -7,7 +7,6 @@ with Stage(len(texts), "Evaluating") as stage:
 """
 
 import contextlib
-import os
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +17,8 @@ import transformers
 from huggingface_hub.utils import are_progress_bars_disabled, enable_progress_bars
 from tqdm import tqdm
 
+from spiking_mamba.common.ranks import is_first_process
+
 __all__ = ["Share", "Stage", "part_of", "quiet", "reporting", "say", "say_once", "watched"]
 
 T = TypeVar("T")
@@ -26,14 +27,9 @@ _FORMAT = "{desc}: {percentage:3.0f}%|{bar}| {elapsed}"  # no forecast: parts ar
 _PATIENCE = 2  # seconds in which nobody asks how far it is
 
 
-def _is_first() -> bool:
-    """Whether this is the first of a launcher's processes, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
-
-
 def say_once(line: str) -> None:
     """As :func:`say`, by the first of several processes."""
-    if _is_first():
+    if is_first_process():
         say(line)
 
 
@@ -52,7 +48,7 @@ def watched(rows: Iterable[T], total: int, title: str) -> Iterator[T]:
         title: what stands before the bar.
     """
     style: dict[str, Any] = {"dynamic_ncols": True, "leave": False, "delay": _PATIENCE, "bar_format": _FORMAT}
-    yield from tqdm(rows, title, total, disable=None if _is_first() else True, **style)
+    yield from tqdm(rows, title, total, disable=None if is_first_process() else True, **style)
 
 
 class Stage:

@@ -10,7 +10,7 @@ from spiking_mamba.common.keys import reject_unknown_keys, set_dotted, shown
 from spiking_mamba.common.words import described, hints_of
 from spiking_mamba.common.yaml_text import load_yaml, read_yaml
 
-__all__ = ["parse_settings"]
+__all__ = ["parse_settings", "shorter"]
 
 T = TypeVar("T")
 LONGEST = 500  # characters of an error

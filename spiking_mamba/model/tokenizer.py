@@ -5,7 +5,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from spiking_mamba.common.checkpoint_files import check_links
+from spiking_mamba.common.checkpoint_files import check_links, model_of_run
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.converted import is_converted, read_index
 from spiking_mamba.model.source import load_source_tokenizer
@@ -33,8 +33,8 @@ def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) 
         return load_source_tokenizer(read_index(Path(name))["source"])
     # without its files transformers would make up an empty one for the type of the model
     if Path(name).is_dir() and not has_tokenizer(Path(name)):
-        if (Path(name) / "model" / "config.json").is_file():
-            raise CheckpointError(f"{name} holds no tokenizer: it is a run's, whose model is {name}/model.")
+        if where := model_of_run(Path(name)):
+            raise CheckpointError(f"{name} holds no tokenizer: it is {where}.")
         raise CheckpointError(
             f"{name} holds no tokenizer (none of {', '.join(_TOKENIZER_FILES)}): name the folder or the hub "
             "name of the one that the model was trained with, tokenizer=..."

@@ -8,7 +8,7 @@ from spiking_mamba.evaluation.statistics import gaps, groups
 from spiking_mamba.reports.charts import Model
 from spiking_mamba.reports.document import Block, Heading, Paragraph, Table
 from spiking_mamba.reports.energy import number, shared_tasks
-from spiking_mamba.reports.overview import energy_text
+from spiking_mamba.reports.overview import energy_in, energy_text
 
 __all__ = ["merged", "side_by_side"]
 
@@ -130,8 +130,7 @@ def _energy(students: Sequence[Model]) -> list[list[str]]:
     ):
         found = []
         for model in students:
-            energy = model["energy"] or {}
-            section = energy.get(scope) or (energy.get("with_memory") or {}).get(scope) or {}
+            section = energy_in(model["energy"] or {}, scope)
             found.append(section.get("fp32") and section["fp32"].get("gain"))
         if any(gain is not None for gain in found):
             cells = ["–" if gain is None else energy_text(gain) for gain in found]

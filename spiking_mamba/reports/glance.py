@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from spiking_mamba.reports.charts import Model, accuracies, accuracy_energy_panels, task_panels
 from spiking_mamba.reports.costs import drawn_tables, is_hypothetical
 from spiking_mamba.reports.figures import Panel, short
-from spiking_mamba.reports.overview import MOST, Quantity, energy_text, overview
+from spiking_mamba.reports.overview import MOST, Quantity, energy_in, energy_text, overview
 from spiking_mamba.spikes.energy import COSTS_45NM
 
 __all__ = ["RIVAL", "first_picture", "plural", "sentences", "students_of"]
@@ -73,9 +73,7 @@ def _student(
     gains: dict[str, dict[str, float | None]] = {}
     for table in tables if energies else ():
         for scope in _SCOPES:
-            found = [
-                energy.get(scope) or (energy.get("with_memory") or {}).get(scope) or {} for energy in energies
-            ]
+            found = [energy_in(energy, scope) for energy in energies]
             if all(table in row for row in found):
                 gains.setdefault(table, {})[scope] = _mean([row[table].get("gain") for row in found])
     rivals = [_rival(energy) for energy in energies]

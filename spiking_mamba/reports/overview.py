@@ -1,17 +1,17 @@
 """The picture of a report's first screen: what students keep of a dense model, and what they cost."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from spiking_mamba.reports.figures import COLOURS, Panel, short
 
 if TYPE_CHECKING:
     from matplotlib.figure import FigureBase
 
-__all__ = ["MOST", "Quantity", "energy_text", "overview"]
+__all__ = ["MOST", "Quantity", "energy_in", "energy_text", "overview"]
 
 MOST = 6  # students that a picture tells apart
 _REACH = 4.5  # powers of two that are drawn; what lies beyond is cut off, and said by its number
@@ -44,6 +44,11 @@ def energy_text(gain: float | None) -> str:
         return "none at all"
     more, less = f"{1 / gain:.2f}", f"{gain:.2f}"
     return "as much" if more == less else f"{less} times less" if gain > 1 else f"{more} times more"
+
+
+def energy_in(energy: Mapping[str, Any], scope: str) -> Mapping[str, Any]:
+    """An evaluation's energy in a scope, by table of costs; of decoding, with memory traffic."""
+    return energy.get(scope) or (energy.get("with_memory") or {}).get(scope) or {}
 
 
 def overview(quantities: Sequence[Quantity], students: Sequence[str], against: str) -> list[Panel]:

@@ -182,7 +182,11 @@ def test_a_whole_folder_has_its_name_at_the_end(tmp_path, there):
 
 
 def test_a_folder_that_was_not_finished_is_none(tmp_path):
-    with pytest.raises(ZeroDivisionError), whole_folder(tmp_path / "folder") as draft:
-        draft.mkdir()
-        raise ZeroDivisionError
+    def fail():
+        with whole_folder(tmp_path / "folder") as draft:
+            draft.mkdir()
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fail()
     assert list(tmp_path.iterdir()) == []
