@@ -23,7 +23,7 @@ from spiking_mamba.common.schema import Count, Name, schema
 from spiking_mamba.common.words import Words
 from spiking_mamba.evaluation.cpu_speed import LLAMA, Way, captured_way, event_way, llama_ways, measure
 from spiking_mamba.model.checkpoint import load_model
-from spiking_mamba.model.configuration import SpikingMambaConfig
+from spiking_mamba.model.configuration import FOLDED, SpikingMambaConfig, own_fields
 from spiking_mamba.model.converted import is_converted
 from spiking_mamba.model.event_driven import STATES, WEIGHTS, EventDrivenMambaForCausalLM, event_driven
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
@@ -158,10 +158,8 @@ class Makers:
 
 def without_neurons(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
     """A dense model of a spiking one's weights: V_th divides before a neuron and multiplies behind it."""
-    own = ("model_type", "architectures", "dtype", "transformers_version")
-    fields = {key: value for key, value in model.config.to_dict().items() if key not in own}
-    spiking = {"neuron": None, "sgc": None, "threshold": 1.0, "learn_threshold": False, "spike_driven": False}
-    dense = SpikingMambaForCausalLM(SpikingMambaConfig(**fields | spiking | {"membrane": "token"}))
+    fields = own_fields(model.config) | FOLDED | {"neuron": None, "membrane": "token"}
+    dense = SpikingMambaForCausalLM(SpikingMambaConfig(**fields))
     dense.load_state_dict({k: w for k, w in model.state_dict().items() if not k.endswith("log_threshold")})
     return dense.eval()
 

@@ -14,7 +14,15 @@ from neurons import compensation
 from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.model.membrane import probe
 
-__all__ = ["PROJECTIONS", "SGC_FUNCTIONS", "SGC_MODES", "SGC_SCHEDULES", "SpikingMambaConfig"]
+__all__ = [
+    "FOLDED",
+    "PROJECTIONS",
+    "SGC_FUNCTIONS",
+    "SGC_MODES",
+    "SGC_SCHEDULES",
+    "SpikingMambaConfig",
+    "own_fields",
+]
 
 PROJECTIONS = ("in_proj", "out_proj")
 BLOCK_TYPES = ("mamba", "mlp")
@@ -26,6 +34,8 @@ SGC_SCHEDULES = ("constant", "linear", "cosine")
 SGC_DEFAULTS = {"function": "scaled_tanh", "lam": 1.0, "schedule": "linear"}
 
 
+# of a model whose V_th has moved into its weights, or that has no neurons
+FOLDED = {"threshold": 1.0, "learn_threshold": False, "sgc": None, "spike_driven": False}
 MOST_LAYERS = 100_000  # lists are made of all layers before there are weights to compare with
 
 
@@ -242,3 +252,9 @@ class SpikingMambaConfig(PretrainedConfig):
         Slot 0 holds convolution and scan, the others the neurons' states, in_proj before out_proj.
         """
         return 1 + len(PROJECTIONS) * self.states_per_neuron
+
+
+def own_fields(config: SpikingMambaConfig) -> dict[str, Any]:
+    """A configuration's fields as another class takes them: without its class's and its writer's own."""
+    others = ("model_type", "architectures", "dtype", "transformers_version")
+    return {key: value for key, value in config.to_dict().items() if key not in others}

@@ -19,7 +19,7 @@ import neurons
 from neurons.backend import check_cupy, check_numba
 from neurons.event_linear import LARGEST_BATCH, EventDrivenLinear
 from spiking_mamba.model.cache import Cache, SpikingMambaCausalLMOutput, takes_any_cache_name
-from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
+from spiking_mamba.model.configuration import FOLDED, PROJECTIONS, SpikingMambaConfig, own_fields
 from spiking_mamba.model.cuda.token import FusedTokens, cannot_fuse, own_cache
 from spiking_mamba.model.decoding import DecodingGraphs
 from spiking_mamba.model.mlp import SpikingMambaMLP
@@ -308,11 +308,8 @@ def event_driven(
     _check_source(model)
     if calibration is not None and (weights != "int4" or calibration.ndim != 2 or not calibration.numel()):
         raise ValueError("calibration is [rows, length] of tokens, not empty, and for weights='int4' alone.")
-    skipped = ("model_type", "architectures", "dtype", "transformers_version")
-    fields = {key: value for key, value in model.config.to_dict().items() if key not in skipped}
-    folded = {"threshold": 1.0, "learn_threshold": False, "sgc": None, "spike_driven": False}
     own = {"weights": weights, "states": states, "tie_word_embeddings": False}
-    config = EventDrivenMambaConfig.from_dict(fields | folded | own)
+    config = EventDrivenMambaConfig.from_dict(own_fields(model.config) | FOLDED | own)
     made = EventDrivenMambaForCausalLM(config).to(model.device)
     kept = {
         name: tensor.float()
