@@ -111,22 +111,22 @@ def probe(spec: str, membrane: str) -> None:
     Raises:
         ValueError: it does not; the neuron is named.
     """
-    node: Any = neurons.build(json.loads(spec))
-    name = type(node).__name__
-    if hasattr(node, "backend"):
-        node.backend = "torch"  # the others may need a machine that is not here
-    generator = torch.Generator().manual_seed(0)
-    x = 3.0 * torch.randn(6, 2, 5, generator=generator)
-    lengths = (6,) if membrane == "token" else (1, 2, 3)
-    try:
-        with torch.no_grad():
-            whole = drive(node, x, [])
-            states: list = []
-            pieces = torch.cat([drive(node, piece, states) for piece in x.split(lengths)])
-    except Exception as error:  # of somebody else's code
-        raise ValueError(
-            f"{name} cannot be driven over [T, B, C]: {type(error).__name__}: {error}"
-        ) from error
+    with torch.device("cpu"):  # whatever the caller's default device is
+        node: Any = neurons.build(json.loads(spec))
+        name = type(node).__name__
+        if hasattr(node, "backend"):
+            node.backend = "torch"  # the others may need a machine that is not here
+        x = 3.0 * torch.randn(6, 2, 5, generator=torch.Generator().manual_seed(0))
+        lengths = (6,) if membrane == "token" else (1, 2, 3)
+        try:
+            with torch.no_grad():
+                whole = drive(node, x, [])
+                states: list = []
+                pieces = torch.cat([drive(node, piece, states) for piece in x.split(lengths)])
+        except Exception as error:  # of somebody else's code
+            raise ValueError(
+                f"{name} cannot be driven over [T, B, C]: {type(error).__name__}: {error}"
+            ) from error
     if whole.shape != x.shape:
         raise ValueError(f"{name} gives {list(whole.shape)} for {list(x.shape)}: one value each is wanted.")
     if not torch.allclose(whole, pieces, atol=1e-5, equal_nan=True):

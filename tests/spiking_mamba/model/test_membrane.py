@@ -9,7 +9,7 @@ from spikingjelly.activation_based import neuron as jelly
 
 import neurons
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
-from spiking_mamba.model.membrane import drive
+from spiking_mamba.model.membrane import drive, probe
 from tests.helpers.tiny import INTEGER, LEAKY, SHAPE, tiny_model, tokens
 
 
@@ -141,3 +141,11 @@ def test_potentials_are_stored_where_that_is_asked(membrane):
             v = v / 2 + x - spike
             expected.append(v)
         torch.testing.assert_close(projection.neuron.v_seq, torch.stack(expected))
+
+
+@pytest.mark.parametrize("spec", [INTEGER, LEAKY], ids=str)
+def test_a_model_can_be_made_under_any_default_device(spec):
+    probe.cache_clear()
+    with torch.device("meta"):
+        config = SpikingMambaConfig(**SHAPE, neuron=spec)
+        assert SpikingMambaForCausalLM(config).device.type == "meta"
