@@ -5,11 +5,10 @@ python recipes/benchmark/gpu_decoding.py --size 1.3b [--shares 0.63 0.42 --batch
 Weights are random; thresholds are set so that a given share of the projections' weights is fetched, as in
 cpu_decoding.py. "dense bf16" is our model as compiled blocks in a CUDA graph; "dense int8" runs the kernels
 of the event-driven one on activations rounded to int8, with nothing to skip: over dense bf16 it shows what
-integers give, and the event-driven rows over it what zeros give. "overlapping": launches begin while the one
-before ends. A token is a forward pass and an argmax, greedily; medians of repeats, all ways in turn. "Of its
-floor": the time in which the bytes that this way must move could be copied, at the speed of a copy in the
-same run. Joules are NVML's, of the whole GPU, with its idle power and without. --smoke: tiny shapes, on a
-processor too.
+integers give, and the event-driven rows over it what zeros give. A token is a forward pass and an argmax,
+greedily; medians of repeats, all ways in turn. "Of its floor": the time in which the bytes that this way must
+move could be copied, at the speed of a copy in the same run. Joules are NVML's, of the whole GPU, with its
+idle power and without. --smoke: tiny shapes, on a processor too.
 """
 
 import argparse
@@ -27,7 +26,6 @@ from decoding import copy_bytes_per_second, rival
 from gpu_tables import BF16, INT8, draw, table
 from shares import NEURON, set_shares, shares_for
 
-from neurons.cupy import launcher
 from neurons.cupy.event_linear import plan as layouts
 from spiking_mamba import (
     EventDrivenMambaForCausalLM,
@@ -151,9 +149,9 @@ class Models:
             self._made[BF16] = model
         return self._made[BF16]
 
-    def integers(self, share: float | None, overlaps: bool = False) -> EventDrivenMambaForCausalLM:
-        """Dense without a share; each has graphs of its own, since those that overlap differ."""
-        if (share, overlaps) not in self._made:
+    def integers(self, share: float | None) -> EventDrivenMambaForCausalLM:
+        """Dense without a share."""
+        if share not in self._made:
             source = self.dense
             with torch.device(self.args.device):
                 if share is not None:
@@ -161,8 +159,8 @@ class Models:
                     set_shares(source, shares_for(self.config, share))
                 made = event_driven(source, self.args.weights, self.args.states)
             made.set_decoding("compiled" if self.args.device == "cuda" else "torch")
-            self._made[share, overlaps] = made
-        return self._made[share, overlaps]
+            self._made[share] = made
+        return self._made[share]
 
 
 def makers(models: Models, batch: int, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Way]]]:
@@ -174,14 +172,26 @@ def makers(models: Models, batch: int, args: argparse.Namespace) -> Iterator[tup
     for share in (None, *args.shares):
         name = INT8 if share is None else f"event-driven, {share:.0%}"
         name = name.replace("int8", args.weights)
-        for overlaps in (False, True) if args.overlap else (False,):
 
-            def make(share: float | None = share, overlaps: bool = overlaps) -> Way:
-                made = models.integers(share, overlaps)
-                with launcher.overlapping(overlaps):
-                    return own_way(made, batch, *event_bytes(made, batch))
+        def make(share: float | None = share) -> Way:
+            made = models.integers(share)
+            return own_way(made, batch, *event_bytes(made, batch))
 
-            yield name + (", overlapping" if overlaps else ""), make
+        yield name, make
+
+
+def leave_prompts_untuned() -> None:
+    """Let the chunked scan of prompts, which are not timed, stay as it comes: tuning it takes minutes."""
+    from triton.runtime.autotuner import Autotuner
+
+    tuned = Autotuner.run
+
+    def run(self: Autotuner, *args: Any, **kwargs: Any) -> Any:
+        if any(part in self.base_fn.__name__ for part in ("chunk", "state_passing")):
+            self.configs = self.configs[:1]
+        return tuned(self, *args, **kwargs)
+
+    Autotuner.run = run
 
 
 def rival_way(models: Models, batch: int, args: argparse.Namespace) -> Way:
@@ -287,10 +297,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=1.5, help="of each way for joules; 0: none")
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which no batch begins")
-    parser.add_argument("--overlap", action="store_true", help="also with overlapping launches")
     parser.add_argument("--cluster", type=int, help="blocks of a cluster at most, 1 for none; tuning")
     parser.add_argument("--warps", type=int, help="that a launch should have; tuning")
-    parser.add_argument("--rival", action="store_true", help="with mamba-ssm, which tunes for minutes")
+    parser.add_argument("--rival", action="store_true", help="with mamba-ssm, where it is installed")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that all of it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_decoding"))
     args = parser.parse_args()
@@ -301,9 +310,6 @@ def arguments() -> argparse.Namespace:
     layouts.WARPS_WANTED = args.warps or layouts.WARPS_WANTED
     if args.smoke:
         args.size, args.tokens, args.repeats, args.seconds = "smoke", 8, 2, min(args.seconds, 0.2)
-    if args.overlap and (reason := launcher.cannot_overlap(torch.device(args.device, 0))) is not None:
-        print(f"No launches overlap: {reason}")
-        args.overlap = False
     if args.rival and importlib.util.find_spec("mamba_ssm") is None:
         print("mamba-ssm: not measured, since it is not installed")
         args.rival = False
@@ -325,6 +331,8 @@ def show(args: argparse.Namespace, about: dict[str, Any]) -> None:
 def main() -> None:
     args, start = arguments(), time.perf_counter()
     quiet()
+    if importlib.util.find_spec("mamba_ssm") is not None:
+        leave_prompts_untuned()
     config = SpikingMambaConfig(**TINY, n_groups=1, state_size=16) if args.smoke else None
     config = config or published_config(f"state-spaces/mamba2-{args.size}")
     config.num_hidden_layers = args.layers or config.num_hidden_layers

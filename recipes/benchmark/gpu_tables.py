@@ -42,10 +42,10 @@ def table(records: list[dict[str, Any]]) -> str:
             for way in ways
         ]
         text += "\n\n" + markdown_table(["tokens/s", *(f"batch {b}" for b in batches)], grown)
-    integers = next((way for way in ways if way.startswith("dense int") and "overl" not in way), None)
+    integers = next((way for way in ways if way.startswith("dense int")), None)
     if integers is not None and (BF16, smallest) in own:
         text += f"\n\nIntegers give {over(integers, BF16)} times dense bf16's speed; zeros, over them: "
-        plain = [w for w in ways if w.startswith("event") and "overl" not in w]
+        plain = [w for w in ways if w.startswith("event")]
         text += ", ".join(f"{w.removeprefix('event-driven, ')}: {over(w, integers)}" for w in plain) + "."
     return text
 

@@ -12,7 +12,7 @@ export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1
 status=0
 
 echo "== the smallest run, to see that kernels launch"
-timeout 60 python3 recipes/benchmark/gpu_decoding.py --smoke --overlap --seconds 0 --batches 1 --dense-batches \
+timeout 60 python3 recipes/benchmark/gpu_decoding.py --smoke --seconds 0 --batches 1 --dense-batches \
   --out "$out/smoke" >"$out/smoke.log" 2>&1 || { status=1; tail -n 15 "$out/smoke.log" | cut -c1-300; }
 
 echo "== tests"
@@ -22,7 +22,7 @@ tail -n 30 "$out/tests.log" | cut -c1-300
 
 for size in $sizes; do
   echo "== benchmark, $size"
-  timeout 122 python3 recipes/benchmark/gpu_decoding.py --size "$size" --overlap --batches 1 8 --dense-batches 1 \
+  timeout 122 python3 recipes/benchmark/gpu_decoding.py --size "$size" --batches 1 8 --dense-batches 1 \
     --tokens 100 --repeats 4 --seconds 1.2 --limit 75 --out "$out/bench" 2>&1 | tee "$out/$size.log" | tail -n 40
 done
 

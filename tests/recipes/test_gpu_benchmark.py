@@ -36,7 +36,7 @@ def test_the_table():
 
 
 def test_all_of_it_runs_small(tmp_path):
-    done = run(SCRIPT, "--smoke", "--overlap", "--rival", "--batches", "1", "2", "--out", tmp_path)
+    done = run(SCRIPT, "--smoke", "--rival", "--batches", "1", "2", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found = read_records(tmp_path / gpu_decoding.RECORDS)
     assert [r["way"] for r in found if r["batch"] == 1] == [
