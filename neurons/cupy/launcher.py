@@ -155,14 +155,15 @@ def launch(
         grid, block: blocks, and threads of a block, along each of up to three axes.
         args: the kernel's arguments in their order, typed as its parameters are.
         overlap: the kernel may begin while the one before it ends: it calls ``wait_for_previous`` of
-            ``threads.cuh`` before it reads what others wrote. It does so within :func:`overlapping`.
+            ``threads.cuh`` before it reads what others wrote. See :func:`overlapping`.
     """
     check_cupy()
     stream = torch.cuda.current_stream(device)
     here = device.index == torch.cuda.current_device()
     with contextlib.nullcontext() if here else torch.cuda.device(device):
         kernel = _kernel(device.index, source, name, options)
-        if overlap and _overlaps.get():
+        asked = _overlaps.get()
+        if overlap and (cannot_overlap(device) is None if asked is None else asked):
             _launch_overlapping(kernel.ptr, grid, block, args, stream.cuda_stream)
         else:
             kernel(grid, block, args, stream=_cupy_stream(stream))
@@ -170,15 +171,15 @@ def launch(
 
 # ---- Launches that begin while the one before ends (CUDA's programmatic dependent launch) ----
 
-_overlaps: contextvars.ContextVar[bool] = contextvars.ContextVar("overlaps", default=False)
+_overlaps: contextvars.ContextVar[bool | None] = contextvars.ContextVar("overlaps", default=None)
 
 
 @contextlib.contextmanager
-def overlapping(overlaps: bool = True) -> Iterator[None]:
-    """Let launches that allow it begin while the kernel before them ends.
+def overlapping(overlaps: bool | None) -> Iterator[None]:
+    """Let launches that allow it begin while the kernel before them ends; None: where the device can.
 
-    Where they are captured into a graph, its replays do so too. Nobody may ask for it unless
-    :func:`cannot_overlap` is None.
+    Where they are captured into a graph, its replays do so too. Without this it is as with None. Nobody may
+    ask for it unless :func:`cannot_overlap` is None.
     """
     token = _overlaps.set(overlaps)
     try:
@@ -187,6 +188,7 @@ def overlapping(overlaps: bool = True) -> Iterator[None]:
         _overlaps.reset(token)
 
 
+@functools.cache
 def cannot_overlap(device: torch.device) -> str | None:
     """Why launches on a device cannot overlap; None where they can."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):

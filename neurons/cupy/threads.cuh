@@ -25,16 +25,16 @@ DEV void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
-// What lies at the same place in the shared memory of another block of the cluster; T has four bytes.
-template <class T> DEV T from_rank(const T* shared, unsigned rank) {
+// To the same place in the shared memory of another block of the cluster, which has begun; T has four bytes.
+template <class T> DEV void to_rank(T* shared, unsigned rank, T value) {
 #if CLUSTER > 1
-  unsigned there, bits;
+  unsigned there;
   asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
                : "=r"(there) : "r"((unsigned)__cvta_generic_to_shared(shared)), "r"(rank));
-  asm volatile("ld.shared::cluster.u32 %0, [%1];" : "=r"(bits) : "r"(there) : "memory");
-  return *reinterpret_cast<T*>(&bits);
+  asm volatile("st.shared::cluster.u32 [%0], %1;"
+               : : "r"(there), "r"(*reinterpret_cast<unsigned*>(&value)) : "memory");
 #else
-  return *shared;
+  *shared = value;
 #endif
 }
 DEV int ones(unsigned mask) { return __popc(mask); }
@@ -53,6 +53,15 @@ DEV void let_next_begin() {
 DEV float root(float x) { float r; asm("sqrt.rn.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
 DEV int dot4(unsigned a, unsigned b, int sum) { return __dp4a((int)a, (int)b, sum); }
 DEV unsigned permute(unsigned a, unsigned b, unsigned how) { return __byte_perm(a, b, how); }
+// Of 1, 4, 8 or 16 bytes, which nobody reads again before they have left the caches: they do not drive out the rest.
+template <class T> DEV T load_once(const T* from) {
+  T to;
+  if (sizeof(T) == 16) *reinterpret_cast<int4*>(&to) = __ldcs(reinterpret_cast<const int4*>(from));
+  else if (sizeof(T) == 8) *reinterpret_cast<int2*>(&to) = __ldcs(reinterpret_cast<const int2*>(from));
+  else if (sizeof(T) == 4) *reinterpret_cast<int*>(&to) = __ldcs(reinterpret_cast<const int*>(from));
+  else *reinterpret_cast<i1*>(&to) = __ldcs(reinterpret_cast<const i1*>(from));
+  return to;
+}
 #endif
 
 // The sum over a warp, in every lane; in the same order in every warp.

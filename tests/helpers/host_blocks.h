@@ -189,13 +189,17 @@ DEV T from_lane(T own, int other) {  // of the lane whose number differs in thes
 DEV void cluster_arrive() {}
 DEV void cluster_wait() { host::wait(host::cluster_barrier, host::count); }
 template <class T>
-DEV T from_rank(const T* shared, unsigned rank) {
+DEV void to_rank(T* shared, unsigned rank, T value) {
   const size_t offset = (const unsigned char*)shared - host::me().block->shared;
-  return *reinterpret_cast<const T*>(host::cluster[rank].shared + offset);
+  *reinterpret_cast<T*>(host::cluster[rank].shared + offset) = value;
 }
 DEV int ones(unsigned mask) { return __builtin_popcount(mask); }
 DEV void wait_for_previous() {}
 DEV void let_next_begin() {}
+template <class T>
+DEV T load_once(const T* from) {
+  return *from;
+}
 DEV float root(float x) { return sqrtf(x); }
 typedef signed char i1;
 DEV int dot4(unsigned a, unsigned b, int sum) {

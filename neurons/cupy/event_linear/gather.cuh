@@ -10,8 +10,8 @@
 //   FLOATS   1: what every 32 inputs add has a factor of its own, and sums are float32
 //
 // A warp takes runs of 32 inputs, one a lane, and moves those that fire to the front; all rows that these ask for are
-// under way at once, and a silent input costs nothing. No atomics: a warp's sums go to shared memory, a block's are
-// read by all blocks of the cluster, each of which finishes some of the columns.
+// under way at once, and a silent input costs nothing. No atomics: a warp's sums go to shared memory, a block's to that
+// block of the cluster which finishes their columns.
 
 typedef unsigned char u1;
 
@@ -24,6 +24,7 @@ typedef unsigned char u1;
 #define FLIGHT (FIRST_FLIGHT < FLIGHT_LIMIT ? FIRST_FLIGHT : FLIGHT_LIMIT)
 #define OWN (SLAB / CLUSTER)                                      // columns that a block finishes
 #define THREADS (32 * WARPS)
+#define RUN_STEP (32 * CLUSTER * WARPS)                           // inputs from one run of a warp to its next
 
 #if FLOATS
 typedef float Sum;
@@ -43,7 +44,7 @@ struct Shared {
   unsigned spike[WARPS][BATCH][8];                                // of a run, four a word, those that fire first
   unsigned row[WARPS][8];                                         // and where in the run they are
   Sum part[WARPS][BATCH][COLUMNS][LANES];
-  Sum total[BATCH][COLUMNS][LANES];
+  Sum total[CLUSTER][BATCH][OWN];                                 // of the columns that this block finishes, block by block
 };
 
 struct Matrix {
@@ -59,6 +60,8 @@ struct Thread {
   bool owns;
 };
 
+DEV int first_run(const Thread& t) { return (t.rank * WARPS + t.warp) * 32; }
+
 DEV Thread thread_of(const Matrix& m) {
   Thread t;
   t.lane = threadIdx.x % 32;
@@ -73,7 +76,7 @@ DEV Thread thread_of(const Matrix& m) {
 
 DEV void fetch(unsigned (&to)[WORDS], const u1* from, bool fires) {
   Piece piece = {};
-  if (fires) piece = *reinterpret_cast<const Piece*>(from);
+  if (fires) piece = load_once(reinterpret_cast<const Piece*>(from));
 #pragma unroll
   for (int w = 0; w < WORDS; ++w) to[w] = piece.word[w];
 }
@@ -196,25 +199,31 @@ DEV void keep_sums(Shared& shared, const Thread& t, Sum (&sum)[BATCH][COLUMNS]) 
     }
 }
 
-// All warps' sums of a block, then a barrier of the cluster: read_total() gives the sums of all its blocks.
-DEV void add_up(Shared& shared) {
+// All warps' sums of a block, to the blocks that finish their columns, then a barrier: read_total() gives the whole sums.
+// The block has to arrive at the cluster's barrier once before.
+DEV void add_up(Shared& shared, const Thread& t) {
   block_sync();
+  cluster_wait();                                                 // all blocks have begun
+#pragma unroll 1
   for (int i = threadIdx.x; i < BATCH * SLAB; i += THREADS) {
     Sum sum = 0;
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) sum += (&shared.part[w][0][0][0])[i];
-    (&shared.total[0][0][0])[i] = sum;
+    const int column = i % LANES * COLUMNS + i / LANES % COLUMNS;
+    to_rank(&shared.total[t.rank][i / SLAB][column % OWN], column / OWN, sum);
   }
-  block_sync();
+#if CLUSTER > 1
   cluster_arrive();
   cluster_wait();
+#else
+  block_sync();
+#endif
 }
 
-// Of a row of spikes and a column of the slab.
-DEV Sum read_total(const Shared& shared, int b, int column) {
+// Of a row of spikes and one of the columns that this block finishes.
+DEV Sum read_total(const Shared& shared, int b, int own) {
   Sum sum = 0;
 #pragma unroll
-  for (int rank = 0; rank < CLUSTER; ++rank)
-    sum += from_rank(&shared.total[b][column % COLUMNS][column / COLUMNS], rank);
+  for (int rank = 0; rank < CLUSTER; ++rank) sum += shared.total[rank][b][own];
   return sum;
 }

@@ -30,23 +30,26 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS event_linear(
   SHARED(Shared, shared);
   const Matrix m = {W, scale, N, row, inputs};
   const Thread t = thread_of(m);
-  let_next_begin();
+  cluster_arrive();                                               // the block has begun
   wait_for_previous();
   Sum sum[BATCH][COLUMNS] = {};
   const float none[BATCH] = {};
-  for (int k0 = (t.rank * WARPS + t.warp) * 32; k0 < inputs; k0 += CLUSTER * WARPS * 32) {
+#pragma unroll 1
+  for (int k0 = first_run(t); k0 < inputs; k0 += RUN_STEP) {
     const int k = k0 + t.lane;
     int value[BATCH];
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) value[b] = b < rows && k < inputs ? s[(i64)b * inputs + k] : 0;
     gather_run(sum, shared, m, t, k0, value, none);
   }
+  let_next_begin();
   keep_sums(shared, t, sum);
-  add_up(shared);
+  add_up(shared, t);
+#pragma unroll 1
   for (int i = threadIdx.x; i < BATCH * OWN; i += THREADS) {
-    const int b = i / OWN, column = t.rank * OWN + i % OWN;
-    const i64 n = (i64)blockIdx.x * SLAB + column;
-    const int total = read_total(shared, b, column);
+    const int b = i / OWN;
+    const i64 n = (i64)blockIdx.x * SLAB + t.rank * OWN + i % OWN;
+    const int total = read_total(shared, b, i % OWN);
     if (n < N && b < rows) {
       OUT::Bits* to = reinterpret_cast<OUT::Bits*>(y) + b * N + n;
 #if INTEGER_OUT
@@ -58,6 +61,4 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS event_linear(
 #endif
     }
   }
-  cluster_arrive();                                               // others may still read this block's sums
-  cluster_wait();
 }

@@ -74,8 +74,9 @@ def _launch(
     sizes = np.int64(y.shape[1]), np.int64(weight.shape[1]), np.int32(inputs), np.int32(rows)
     options = module_options(bits, found, None if y.dtype == torch.int32 else y.dtype)
     launcher.launch(
-        SOURCE, "event_linear", spikes.device, options, found.grid, (found.threads,), (*addresses, *sizes)
-    )
+        SOURCE, "event_linear", spikes.device, options, found.grid, (found.threads,), (*addresses, *sizes),
+        overlap=True,
+    )  # fmt: skip
 
 
 def _sums(spikes: Tensor, weight: Tensor, group_scale: Tensor | None, call: Call) -> Tensor:

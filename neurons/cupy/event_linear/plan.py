@@ -13,8 +13,9 @@ CLUSTER = 8  # blocks of a cluster, at most: what every GPU with clusters can do
 # A lane's sums, its columns times its rows of spikes, which lie in registers; and where each run of inputs
 # has sums of its own beside them, as 4-bit weights do.
 _SUMS, _SUMS_TWICE = 64, 32
+_COLUMNS = 16  # a lane's, at most
 _SHARED_BYTES = 46_000  # of a block, without asking for more
-WARPS_WANTED = 2048  # of a launch: 132 multiprocessors with 16 each hide a fetch's latency
+WARPS_WANTED = 1056  # of a launch: 132 multiprocessors with 8 each
 
 
 class Plan(NamedTuple):
@@ -64,26 +65,27 @@ def plan(
     """The layout for ``batch`` rows of spikes, ``inputs`` and rows of ``row`` bytes, ``aligned`` or not.
 
     ``floats`` is what it is in ``gather.cuh``. A lane reads the widest pieces that divide a row and leave its
-    sums in registers. Of the layouts with enough warps at work it is the one with the widest slabs, since
-    every slab prepares all spikes; of those the one with the smallest cluster.
+    sums in registers; all warps take as many runs of inputs as one another, if they can. Of the layouts with
+    enough warps at work it is the one with the widest slabs, whose rows lie in one piece; of those one with
+    small blocks, and the smallest cluster.
     """
     padded = 1 << (batch - 1).bit_length()
     columns = 8 // bits
     widths = (16, 8, 4, 1) if aligned else (1,)
     most = _SUMS_TWICE if floats or bits == 4 else _SUMS
-    vec = next(v for v in widths if row % v == 0 and v * columns * padded <= most)
-    runs = -(-inputs // RUN)
+    vec = next(v for v in widths if row % v == 0 and v * columns <= min(_COLUMNS, most // padded))
+    busiest = next(w for w, s in ((20, 16), (16, 32), (8, _SUMS)) if vec * columns * padded <= s)
+    runs = max(1, -(-inputs // RUN))
 
     def layouts() -> Iterator[Plan]:
         for lanes in (32, 16, 8):
             slabs = -(-row // (lanes * vec))
-            for cluster in (1, 2, 4, 8):
-                for warps in (8, 16, 4):
-                    words = (warps + 1) * padded * lanes * vec * columns + warps * (padded + 1) * 8
-                    fits = 4 * words <= _SHARED_BYTES and (warps < 16 or vec * columns * padded <= 32)
-                    busy = cluster * warps < max(8, 2 * runs)  # half of them at least
-                    if fits and busy and cluster <= largest:
-                        yield Plan(padded, vec, lanes, warps, cluster, slabs)
+            sums = padded * lanes * vec * columns  # of a warp
+            fit = (_SHARED_BYTES // 4 - sums) // (sums + 8 * (padded + 1))
+            for limit in (16, 20):
+                for cluster in (c for c in (1, 2, 4, 8) if c <= largest):
+                    rounds = -(-runs // (cluster * min(fit, busiest, limit)))
+                    yield Plan(padded, vec, lanes, -(-runs // (cluster * rounds)), cluster, slabs)
 
     def at_work(p: Plan) -> int:
         return p.slabs * min(runs, p.cluster * p.warps)

@@ -30,6 +30,12 @@ def project_options(
     return launcher.defines(layout_names(bits, found) | names)
 
 
+def square_pieces(found: Plan, bits: int) -> int:
+    """How many sums of squares a cluster leaves, each of 32 columns or of those that a block finishes."""
+    columns = found.lanes * found.vec * 8 // bits
+    return columns // min(32, columns // found.cluster)
+
+
 def project(
     given: Given,
     matrix: Matrix,
@@ -47,7 +53,7 @@ def project(
     if y is None:
         y = given.x.new_empty(rows, outputs)
     else:
-        squares = given.x.new_empty(rows, found.slabs * found.cluster)
+        squares = given.x.new_empty(rows, found.slabs * square_pieces(found, matrix.bits))
     after, taps, first, last = "PLAIN", 1, 0, 0
     conv: tuple[torch.Tensor | None, ...] = (None, None, None)
     if convolution is not None:

@@ -43,28 +43,44 @@ DEV float block_sum(Pieces& pieces, float of_warp, int warps) {
   return sum;
 }
 
-// Moves the states of a warp's channels on; what its lanes' parts of them add to the outputs.
+// The states of a warp's channels.
+struct Own {
+  States of[STEPS][ROWS];
+};
+
+DEV int state_number(int step, int lane) { return (step * 32 + lane) * VEC; }
+
+DEV void load_states(Own& own, const STATE::Bits* state, int lane) {
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step)
+#pragma unroll
+    for (int i = 0; i < ROWS; ++i) {
+      const int n = state_number(step, lane);
+      if (n < STATE_SIZE) own.of[step][i] = load_once(reinterpret_cast<const States*>(state + (i64)i * STATE_SIZE + n));
+    }
+}
+
+// Moves them on; what a lane's parts of them add to the outputs.
 DEV void move_on(float (&out)[ROWS], const float (&input)[ROWS], const float* B, const float* C, float decay,
-                 STATE::Bits* state, int lane) {
+                 Own& own, STATE::Bits* state, int lane) {
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
-    const int n = (step * 32 + lane) * VEC;
+    const int n = state_number(step, lane);
     if (n < STATE_SIZE) {
-      States own[ROWS];
-#pragma unroll
-      for (int i = 0; i < ROWS; ++i) own[i] = *reinterpret_cast<const States*>(state + (i64)i * STATE_SIZE + n);
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
         const float b = B[n + v], c = C[n + v];
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
-          const float moved = add(mul(STATE::decode(own[i].bits[v]), decay), mul(input[i], b));
-          own[i].bits[v] = STATE::encode(moved);
+          STATE::Bits& bits = own.of[step][i].bits[v];
+          const float moved = add(mul(STATE::decode(bits), decay), mul(input[i], b));
+          bits = STATE::encode(moved);
           out[i] = fmaf(moved, c, out[i]);
         }
       }
 #pragma unroll
-      for (int i = 0; i < ROWS; ++i) *reinterpret_cast<States*>(state + (i64)i * STATE_SIZE + n) = own[i];
+      for (int i = 0; i < ROWS; ++i)
+        *reinterpret_cast<States*>(state + (i64)i * STATE_SIZE + n) = own.of[step][i];
     }
   }
 }
@@ -75,34 +91,37 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_token(SCAN_PARAMET
   const int head = blockIdx.x / SPLITS, row = blockIdx.y;
   const int channel = head * HEAD_DIM + blockIdx.x % SPLITS * PART + warp * ROWS;  // a warp's first
   const i64 inner = (i64)heads * HEAD_DIM;
+  STATE::Bits* state = reinterpret_cast<STATE::Bits*>(states) + (row * inner + channel) * STATE_SIZE;
   let_next_begin();
+  Own own;                                                        // of the token before, behind embed_token
+  load_states(own, state, lane);
+  const float rate = -expf(A_log[head]), shift = dt_bias[head], skip = D[head];
   wait_for_previous();
   const float* gate = projected + row * width;
   const float* xs = gate + inner;
   const float* B = xs + inner + (i64)(head * groups / heads) * STATE_SIZE;
   const float* C = B + (i64)groups * STATE_SIZE;
-  const float raw = add(gate[width - heads + head], dt_bias[head]);
-  const float dt = fminf(fmaxf(softplus(raw), low), high);
-  const float decay = expf(mul(dt, -expf(A_log[head])));
+  const float opening = lane < ROWS ? gate[channel + lane] : 0.0f, x = lane < ROWS ? xs[channel + lane] : 0.0f;
+  const float dt = fminf(fmaxf(softplus(add(gate[width - heads + head], shift)), low), high);
+  const float decay = expf(mul(dt, rate));
   float input[ROWS], out[ROWS];
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) {
     input[i] = mul(dt, xs[channel + i]);
     out[i] = 0.0f;
   }
-  STATE::Bits* state = reinterpret_cast<STATE::Bits*>(states) + (row * inner + channel) * STATE_SIZE;
-  move_on(out, input, B, C, decay, state, lane);
-  float own = 0.0f;
+  move_on(out, input, B, C, decay, own, state, lane);
+  float y_own = 0.0f;
 #pragma unroll
   for (int i = 0; i < ROWS; ++i) {
     const float sum = warp_sum(out[i]);
-    if (lane == i) own = sum;
+    if (lane == i) y_own = sum;
   }
   if (lane < ROWS) {
-    own = mul(add(own, mul(D[head], xs[channel + lane])), silu(gate[channel + lane]));
-    y[row * inner + channel + lane] = own;
+    y_own = mul(add(y_own, mul(skip, x)), silu(opening));
+    y[row * inner + channel + lane] = y_own;
   }
-  const float all = block_sum(pieces, warp_sum(mul(own, own)), WARPS);
+  const float all = block_sum(pieces, warp_sum(mul(y_own, y_own)), WARPS);
   if (threadIdx.x == 0) squares[row * (i64)gridDim.x + blockIdx.x] = all;
 }
 
