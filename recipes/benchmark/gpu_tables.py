@@ -51,22 +51,37 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:
-    """Tokens a second, and how they grow with the batch."""
+    """Tokens a second, joules where they were counted, and growth with the batch where there are several."""
     batches = sorted({r["batch"] for r in records})
-    ways = list(dict.fromkeys(r["way"] for r in records))
-    with picture(path, 11, 1.4 + 0.4 * max(6, len(ways)), ncols=2) as (_, (left, right)):
-        first = [r for r in records if r["batch"] == batches[0]]
-        bars = left.barh(
-            [r["way"] for r in first], [r["batch"] / r["seconds"] for r in first], color=COLOURS[0]
-        )
-        left.bar_label(bars, fmt="%.0f", padding=3)
-        left.invert_yaxis()
-        left.set_title(f"{records[0]['size']}, batch {batches[0]}: tokens a second")
-        left.margins(x=0.15)
-        for number, way in enumerate(ways):
-            own = sorted((r["batch"], r["batch"] / r["seconds"]) for r in records if r["way"] == way)
-            style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
-            right.plot(*zip(*own, strict=True), label=way, **style)
-        right.set_xlabel("sequences at a time")
-        right.set_title("tokens a second, all sequences")
-        right.legend(frameon=False, fontsize=8)
+    first = [r for r in records if r["batch"] == batches[0]]
+    counted = [r for r in first if "mJ" in r]
+    panels = 1 + bool(counted) + (len(batches) > 1)
+    height = 1.4 + 0.4 * max(6 if len(batches) > 1 else 3, len(first))
+    with picture(path, 1 + 5.0 * panels, height, ncols=panels, squeeze=False) as (_, axes):
+        rest = list(axes[0])
+        _bars(rest.pop(0), first, [r["batch"] / r["seconds"] for r in first])
+        axes[0][0].set_title(f"{records[0]['size']}, batch {batches[0]}: tokens a second")
+        if counted:
+            panel = rest.pop(0)
+            _bars(panel, counted, [r["mJ"] for r in counted])
+            panel.barh([r["way"] for r in counted], [r["mJ_net"] for r in counted], color=COLOURS[1])
+            panel.set_title("millijoules a token, less idle in orange")
+        if len(batches) > 1:
+            _growth(rest.pop(0), records)
+
+
+def _bars(panel: Any, records: list[dict[str, Any]], values: list[float]) -> None:
+    bars = panel.barh([r["way"] for r in records], values, color=COLOURS[0])
+    panel.bar_label(bars, fmt="%.0f", padding=3)
+    panel.invert_yaxis()
+    panel.margins(x=0.15)
+
+
+def _growth(panel: Any, records: list[dict[str, Any]]) -> None:
+    for number, way in enumerate(dict.fromkeys(r["way"] for r in records)):
+        own = sorted((r["batch"], r["batch"] / r["seconds"]) for r in records if r["way"] == way)
+        style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
+        panel.plot(*zip(*own, strict=True), label=way, **style)
+    panel.set_xlabel("sequences at a time")
+    panel.set_title("tokens a second, all sequences")
+    panel.legend(frameon=False, fontsize=8)

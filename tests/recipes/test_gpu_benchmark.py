@@ -58,3 +58,15 @@ def test_what_cannot_run_is_said(tmp_path):
     assert done.returncode != 0
     assert "--smoke runs anywhere" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+def test_the_pages_tables_are_those_of_their_records():
+    results = ROOT / "docs/results"
+    records = read_records(results / "gpu_decoding.jsonl")
+    assert {r["provenance"]["commit"][:7] for r in records} == {"35c2b38"}
+    printed = {r["table"]: r for r in read_records(results / "speeds.jsonl")}
+    for number, size in enumerate(("1.3b", "130m"), 1):
+        text = gpu_tables.table([r for r in records if r["size"] == size]).split("\n\n")[0]
+        cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
+        kept = printed[f"On a GPU#{number}"]
+        assert [kept["header"], *kept["rows"]] == [row for row in cells if set("".join(row)) - set("-: ")]
