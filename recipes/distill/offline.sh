@@ -32,14 +32,15 @@ score() { # NAME [key=value ...]: of a student of that name, or what model=... s
 }
 
 warm() { # SECONDS FIRST_PART [key=value ...]: text, and meanwhile whatever a student's first steps compile
-  local seconds=$1 first=$2; shift 2
+  local seconds=$1 first=$2 code; shift 2 # returns what the steps returned, 124 where they had no time
   timeout "${WARM:-180}" bash "$0" student warm smollm2-63 0 30 steps=6 log_every=3 warmup=2 own_text='[]' "$@" \
     >"$run/warming.txt" 2>&1 &
   bash recipes/convert/offline.sh text "$seconds" "$first"
-  wait $!; tail -n 3 "$run/warming.txt"
+  wait $!; code=$?; tail -n 3 "$run/warming.txt"
   # compiled kernels stay; which is fastest was measured beside another process and is measured again
   find "$base/triton" "$base/inductor" \( -name '*.autotune.json' -o -name '*.best_config' \) -delete
-  [ -f "$run/warm/state.pt" ] && rm -r "$run/warm"
+  rm -rf "$run/warm"
+  return $code
 }
 
 pack() { # NAME: in files, copied to OUT

@@ -86,17 +86,19 @@ case "$*" in *student.py*)
   mkdir -p "$BASE/run/warm" "$BASE/triton/a" "$BASE/inductor"
   touch "$BASE/run/warm/state.pt" "$BASE/inductor/k.best_config"
   touch "$BASE/triton/a/k.cubin" "$BASE/triton/a/k.autotune.json"
-  echo "kept at step 6 of 6" ;;
+  echo "kept at step 6 of 6"; exit "${CODE:-0}" ;;
 esac
 """
 
 
-def test_what_is_compiled_beside_the_text_is_timed_again(tmp_path):
+@pytest.mark.parametrize("code", [0, 3])
+def test_what_is_compiled_beside_the_text_is_timed_again(tmp_path, monkeypatch, code):
+    monkeypatch.setenv("CODE", str(code))
     fake = tmp_path / "python3"  # trains and writes nothing
     fake.write_text(PYTHON)
     fake.chmod(0o755)
     result = offline(tmp_path, DISTILL, "warm", "60", "900", "rank=32", programs=tmp_path)
-    assert result.returncode == 0, result.stderr
+    assert result.returncode == code, result.stderr
     calls = (tmp_path / "base" / "calls").read_text().splitlines()
     (student,) = [call for call in calls if "student.py" in call]
     (text,) = [call for call in calls if "write_text.py" in call]
