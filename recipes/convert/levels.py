@@ -1,14 +1,18 @@
-"""Steps of a uniform quantiser: for every projection the one that rounds its inputs with the least error."""
+"""Steps of a uniform quantiser: for every projection the one that rounds its inputs with the least error.
+
+And steps that are large enough for its largest inputs.
+"""
 
 from typing import Any
 
 import torch
+from tokens import END
 
 import neurons
 from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.model.projection import spike_fed
 
-__all__ = ["least_error", "recorded_inputs"]
+__all__ = ["least_error", "recorded_inputs", "uncut"]
 
 _STEPS = 40
 _MOST = 2**18  # numbers of a projection that are looked at
@@ -68,3 +72,46 @@ def least_error(
         _, _, layer, _, projection = name.split(".")
         layers[int(layer)][projection] = float(f"{step:.4g}")
     return layers
+
+
+@torch.no_grad()
+def uncut(
+    layers: list[dict[str, float]],
+    model: SpikingMambaForCausalLM,
+    tokens: torch.Tensor,
+    most: int,
+    share: float,
+) -> list[dict[str, float]]:
+    """V_th of every projection, raised to where at most a share of its inputs is cut off at D.
+
+    Rounding is what a calibration weighs; of a converted Transformer, whose inputs have long tails, cutting
+    off costs more. Ends of text, which are larger than all other tokens, are left out.
+
+    Args:
+        layers: V_th as ``calibrate_thresholds`` returns them.
+        model: dense.
+        tokens: ``[B, L]`` on the model's device.
+        most: D.
+        share: of a projection's inputs; of 0 none is cut off.
+    """
+    counted, largest = tokens != END, {}
+
+    def look(name: str) -> Any:
+        def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0][counted].abs().flatten().float()
+            largest[name] = float(x.topk(min(len(x), 1 + int(share * len(x)))).values[-1])
+
+        return hook
+
+    handles = [p.linear.register_forward_pre_hook(look(name)) for name, p in spike_fed(model)]
+    try:
+        model.backbone(tokens, use_cache=False)
+    finally:
+        for handle in handles:
+            handle.remove()
+    raised = [dict(layer) for layer in layers]
+    for name, value in largest.items():
+        _, _, layer, _, projection = name.split(".")
+        own = raised[int(layer)]
+        own[projection] = max(own[projection], float(f"{value / (most + 0.5):.4g}"))  # D + 1/2 rounds to D
+    return raised

