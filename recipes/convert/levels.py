@@ -22,19 +22,21 @@ _MOST = 2**18  # numbers of a projection that are looked at
 def recorded_inputs(
     model: SpikingMambaForCausalLM, ids: torch.Tensor, first: int = 0, most: int = _MOST
 ) -> dict[str, torch.Tensor]:
-    """What every projection is given, flat float32, every n-th number where there are many, by its name.
+    """What every projection is given, flat float32, by its name; of every n-th token where there are many.
+
+    Whole tokens, since channels differ in size: every n-th number could miss some of them altogether.
 
     Args:
         model: dense.
         ids: ``[B, L]``. first: places of each row that are left out.
-        most: numbers of a projection that are kept.
+        most: numbers of a projection that are kept, about.
     """
     inputs: dict[str, list[torch.Tensor]] = {}
 
     def keep(name: str) -> Any:
         def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0][:, first:].flatten().float()
-            inputs.setdefault(name, []).append(x[:: max(1, len(ids) * len(x) // most)])
+            x = args[0][:, first:].flatten(0, 1).float()  # [tokens, channels]
+            inputs.setdefault(name, []).append(x[:: max(1, len(ids) * x.numel() // most)].flatten())
 
         return hook
 

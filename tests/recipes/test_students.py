@@ -246,6 +246,20 @@ def test_a_quantiser_s_steps_round_with_the_least_error(convert, folder):
     assert best <= error(found[1]["out_proj"]) < 1.25 * best
 
 
+def test_every_channel_is_looked_at(convert, folder):
+    """Also where their number and the stride have a divisor in common."""
+    dense = load_dense(folder / "dense")
+    ids = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+    width = dense.config.hidden_size
+    with torch.no_grad():
+        for block in dense.backbone.layers:
+            block.norm.weight[: width // 2] *= 100  # large channels beside small ones
+    found = convert.levels.recorded_inputs(dense, ids, most=8 * width)["backbone.layers.0.mixer.in_proj"]
+    assert found.numel() == 8 * width
+    large = found.view(-1, width).abs().mean(0)
+    assert large[: width // 2].min() > large[width // 2 :].max()
+
+
 def test_integers_after_training(convert, folder):
     """A token's largest value is the largest integer; weights of 8 bits have a scale for each output."""
     dense, plain = load_dense(folder / "dense"), load_dense(folder / "dense")
