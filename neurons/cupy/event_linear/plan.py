@@ -13,7 +13,7 @@ CLUSTER = 8  # blocks of a cluster, at most: what every GPU with clusters can do
 # A lane's sums, its columns times its rows of spikes, which lie in registers; and where each run of inputs
 # has sums of its own beside them, as 4-bit weights do.
 _SUMS, _SUMS_TWICE = 64, 32
-_COLUMNS = 16  # a lane's, at most
+_COLUMNS = 16  # a lane's, at most: the rows under way want registers too
 _SHARED_BYTES = 46_000  # of a block, without asking for more
 WARPS_WANTED = 1056  # of a launch: 132 multiprocessors with 8 each
 
@@ -82,7 +82,7 @@ def plan(
             slabs = -(-row // (lanes * vec))
             sums = padded * lanes * vec * columns  # of a warp
             fit = (_SHARED_BYTES // 4 - sums) // (sums + 8 * (padded + 1))
-            for limit in (16, 20):
+            for limit in (16, 20):  # the larger one where it spares a second round
                 for cluster in (c for c in (1, 2, 4, 8) if c <= largest):
                     rounds = -(-runs // (cluster * min(fit, busiest, limit)))
                     yield Plan(padded, vec, lanes, -(-runs // (cluster * rounds)), cluster, slabs)
