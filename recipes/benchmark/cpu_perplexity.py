@@ -5,7 +5,8 @@ python recipes/benchmark/cpu_perplexity.py [--model recipes/quickstart/student -
 Rows of held-out text. "int4, calibrated" is rounded for rows of training parts, of documents that are not
 evaluated; "within 1%" keeps those layers in int8 that cost most for their bytes, by an estimate on the same
 text. Weights are rounded and measured by torch, which has the decoder's integers; states in 16 bits by the
-compiled decoder, token by token. Intervals of 95% resample the rows, in pairs with those of float32.
+compiled decoder, token by token. Intervals of 95% resample the rows, in pairs with those of float32. --costs
+prints the estimate by kinds of layers, and evaluates nothing.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from spiking_mamba.evaluation.scoring import kl_and_agreement
 from spiking_mamba.evaluation.statistics import paired_gap
 from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.model.cpu_decoder import CpuDecoder
+from spiking_mamba.model.rounding_cost import layers_of, rounding_costs, second_moments
 from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.reports.document import markdown_table
 
@@ -83,6 +85,36 @@ def row_of(names: list[str], size: str, own: Scores, base: Scores, most: float) 
     ]  # fmt: skip
 
 
+def costs(model: SpikingMambaForCausalLM, seen: torch.Tensor) -> str:
+    """What 4 bits are estimated to cost where, each weight rounded to the nearest or for what it gets."""
+    layers = layers_of(model)
+    moments = second_moments(model, seen, layers)
+    found = []
+    for given in (dict.fromkeys(layers), moments):
+        made = {n: EventDrivenLinear.from_linear(layers[n], "int4", moments=given[n]) for n in layers}
+        found.append(rounding_costs(model, seen, layers, made, moments))
+    kinds: dict[str, list[str]] = {}
+    for name in layers:
+        kind = name.rpartition(".")[2].replace("lm_head", "head")
+        first = "" if kind == "head" else ", first block" if ".layers.0." in name else ", others"
+        kinds.setdefault(kind + first, []).append(name)
+    kinds["all"] = list(layers)
+    body = []
+    for kind, names in kinds.items():
+        weights = sum(layers[name].weight.numel() for name in names)
+        nats = [sum(each[name] for name in names) for each in found]
+        body.append(
+            [
+                kind,
+                f"{weights / 1e6:.2f}",
+                *(f"{x:.5f}" for x in nats),
+                f"{1e3 * nats[1] / weights * 1e6:.2f}",
+            ]
+        )
+    heads = ["layers", "million weights", "nearest", "calibrated", "calibrated, 0.001 nats a million weights"]
+    return markdown_table(heads, body)
+
+
 def some_rows(sources: list[str], split: str, tokenizer, length: int, most: int) -> torch.Tensor:
     """At most so many rows, drawn, int64 ``[rows, length]``."""
     text = tokenize(load_text(sources, split=split), tokenizer, length).shuffle(seed=0)
@@ -100,6 +132,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--calibration", type=int, default=128, help="rows, of the same length")
     parser.add_argument("--calibrate", nargs="+", help="texts to round for; by default the one evaluated")
+    parser.add_argument("--costs", action="store_true", help="estimate where it is lost, and no more")
     parser.add_argument("--threads", type=int, default=cores())
     args = parser.parse_args()
     quiet()
@@ -108,6 +141,9 @@ def main() -> None:
     rows = some_rows(args.text, "held_out", tokenizer, args.length, args.rows)
     sources = args.calibrate or args.text
     seen = some_rows(sources, "train", tokenizer, args.length, args.calibration)
+    if args.costs:
+        print(costs(model, seen))
+        return
     right = [logits_of(model, row).half() for row in rows]
     base = scored(lambda row: logits_of(model, row), rows, right)
     first = math.exp(sum(base.nats) / len(base.nats))

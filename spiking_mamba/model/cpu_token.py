@@ -14,7 +14,7 @@ import numpy as np
 import neurons.cpu
 from neurons.cpu.disk_cache import keep_on_disk
 from neurons.cpu.events import compiled, internal
-from neurons.cpu.programs import program
+from neurons.cpu.programs import program_of_either
 from neurons.cpu.threads import GONE, STATE, WORK, barrier, cycles, exchange, wait_for_work
 from spiking_mamba.model.cpu_layout import BLOCK, Kind
 from spiking_mamba.model.cpu_recurrence import recurrence, state_bytes
@@ -174,31 +174,9 @@ def _lap(kind: Kind) -> Any:
     return lap
 
 
-def _program(kind: Kind, layout: str, bits: tuple[int, ...], floats: bool) -> Any:
-    """As :func:`neurons.cpu.programs.program`, behind the bits of the layer at hand."""
-    runs = [program(kind.instructions, layout, each, floats) for each in bits]
-    one, other, own = runs[0], runs[-1], bits[0]
-    if len(runs) == 1:
-
-        @internal
-        def run(bits, weights, scales, row_bytes, integers, factors, first, last, scratch, sums):
-            one(weights, scales, row_bytes, integers, factors, first, last, scratch, sums)
-
-    else:
-
-        @internal
-        def run(bits, weights, scales, row_bytes, integers, factors, first, last, scratch, sums):
-            if bits == own:
-                one(weights, scales, row_bytes, integers, factors, first, last, scratch, sums)
-            else:
-                other(weights, scales, row_bytes, integers, factors, first, last, scratch, sums)
-
-    return run
-
-
 def _projection(kind: Kind, layout: str, bits: tuple[int, ...], spiking: bool, adds: bool, part: int) -> Any:
     """Norm, neuron or rounding, and one thread's part of a projection; its time goes to the ``part``."""
-    run = _program(kind, layout, bits, not spiking)
+    run = program_of_either(kind.instructions, layout, bits, not spiking)
     lap = _lap(kind)
 
     @internal

@@ -17,7 +17,7 @@ from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.modes import evaluating, frozen
 from spiking_mamba.model.projection import spike_fed
 
-__all__ = ["rounded_layers", "rounding_costs", "squared_gradients"]
+__all__ = ["layers_of", "rounded_layers", "rounding_costs", "second_moments", "squared_gradients"]
 
 _ROWS = 4  # of text at a time
 _TOKENS = 8192  # for which gradients are taken
@@ -38,11 +38,10 @@ def rounded_layers(
         tolerance: nats a token that 4-bit weights may cost, by :func:`rounding_costs` on these tokens: those
             layers are int8 that cost most for the bytes they save; None: none is.
     """
-    layers = {name: cast(nn.Linear, projection.linear) for name, projection in spike_fed(model)}
-    layers["lm_head"] = model.lm_head
+    layers = layers_of(model)
     if tokens is None:
         return {name: EventDrivenLinear.from_linear(layer, weights) for name, layer in layers.items()}
-    moments = _moments(model, tokens, layers)
+    moments = second_moments(model, tokens, layers)
     made = {
         name: EventDrivenLinear.from_linear(layer, weights, moments=moments[name])
         for name, layer in layers.items()
@@ -58,11 +57,23 @@ def rounded_layers(
     return made
 
 
+def layers_of(model: SpikingMambaForCausalLM) -> dict[str, nn.Linear]:
+    """The layers that become integers, by name: all projections and the head."""
+    layers = {name: cast(nn.Linear, projection.linear) for name, projection in spike_fed(model)}
+    return layers | {"lm_head": model.lm_head}
+
+
 @torch.no_grad()
-def _moments(
+def second_moments(
     model: SpikingMambaForCausalLM, tokens: torch.Tensor, layers: dict[str, nn.Linear]
 ) -> dict[str, torch.Tensor]:
-    """The sum of ``x x^T`` over what each layer gets for these tokens."""
+    """The sum of ``x x^T`` over what each layer gets for these tokens, float32 ``[in, in]`` by name.
+
+    Args:
+        model: evaluated, and left as it is.
+        tokens: int64 ``[rows, length]``.
+        layers: of the model, by any names.
+    """
     found: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Any:
