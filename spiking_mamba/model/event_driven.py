@@ -308,7 +308,7 @@ def event_driven(
             ``in * in`` floats.
         tolerance: with ``calibration``, by how much perplexity may grow, 0.01 for 1%, as estimated on that
             text (:mod:`spiking_mamba.model.rounding_cost`): layers that cost most for the bytes they save
-            become int8, until what is left is estimated to cost no more. None: all are int4.
+            become int8, until what is left is estimated to cost no more; None makes none int8.
 
     Raises:
         TypeError: ``model`` is no model of this package, such as a folder's name.
