@@ -5,13 +5,13 @@ from typing import Any
 
 import numpy as np
 
-from .events import compiled, events, group_sums, grouped_events, room
+from .events import compiled, events, group_sums, grouped_events, internal, room
 from .instructions import INSTRUCTIONS
 from .intrinsics import products
 from .kernels import GROUP, tile_outputs
 from .memory import aligned
 
-__all__ = ["Scratch", "part_outputs", "program"]
+__all__ = ["Scratch", "part_outputs", "program", "program_of_either"]
 
 
 class Scratch:
@@ -46,6 +46,28 @@ def program(name: str, layout: str, bits: int, floats: bool = False) -> Any:
     if floats:
         raise ValueError("Inputs with factors are read in tiles.")
     return _rows_int8(name) if bits == 8 else _rows_int4(name)
+
+
+def program_of_either(name: str, layout: str, bits: tuple[int, ...], floats: bool = False) -> Any:
+    """As :func:`program`, of matrices of one or two widths: the bits of the one at hand come first."""
+    runs = [program(name, layout, each, floats) for each in bits]
+    one, other, own = runs[0], runs[-1], bits[0]
+    if len(runs) == 1:
+
+        @internal
+        def run(bits, weights, scales, row_bytes, inputs, factors, first, last, scratch, sums):
+            one(weights, scales, row_bytes, inputs, factors, first, last, scratch, sums)
+
+    else:
+
+        @internal
+        def run(bits, weights, scales, row_bytes, inputs, factors, first, last, scratch, sums):
+            if bits == own:
+                one(weights, scales, row_bytes, inputs, factors, first, last, scratch, sums)
+            else:
+                other(weights, scales, row_bytes, inputs, factors, first, last, scratch, sums)
+
+    return run
 
 
 def _rows_int8(name: str) -> Any:

@@ -29,6 +29,7 @@ from spiking_mamba import (
     SpikingMambaForCausalLM,
     event_driven,
 )
+from spiking_mamba.commands.export import calibration_rows
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.evaluation.cpu_speed import (
@@ -42,10 +43,12 @@ from spiking_mamba.evaluation.cpu_speed import (
 from spiking_mamba.model.cpu_decoder import CpuDecoder
 from spiking_mamba.model.event_driven import WEIGHTS
 from spiking_mamba.model.state_spaces import published_config
+from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.reports.decoding import draw_speeds
 from spiking_mamba.reports.document import markdown_table
 
 SHARES = {"62%": (0.724, 0.406), "42%": (0.49, 0.255)}  # of inputs that fire, in_proj and out_proj
+TOLERANCE = 0.005  # of perplexity, by estimate, that 4 bits may cost beyond layers in int8
 QUICKSTART = Path(__file__).parents[1] / "quickstart"
 SHAPES = {"1.3b": ((2048, 8512), (4096, 2048)), "130m": ((768, 3352), (1536, 768))}  # in, out of projections
 
@@ -76,9 +79,9 @@ def parts(made: EventDrivenMambaForCausalLM, threads: int) -> dict[str, tuple[fl
 
 
 def integers(
-    size: str, dense: SpikingMambaForCausalLM, states: str
+    size: str, dense: SpikingMambaForCausalLM, states: str, texts: list[str] | None = None
 ) -> dict[str, EventDrivenMambaForCausalLM]:
-    """Ours, dense and spiking, by the name of the way that each decodes."""
+    """Ours, dense and spiking, by the name of the way that each decodes; with int4 rounded for ``texts``."""
     made = {f"dense {weights}": event_driven(dense, weights, states) for weights in WEIGHTS}
     spiking = make(size, True)
     for name, shares in SHARES.items():
@@ -86,6 +89,10 @@ def integers(
             set_shares(spiking, shares)
         for weights in WEIGHTS:
             made[f"event-driven {weights}, {name}"] = event_driven(spiking, weights, states)
+        if texts and name == "62%":
+            seen = calibration_rows(texts, load_tokenizer(QUICKSTART / "student"))
+            mixed = event_driven(spiking, "int4", states, seen, TOLERANCE)
+            made[f"event-driven int4 within {TOLERANCE:.1%}, {name}"] = mixed
     return made
 
 
@@ -147,6 +154,9 @@ def main() -> None:
     parser.add_argument("--llama", action="store_true", help="with llama.cpp")
     parser.add_argument("--captured", action="store_true", help="with our bfloat16 model, captured")
     parser.add_argument("--parts", action="store_true", help="with what each part of a token takes, on x86")
+    parser.add_argument(
+        "--calibrate", nargs="+", help="of 7m, with int4 rounded for these texts, within 0.5%%"
+    )
     parser.add_argument("--shapes", choices=SHAPES, help="the projections alone, at these shapes")
     parser.add_argument("--out", type=Path, help="a folder for a table, a picture and the numbers")
     args = parser.parse_args()
@@ -154,6 +164,8 @@ def main() -> None:
     if args.shapes:
         print(projections_alone(args.shapes, args.repeats))
         return
+    if args.calibrate and args.size != "7m":
+        parser.error("--calibrate is for --size 7m: weights at random have learned no text")
     torch.set_num_threads(args.threads)
     missing = [name for name in ("llama_cpp", "gguf") if importlib.util.find_spec(name) is None]
     if args.llama and missing:
@@ -161,7 +173,7 @@ def main() -> None:
     dense = make(args.size, False)
     with tempfile.TemporaryDirectory() as folder:
         ways = llama_ways(dense, Path(folder), args.threads) if args.llama and not missing else {}
-        made = integers(args.size, dense, args.states)
+        made = integers(args.size, dense, args.states, args.calibrate)
         ways |= {name: event_way(model, args.threads) for name, model in made.items()}
         if args.captured:
             ways["dense bfloat16, captured"] = captured_way(dense.to(torch.bfloat16))

@@ -1,9 +1,21 @@
 """Write a checkpoint in a form that another program reads."""
 
+import torch
+from transformers import PreTrainedTokenizerBase
+
 from spiking_mamba.commands.configuration import command_settings
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.data import load_text, tokenize
 from spiking_mamba.model.exporting import ExportSettings, export
+
+ROWS, LENGTH = 128, 256  # of a calibration
+
+
+def calibration_rows(source: str | list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
+    """Rows drawn from a text's training part, int64 ``[rows, 256]``, at most 128."""
+    rows = tokenize(load_text(source, split="train"), tokenizer, LENGTH).shuffle(seed=0)
+    return torch.tensor(rows.select(range(min(ROWS, len(rows))))["input_ids"])
 
 
 @fail_clearly()
@@ -11,7 +23,7 @@ def main(description: str | None = __doc__) -> None:
     """Read the command line and run."""
     settings = command_settings(ExportSettings, "export", description)
     quiet()
-    print(f"Written: {export(settings)}")
+    print(f"Written: {export(settings, calibration_rows)}")
 
 
 if __name__ == "__main__":

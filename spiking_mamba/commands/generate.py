@@ -114,7 +114,7 @@ def summary(model: SpikingMambaForCausalLM, clock: Clock, joules: ProcessorJoule
     decoders = getattr(model, "decoders", None)
     fetched = None if decoders is None else decoders.fetched()
     if fetched is not None:
-        kind = model.config.weights
+        kind = f"{model.config.weights} and int8" if model.config.int8_layers else model.config.weights
         parts.append(
             f"{100 * fetched.share:.0f}% of the projections' {kind} weights fetched, "
             f"{fetched.total / 1e6:.1f} MB a token"

@@ -11,9 +11,10 @@ from neurons.cpu.instructions import best, runs_here
 from neurons.cpu.linear import layout_for
 from neurons.cpu.memory import Arena
 from neurons.cpu.threads import STATE, register_yield
+from neurons.event_linear import EventDrivenLinear
 from spiking_mamba.model import cache as caches
 from spiking_mamba.model.cache import Cache
-from spiking_mamba.model.cpu_layout import BLOCK, PARTS, Kind, new_buffers, read
+from spiking_mamba.model.cpu_layout import BLOCK, PARTS, Kind, Matrices, new_buffers, read
 from spiking_mamba.model.cpu_recurrence import LANES
 from spiking_mamba.model.cpu_token import call_helper, token_functions
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
@@ -21,6 +22,7 @@ from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 __all__ = ["CpuDecoder", "Fetched", "cannot_decode"]
 
 Shares = tuple[float, float] | tuple[float, float, float, float]
+_BITS = {"int8": 8, "int4": 4}
 
 
 class Fetched(NamedTuple):
@@ -50,6 +52,12 @@ class Fetched(NamedTuple):
     def total(self) -> float:
         """All bytes of a token."""
         return self.in_proj + self.out_proj + self.head + self.states + self.rest
+
+
+def _bytes(m: Matrices, inputs: int) -> tuple[np.ndarray, int]:
+    """Of each layer's matrix the bytes of an input's weights, and of all of them those of groups' scales."""
+    outputs = m.parts * m.part_outputs
+    return outputs * m.bits // 8, int(-(-inputs // BLOCK) * outputs[m.bits == 4].sum())
 
 
 def cannot_decode(model: SpikingMambaForCausalLM) -> str | None:
@@ -106,6 +114,9 @@ class CpuDecoder:
         if instructions is not None and not runs_here(instructions):
             raise ValueError(f"This processor does not have the instructions {instructions!r}.")
         self.config, self.threads = model.config, threads
+        layers = [layer for layer in model.backbone.modules() if isinstance(layer, EventDrivenLinear)]
+        self._bits = tuple(sorted({_BITS[layer.weights] for layer in layers}))
+        self._head_bits = _BITS[model.lm_head.weights]
         register_yield()
         self._kind = self._choose(instructions or best(), shares or (0.5, 0.5))
         self._kind = self._kind._replace(timed=timed)
@@ -129,11 +140,12 @@ class CpuDecoder:
         config = self.config
         spiking = config.neuron is not None
         four = shares if len(shares) == 4 else shares * 2
-        bits = {"int8": 8, "int4": 4}[config.weights]
+        bits = _BITS[config.weights]  # as most layers have them
         layouts = tuple(layout_for(share, bits, instructions) if spiking else "tiles" for share in four)
         return Kind(
             instructions=instructions,
-            bits=bits,
+            bits=self._bits,
+            head_bits=self._head_bits,
             spiking=spiking,
             layouts=layouts,  # type: ignore[arg-type]
             mlps=config.layers_block_type is not None and "mlp" in config.layers_block_type,
@@ -181,19 +193,22 @@ class CpuDecoder:
         return [(w.in_proj, d), (w.out_proj, inner), (w.mlp_in, d), (w.mlp_out, width)]
 
     def fetched(self, fired: np.ndarray | None = None) -> Fetched:
-        """What a token reads of which so many inputs fire, ``[4]``; None: as in the tokens so far."""
-        w, kind = self._weights, self._kind
+        """What a token reads of which so many inputs fire, ``[4]``; None: as in the tokens so far.
+
+        Where some layers are int8 and others int4, as if as many inputs fired at each.
+        """
+        w = self._weights
         if fired is None:
             fired = self.fired / max(1, self.tokens)
         whole, read = [], []
-        for (m, inputs), layout, fires in zip(self._projections(), kind.layouts, fired, strict=True):
-            outputs, layers = m.scale.shape[1], len(m.scale)
-            scales = layers * -(-inputs // BLOCK) * outputs if kind.bits == 4 else 0
-            rows = layers * inputs if layout == "tiles" else float(fires)
-            whole.append(layers * inputs * outputs * kind.bits // 8 + scales)
-            read.append(rows * outputs * kind.bits / 8 + scales)
-        d, outputs = w.norm.shape[1], w.head.scale.shape[1]
-        head = d * outputs * kind.bits // 8 + (-(-d // BLOCK) * outputs if kind.bits == 4 else 0)
+        for (m, inputs), layout, fires in zip(self._projections(), self._kind.layouts, fired, strict=True):
+            row, scales = _bytes(m, inputs)
+            rows = inputs * row.sum() if layout == "tiles" else float(fires) * row.sum() / max(1, len(row))
+            whole.append(int(inputs * row.sum() + scales))
+            read.append(float(rows + scales))
+        d = w.norm.shape[1]
+        row, scales = _bytes(w.head, d)
+        head = int(d * row.sum() + scales)
         small = w.norm, w.conv, w.conv_bias, w.dt_bias, w.A, w.D, w.gated_norm, w.last_norm, w.embeddings[0]
         matrices = [m for m, _ in self._projections()] + [w.head]
         states = self._buffers.conv.nbytes + self._buffers.state.nbytes

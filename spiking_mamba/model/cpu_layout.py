@@ -25,7 +25,8 @@ class Kind(NamedTuple):
     """What is compiled in: everything that models of one shape and layout share.
 
     Attributes:
-        instructions: of :mod:`neurons.cpu.instructions`. bits: of the weights. spiking: or dense.
+        instructions: of :mod:`neurons.cpu.instructions`. spiking: or dense.
+        bits: of the projections' weights, two numbers where layers differ. head_bits: of the head's.
         layouts: of input projection and output projection, and of those of MLP blocks, 'rows' or 'tiles'.
         mlps: whether there are MLP blocks.
         states: 'float32' or 'bfloat16'.
@@ -34,7 +35,8 @@ class Kind(NamedTuple):
     """
 
     instructions: str
-    bits: int
+    bits: tuple[int, ...]
+    head_bits: int
     spiking: bool
     layouts: tuple[str, str, str, str]
     mlps: bool
@@ -51,10 +53,11 @@ class Matrices(NamedTuple):
 
     weights: np.ndarray  # int64 [L], addresses
     group_scales: np.ndarray  # int64 [L], addresses
-    row_bytes: int
-    parts: int
-    part_outputs: int
-    scale: np.ndarray  # float32 [L, outputs]
+    bits: np.ndarray  # int64 [L]
+    row_bytes: np.ndarray  # int64 [L]
+    parts: np.ndarray  # int64 [L]
+    part_outputs: np.ndarray  # int64 [L]
+    scale: np.ndarray  # float32 [L, outputs of the widest]
     bias: np.ndarray  # float32 [L, outputs]
 
 
@@ -163,23 +166,22 @@ def read(model: SpikingMambaForCausalLM, kind: Kind, arena: Arena) -> tuple[Weig
 def _matrices(
     layers: list[EventDrivenLinear], layout: str, kind: Kind, arena: Arena, keep: list[np.ndarray]
 ) -> Matrices:
-    if not layers:
-        nowhere, nothing = np.zeros(0, np.int64), np.zeros((0, 0), f32)
-        return Matrices(nowhere, nowhere, 0, 0, 0, nothing, nothing)
     packed = [_pack(layer, layout, kind, arena) for layer in layers]
     keep += [array for p in packed for array in (p.weights, p.group_scales)]
-    one = packed[0]
-    scale, bias = arena.copy(np.zeros((2, len(layers), one.outputs), f32))
+    widest = max((p.outputs for p in packed), default=0)
+    scale, bias = arena.copy(np.zeros((2, len(layers), widest), f32))
     for i, layer in enumerate(layers):
-        scale[i, : one.out_features] = layer.scale.numpy()
+        scale[i, : layer.out_features] = layer.scale.numpy()
         if layer.bias is not None:
-            bias[i, : one.out_features] = layer.bias.numpy()
-    outputs = part_outputs(kind.instructions, layout, one.bits)
+            bias[i, : layer.out_features] = layer.bias.numpy()
+    each = lambda numbers: np.array(list(numbers), np.int64)  # noqa: E731
+    outputs = each(part_outputs(kind.instructions, layout, p.bits) for p in packed)
     return Matrices(
-        weights=np.array([p.weights.ctypes.data for p in packed], np.int64),
-        group_scales=np.array([p.group_scales.ctypes.data for p in packed], np.int64),
-        row_bytes=one.row_bytes,
-        parts=one.outputs // outputs,
+        weights=each(p.weights.ctypes.data for p in packed),
+        group_scales=each(p.group_scales.ctypes.data for p in packed),
+        bits=each(p.bits for p in packed),
+        row_bytes=each(p.row_bytes for p in packed),
+        parts=each(p.outputs for p in packed) // outputs,
         part_outputs=outputs,
         scale=scale,
         bias=bias,

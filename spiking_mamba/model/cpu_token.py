@@ -14,7 +14,7 @@ import numpy as np
 import neurons.cpu
 from neurons.cpu.disk_cache import keep_on_disk
 from neurons.cpu.events import compiled, internal
-from neurons.cpu.programs import program
+from neurons.cpu.programs import program_of_either
 from neurons.cpu.threads import GONE, STATE, WORK, barrier, cycles, exchange, wait_for_work
 from spiking_mamba.model.cpu_layout import BLOCK, Kind
 from spiking_mamba.model.cpu_recurrence import recurrence, state_bytes
@@ -142,12 +142,19 @@ def call_helper(state):
 
 
 @internal
-def _keep(m, me, threads, local, spikes, sums):
+def _part(m, layer, me, threads):
+    """This thread's first part of a layer's outputs, and the one behind its last."""
+    parts = m.parts[layer]
+    return parts * me // threads, parts * (me + 1) // threads
+
+
+@internal
+def _keep(m, layer, me, threads, local, spikes, sums):
     """Copy a projection's inputs, and this thread's part of its sums."""
-    first, last = m.parts * me // threads, m.parts * (me + 1) // threads
+    first, last = _part(m, layer, me, threads)
     if me == 0:
         _copy(local.integers, spikes)
-    for o in range(first * m.part_outputs, last * m.part_outputs):
+    for o in range(first * m.part_outputs[layer], last * m.part_outputs[layer]):
         sums[o] = local.sums[o]
 
 
@@ -167,9 +174,9 @@ def _lap(kind: Kind) -> Any:
     return lap
 
 
-def _projection(kind: Kind, layout: str, spiking: bool, adds: bool, part: int) -> Any:
+def _projection(kind: Kind, layout: str, bits: tuple[int, ...], spiking: bool, adds: bool, part: int) -> Any:
     """Norm, neuron or rounding, and one thread's part of a projection; its time goes to the ``part``."""
-    run = program(kind.instructions, layout, kind.bits, not spiking)
+    run = program_of_either(kind.instructions, layout, bits, not spiking)
     lap = _lap(kind)
 
     @internal
@@ -179,11 +186,12 @@ def _projection(kind: Kind, layout: str, spiking: bool, adds: bool, part: int) -
         else:
             _rounded(x, weight, scale, local.integers, local.factors)
         lap(s, me, 0)
-        first, last = m.parts * me // threads, m.parts * (me + 1) // threads
+        first, last = _part(m, layer, me, threads)
         run(
+            m.bits[layer],
             m.weights[layer],
             m.group_scales[layer],
-            m.row_bytes,
+            m.row_bytes[layer],
             local.integers[: x.size],
             local.factors,
             first,
@@ -192,7 +200,7 @@ def _projection(kind: Kind, layout: str, spiking: bool, adds: bool, part: int) -
             sums,
         )
         factor, bias = m.scale[layer], m.bias[layer]
-        for o in range(first * m.part_outputs, last * m.part_outputs):
+        for o in range(first * m.part_outputs[layer], last * m.part_outputs[layer]):
             y = f32(sums[o]) * factor[o] + bias[o]
             out[o] = out[o] + y if adds else y
         lap(s, me, part)
@@ -243,8 +251,8 @@ def _mixing(kind: Kind) -> Any:
 
 def _mixer_block(kind: Kind) -> Any:
     """What a block with a mixer adds to the residual stream; one thread's share."""
-    input_projection = _projection(kind, kind.layouts[0], kind.spiking, False, 1)
-    output_projection = _projection(kind, kind.layouts[1], kind.spiking, True, 3)
+    input_projection = _projection(kind, kind.layouts[0], kind.bits, kind.spiking, False, 1)
+    output_projection = _projection(kind, kind.layouts[1], kind.bits, kind.spiking, True, 3)
     mix, lap = _mixing(kind), _lap(kind)
     groups = kind.groups
 
@@ -271,7 +279,7 @@ def _mixer_block(kind: Kind) -> Any:
         if me == 0:
             s.fired[0] += _firing(local.integers[:d])
         if s.spikes.size:
-            _keep(w.in_proj, me, threads, local, s.spikes[layer, :d], s.sums[layer])
+            _keep(w.in_proj, place, me, threads, local, s.spikes[layer, :d], s.sums[layer])
         barrier(bar, threads)
         lap(s, me, 0)
         mix(w, s, place, me, threads, local)
@@ -289,15 +297,15 @@ def _mixer_block(kind: Kind) -> Any:
             s.fired[1] += _firing(local.integers[:inner])
         if s.spikes.size:
             own = s.sums[layer, s.projected.size :]
-            _keep(w.out_proj, me, threads, local, s.spikes[layer, d : d + inner], own)
+            _keep(w.out_proj, place, me, threads, local, s.spikes[layer, d : d + inner], own)
 
     return block
 
 
 def _mlp_block(kind: Kind) -> Any:
     """What a block with an MLP adds to the residual stream; one thread's share."""
-    input_projection = _projection(kind, kind.layouts[2], kind.spiking, False, 1)
-    output_projection = _projection(kind, kind.layouts[3], kind.spiking, True, 3)
+    input_projection = _projection(kind, kind.layouts[2], kind.bits, kind.spiking, False, 1)
+    output_projection = _projection(kind, kind.layouts[3], kind.bits, kind.spiking, True, 3)
 
     @internal
     def block(me, threads, layer, x, scale, w, s, local):
@@ -309,7 +317,7 @@ def _mlp_block(kind: Kind) -> Any:
         if me == 0:
             s.fired[2] += _firing(local.integers[:d])
         if s.spikes.size:
-            _keep(w.mlp_in, me, threads, local, s.spikes[layer, :d], s.sums[layer])
+            _keep(w.mlp_in, place, me, threads, local, s.spikes[layer, :d], s.sums[layer])
         barrier(s.barrier.ctypes.data, threads)
         gated = local.gated[:width]
         for i in range(width):
@@ -322,7 +330,7 @@ def _mlp_block(kind: Kind) -> Any:
             s.fired[3] += _firing(local.integers[:width])
         if s.spikes.size:
             own = s.sums[layer, s.projected.size :]
-            _keep(w.mlp_out, me, threads, local, s.spikes[layer, d : d + width], own)
+            _keep(w.mlp_out, place, me, threads, local, s.spikes[layer, d : d + width], own)
 
     return block
 
@@ -337,7 +345,7 @@ def token_functions(kind: Kind) -> tuple[Any, Any]:
     :class:`~.cpu_layout.Local`.
     Afterwards ``s.logits`` are the next token's, and the states have moved on.
     """
-    head_projection = _projection(kind, "tiles", False, False, 4)
+    head_projection = _projection(kind, "tiles", (kind.head_bits,), False, False, 4)
     mixer = _mixer_block(kind)
     mlps = kind.mlps
     mlp = _mlp_block(kind) if mlps else mixer

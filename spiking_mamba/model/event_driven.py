@@ -24,9 +24,9 @@ from spiking_mamba.model.cuda.token import FusedTokens, cannot_fuse, own_cache
 from spiking_mamba.model.decoding import DecodingGraphs
 from spiking_mamba.model.mlp import SpikingMambaMLP
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
-from spiking_mamba.model.modes import evaluating
 from spiking_mamba.model.projection import reject_wrapped, spike_fed
 from spiking_mamba.model.quantised import QuantisedLinear
+from spiking_mamba.model.rounding_cost import rounded_layers
 
 __all__ = ["EventDrivenMambaConfig", "EventDrivenMambaForCausalLM", "event_driven"]
 
@@ -44,6 +44,7 @@ class EventDrivenMambaConfig(SpikingMambaConfig):
 
     Args:
         weights: 'int8' or 'int4', of projections and head.
+        int8_layers: names of those that are int8 whatever ``weights`` says; None: none.
         states: dtype in which compiled tokens keep the scan's states, 'float32' or 'bfloat16'.
 
     Raises:
@@ -53,6 +54,7 @@ class EventDrivenMambaConfig(SpikingMambaConfig):
     model_type = "event_driven_mamba"
 
     weights: str = "int8"
+    int8_layers: list[str] | None = None
     states: str = "float32"
 
     def __post_init__(self, **kwargs):
@@ -93,12 +95,16 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
     def __init__(self, config: EventDrivenMambaConfig) -> None:
         super().__init__(config)
         layer = QuantisedLinear if config.neuron is None else EventDrivenLinear
-        for block in self.backbone.layers:
-            for name in PROJECTIONS:
-                linear = getattr(block.mixer, name)
-                size = linear.in_features, linear.out_features
-                setattr(block.mixer, name, layer(*size, linear.bias is not None, config.weights))
-        self.lm_head = QuantisedLinear(config.hidden_size, config.vocab_size, False, config.weights)
+        forms = dict.fromkeys(config.int8_layers or (), "int8")
+        for name, projection in list(spike_fed(self)):
+            linear = cast(nn.Linear, projection.linear)
+            size = linear.in_features, linear.out_features
+            made = layer(*size, linear.bias is not None, forms.pop(name, config.weights))
+            self.set_submodule(name, made)
+        form = forms.pop("lm_head", config.weights)
+        self.lm_head = QuantisedLinear(config.hidden_size, config.vocab_size, False, form)
+        if forms:
+            raise ValueError(f"int8_layers names what is no projection and no head: {', '.join(forms)}.")
         self.requires_grad_(False)
         self._fused = FusedTokens()
         self.set_decoding("auto")
@@ -289,6 +295,7 @@ def event_driven(
     weights: str = "int8",
     states: str = "float32",
     calibration: torch.Tensor | None = None,
+    tolerance: float | None = None,
 ) -> EventDrivenMambaForCausalLM:
     """A copy of ``model`` for inference, in float32 but for projections and head, which become integers.
 
@@ -299,6 +306,9 @@ def event_driven(
         calibration: for int4, tokens of text like that which the model will meet, int64 ``[rows, length]``:
             each layer's weights are rounded for what it gets there. Meanwhile a layer of ``in`` inputs takes
             ``in * in`` floats.
+        tolerance: with ``calibration``, by how much perplexity may grow, 0.01 for 1%, as estimated on that
+            text (:mod:`spiking_mamba.model.rounding_cost`): layers that cost most for the bytes they save
+            become int8, until what is left is estimated to cost no more; None makes none int8.
 
     Raises:
         TypeError: ``model`` is no model of this package, such as a folder's name.
@@ -308,8 +318,14 @@ def event_driven(
     _check_source(model)
     if calibration is not None and (weights != "int4" or calibration.ndim != 2 or not calibration.numel()):
         raise ValueError("calibration is [rows, length] of tokens, not empty, and for weights='int4' alone.")
+    if tolerance is not None and (calibration is None or not 0 <= tolerance < math.inf):
+        raise ValueError("tolerance is at least 0 and finite, and wants the text of a calibration.")
     own = {"weights": weights, "states": states, "tie_word_embeddings": False}
-    config = EventDrivenMambaConfig.from_dict(own_fields(model.config) | FOLDED | own)
+    fields = own_fields(model.config) | FOLDED | own
+    EventDrivenMambaConfig.from_dict(fields)  # refuses what cannot be, before anything takes long
+    rounded = rounded_layers(model, weights, calibration, tolerance)
+    wide = [name for name, layer in rounded.items() if layer.weights != weights]
+    config = EventDrivenMambaConfig.from_dict(fields | {"int8_layers": wide or None})
     made = EventDrivenMambaForCausalLM(config).to(model.device)
     kept = {
         name: tensor.float()
@@ -319,19 +335,18 @@ def event_driven(
         and not name.startswith("lm_head.")
     }
     made.load_state_dict(kept, strict=False)
-    moments = {} if calibration is None else _moments(model, calibration)
     with torch.no_grad():
-        for block, source in zip(made.backbone.blocks, model.backbone.blocks, strict=True):
+        for k, (block, source) in enumerate(zip(made.backbone.blocks, model.backbone.blocks, strict=True)):
             for name, projection in spike_fed(source.mixer):
                 threshold = torch.as_tensor(projection.threshold).item()
-                linear = cast(nn.Linear, projection.linear)
-                _fill(getattr(block.mixer, name), linear, threshold, moments.get(linear))
+                layer = getattr(block.mixer, name)
+                _fill(layer, rounded[f"backbone.layers.{k}.mixer.{name}"], threshold)
                 if name == "out_proj" and isinstance(block.mixer, SpikingMambaMLP):
                     # what its neuron gets comes straight from the upper half of the input projection
                     cast(torch.Tensor, block.mixer.in_proj.scale).chunk(2)[1].div_(threshold)
                 else:
                     block.weight_before(name).div_(threshold)
-        _fill(made.lm_head, model.lm_head, 1.0, moments.get(model.lm_head))
+        _fill(made.lm_head, rounded["lm_head"], 1.0)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval()
 
@@ -348,33 +363,9 @@ def _check_source(model: Any) -> None:
         raise ValueError(f"The model is event-driven already, with weights={model.config.weights!r}.")
 
 
-@torch.no_grad()
-def _moments(model: SpikingMambaForCausalLM, tokens: torch.Tensor) -> dict[nn.Module, torch.Tensor]:
-    """The sum of ``x x^T`` over what projections and head get for these tokens, by layer."""
-    found: dict[nn.Module, torch.Tensor] = {}
-
-    def add(layer: nn.Module, given: tuple[Any, ...]) -> None:
-        x = given[0].flatten(0, -2).float()
-        found[layer] = found[layer].addmm_(x.t(), x) if layer in found else x.t() @ x
-
-    layers = [cast(nn.Module, projection.linear) for _, projection in spike_fed(model)]
-    hooks = [layer.register_forward_pre_hook(add) for layer in (*layers, model.lm_head)]
-    try:
-        with evaluating(model):
-            for rows in tokens.to(model.device).split(4):
-                model(rows, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return found
-
-
-def _fill(
-    layer: EventDrivenLinear, linear: nn.Linear, threshold: float, moments: torch.Tensor | None
-) -> None:
-    """Put a linear layer's weights, rounded, into an integer one; V_th goes into their scale."""
+def _fill(layer: EventDrivenLinear, rounded: EventDrivenLinear, threshold: float) -> None:
+    """Put rounded weights into a layer of their form; V_th goes into their scale."""
     if not 0 < threshold < math.inf:
         raise ValueError(f"A threshold must be finite and positive, got {threshold}.")
-    rounded = EventDrivenLinear.from_linear(linear, layer.weights, moments=moments)
     rounded.scale *= threshold
     layer.load_state_dict(rounded.state_dict())

@@ -20,7 +20,7 @@ from torch import nn
 from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.model.configuration import PROJECTIONS
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
-from spiking_mamba.model.modes import evaluating, frozen
+from spiking_mamba.model.rounding_cost import squared_gradients
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.training.spike_penalty import mean_spike_size, share_of_nonzero
 
@@ -188,30 +188,16 @@ def _cost_and_information(
     """
     modules = {n: m for n, m in teacher.named_modules() if n.rpartition(".")[2] in PROJECTIONS}
     sizes = {name: 0.0 for name in modules}
-    squares: dict[str, Any] = {name: 0.0 for name in modules}
-    generator = torch.Generator(teacher.device).manual_seed(0)
 
     def watch(name: str):
-        def hook(module: nn.Module, args: tuple[torch.Tensor], output: torch.Tensor) -> torch.Tensor:
+        def hook(_: nn.Module, args: tuple[torch.Tensor]) -> None:
             sizes[name] += float(args[0].detach()[:, first:].float().abs().sum())
-            # of a frozen teacher nothing asks for a gradient
-            output = output if output.requires_grad else output.requires_grad_()
-            output.register_hook(lambda g: squares.__setitem__(name, squares[name] + _squared(g)))
-            return output
 
         return hook
 
-    def _squared(gradient: torch.Tensor) -> torch.Tensor:
-        return gradient.detach()[:, first:].double().flatten(0, -2).square().sum(0)
-
-    handles = [module.register_forward_hook(watch(name)) for name, module in modules.items()]
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
     try:
-        with evaluating(teacher), frozen(teacher), torch.enable_grad():
-            for ids in batches:
-                logits = teacher(input_ids=ids, use_cache=False).logits[:, first:].float()
-                chances = logits.detach().softmax(-1).flatten(0, -2)
-                drawn = torch.multinomial(chances, 1, generator=generator)
-                nn.functional.cross_entropy(logits.flatten(0, -2), drawn[:, 0], reduction="sum").backward()
+        squares = squared_gradients(teacher, batches, modules, first)
     finally:
         for handle in handles:
             handle.remove()

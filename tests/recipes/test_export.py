@@ -8,8 +8,10 @@ from gguf import GGUFReader
 from transformers import AutoModelForCausalLM, AutoTokenizer, Mamba2ForCausalLM
 
 from spiking_mamba import event_driven
+from spiking_mamba.data import load_text, tokenize
 from spiking_mamba.data.tokens import train_tokenizer
 from spiking_mamba.model.checkpoint import load_dense
+from spiking_mamba.model.exporting import ExportSettings
 from tests.helpers.checkpoints import logits, state_spaces_folder, transformers_folder
 from tests.helpers.commands import run
 from tests.helpers.tiny import INTEGER, tiny_model
@@ -70,6 +72,37 @@ def test_event_driven_with_a_tokenizer(tmp_path):
     made = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
     assert torch.equal(logits(made), logits(event_driven(student, "int4")))
     assert AutoTokenizer.from_pretrained(tmp_path / "made")("a cat")["input_ids"]
+
+
+def test_four_bits_within_a_tolerance(tmp_path):
+    """As by hand: the rows are the file's, and what costs too much is int8."""
+    student = tiny_model(neuron=INTEGER, vocab_size=300)
+    student.save_pretrained(tmp_path / "student")
+    text = [f"{k} cats sat on {7 * k % 31} mats and {k * k} dogs on none" for k in range(300)]
+    tokenizer = train_tokenizer(text, 300)
+    tokenizer.save_pretrained(tmp_path / "student")
+    (tmp_path / "text.txt").write_text("\n\n".join(text))
+    exported(
+        tmp_path / "student", tmp_path / "made", "event-driven", "weights=int4", "tolerance=0.0015",
+        f"calibration={tmp_path / 'text.txt'}",
+    )  # fmt: skip
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "made")
+    assert 0 < len(made.config.int8_layers) < 5
+    rows = tokenize(load_text(str(tmp_path / "text.txt"), split="train"), tokenizer, 256).shuffle(seed=0)
+    seen = torch.tensor(rows["input_ids"])
+    wanted = event_driven(student, "int4", calibration=seen, tolerance=0.0015)
+    assert torch.equal(logits(made), logits(wanted))
+
+
+def test_calibrations_that_cannot_be_are_refused():
+    settings = {"model": "a", "output": "b", "to": "event-driven"}
+    for more, said in (
+        ({"calibration": "text.txt"}, "belongs to event-driven models with weights=int4"),
+        ({"calibration": "text.txt", "weights": "int4", "to": "gguf"}, "belongs to event-driven"),
+        ({"tolerance": 0.01, "weights": "int4"}, "wants calibration"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            ExportSettings(**settings | more)
 
 
 def test_what_cannot_be_exported_is_refused_in_a_line(tmp_path):

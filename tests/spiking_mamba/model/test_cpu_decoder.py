@@ -13,6 +13,7 @@ from tests.helpers.tiny import INTEGER, tiny_model, tokens
 pytest.importorskip("numba")
 
 from neurons.cpu import instructions
+from neurons.cpu.kernels import tile_outputs
 from spiking_mamba.model.cpu_decoder import CpuDecoder
 
 MLPS = {
@@ -32,7 +33,12 @@ def decoded(decoder, ids):
 
 
 def made_of(spec, weights="int8", states="float32", **fields):
-    return event_driven(tiny_model(neuron=spec, **SHAPE | fields), weights, states)
+    model = tiny_model(neuron=spec, **SHAPE | fields)
+    if weights == "mixed":  # 4 bits may cost so much that some layers stay int8
+        made = event_driven(model, "int4", states, calibration=tokens(4, 40), tolerance=0.0015)
+        assert 0 < len(made.config.int8_layers) < 2 * len(model.backbone.layers)
+        return made
+    return event_driven(model, weights, states)
 
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
@@ -60,8 +66,15 @@ def test_logits_with_mlp_blocks(spec, shares):
         assert (found - wanted).norm() / wanted.norm() < (0.02 if spec is None else 1e-4)
 
 
+def test_logits_of_a_dense_model_in_mixed_forms():
+    made, ids = made_of(None, "mixed", threshold=1.0), tokens(1, 12)
+    with torch.no_grad():
+        wanted = made(ids).logits[0]
+    assert (decoded(CpuDecoder(made), ids) - wanted).norm() < 0.02 * wanted.norm()
+
+
 @pytest.mark.parametrize("fields", [{}, MLPS], ids=["mixers", "mlps"])
-@pytest.mark.parametrize("weights", ["int8", "int4"])
+@pytest.mark.parametrize("weights", ["int8", "int4", "mixed"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_integers_equal_the_oracle(weights, threads, fields):
     made = made_of(INTEGER, weights, **fields)
@@ -179,3 +192,17 @@ def test_bytes_fetched_by_hand(weights):
     assert fetched.share == (fetched.in_proj + fetched.out_proj) / fetched.projections
     assert fetched.states == 2 * (4 * 16 * 8 + 4 * (64 + 2 * 2 * 8)) * 4
     assert decoder.firing()[0] == fires / (2 * d)
+
+
+def test_bytes_of_mixed_forms_by_hand():
+    made = made_of(INTEGER, "mixed")
+    decoder = CpuDecoder(made, shares=(0.9, 0.9))  # all in tiles: everything is read
+    decoder.step(3)
+    whole, wide = 0, tile_outputs(instructions.INSTRUCTIONS[instructions.best()])
+    for block in made.backbone.layers:
+        for layer in (block.mixer.in_proj, block.mixer.out_proj):
+            inputs, outputs = layer.in_features, -(-layer.out_features // wide) * wide
+            four = inputs * outputs // 2 + inputs // 32 * outputs
+            whole += inputs * outputs if layer.group_scale is None else four
+    fetched = decoder.fetched()
+    assert fetched.projections == fetched.in_proj + fetched.out_proj == whole
