@@ -29,9 +29,9 @@ from spiking_mamba import (
     SpikingMambaForCausalLM,
     event_driven,
 )
-from spiking_mamba.commands.export import calibration_rows
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.data import draw_rows
 from spiking_mamba.evaluation.cpu_speed import (
     captured_way,
     event_way,
@@ -90,7 +90,8 @@ def integers(
         for weights in WEIGHTS:
             made[f"event-driven {weights}, {name}"] = event_driven(spiking, weights, states)
         if texts and name == "62%":
-            seen = calibration_rows(texts, load_tokenizer(QUICKSTART / "student"))
+            rows = draw_rows(texts, load_tokenizer(QUICKSTART / "student"), 256, 128, "train")
+            seen = torch.tensor(rows["input_ids"])
             mixed = event_driven(spiking, "int4", states, seen, TOLERANCE)
             made[f"event-driven int4 within {TOLERANCE:.1%}, {name}"] = mixed
     return made

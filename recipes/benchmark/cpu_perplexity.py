@@ -21,7 +21,7 @@ from spiking_mamba import SpikingMambaForCausalLM, event_driven
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.machine import cores
 from spiking_mamba.common.progress import quiet
-from spiking_mamba.data import load_text, tokenize
+from spiking_mamba.data import draw_rows
 from spiking_mamba.evaluation.scoring import kl_and_agreement
 from spiking_mamba.evaluation.statistics import paired_gap
 from spiking_mamba.model.checkpoint import load_model
@@ -115,12 +115,6 @@ def costs(model: SpikingMambaForCausalLM, seen: torch.Tensor) -> str:
     return markdown_table(heads, body)
 
 
-def some_rows(sources: list[str], split: str, tokenizer, length: int, most: int) -> torch.Tensor:
-    """At most so many rows, drawn, int64 ``[rows, length]``."""
-    text = tokenize(load_text(sources, split=split), tokenizer, length).shuffle(seed=0)
-    return torch.tensor(text.select(range(min(most, len(text))))["input_ids"])
-
-
 @fail_clearly()
 def main() -> None:
     parser = argparse.ArgumentParser(
@@ -138,9 +132,9 @@ def main() -> None:
     quiet()
     torch.set_num_threads(args.threads)
     model, tokenizer = load_model(args.model).eval(), load_tokenizer(args.model)
-    rows = some_rows(args.text, "held_out", tokenizer, args.length, args.rows)
+    rows = torch.tensor(draw_rows(args.text, tokenizer, args.length, args.rows, "held_out")["input_ids"])
     sources = args.calibrate or args.text
-    seen = some_rows(sources, "train", tokenizer, args.length, args.calibration)
+    seen = torch.tensor(draw_rows(sources, tokenizer, args.length, args.calibration, "train")["input_ids"])
     if args.costs:
         print(costs(model, seen))
         return

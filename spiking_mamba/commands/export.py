@@ -6,7 +6,7 @@ from transformers import PreTrainedTokenizerBase
 from spiking_mamba.commands.configuration import command_settings
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.progress import quiet
-from spiking_mamba.data import load_text, tokenize
+from spiking_mamba.data import draw_rows
 from spiking_mamba.model.exporting import ExportSettings, export
 
 ROWS, LENGTH = 128, 256  # of a calibration
@@ -14,8 +14,7 @@ ROWS, LENGTH = 128, 256  # of a calibration
 
 def calibration_rows(source: str | list[str], tokenizer: PreTrainedTokenizerBase) -> torch.Tensor:
     """Rows drawn from a text's training part, int64 ``[rows, 256]``, at most 128."""
-    rows = tokenize(load_text(source, split="train"), tokenizer, LENGTH).shuffle(seed=0)
-    return torch.tensor(rows.select(range(min(ROWS, len(rows))))["input_ids"])
+    return torch.tensor(draw_rows(source, tokenizer, LENGTH, ROWS, "train")["input_ids"])
 
 
 @fail_clearly()

@@ -212,11 +212,15 @@ def _read_hub(source: str) -> datasets.Dataset:
 
 
 def draw_rows(
-    source: str | Sequence[str], tokenizer: transformers.PreTrainedTokenizerBase, length: int, rows: int
+    source: str | Sequence[str],
+    tokenizer: transformers.PreTrainedTokenizerBase,
+    length: int,
+    rows: int,
+    split: str | None = None,
 ) -> datasets.Dataset:
-    """At most `rows` rows of a text to measure on, the same ones whatever the run's seed.
+    """At most `rows` rows of a text, or of its split, the same ones whatever the run's seed.
 
     See `load_text` and `tokenize`.
     """
-    tokenised = tokenize(load_text(source), tokenizer, length)
+    tokenised = tokenize(load_text(source, split), tokenizer, length)
     return tokenised.shuffle(seed=0).select(range(min(rows, len(tokenised))))
