@@ -217,7 +217,8 @@ class EventDrivenLinear(nn.Module):
                 event_driven_linear(part, self.weight, self.group_scale, call)
                 for part in flat.split(LARGEST_BATCH)
             ]
-            sums = torch.cat(parts) if parts else flat.new_zeros((0, self.out_features), dtype=torch.int32)
+            parts = parts or [flat.new_zeros((0, self.out_features), dtype=torch.int32)]
+            sums = parts[0] if len(parts) == 1 else torch.cat(parts)
         return sums.reshape(*spikes.shape[:-1], self.out_features)
 
     def _cupy_floats(self, spikes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -53,12 +53,14 @@ DEV void let_next_begin() {
 DEV float root(float x) { float r; asm("sqrt.rn.f32 %0, %1;" : "=f"(r) : "f"(x)); return r; }
 DEV int dot4(unsigned a, unsigned b, int sum) { return __dp4a((int)a, (int)b, sum); }
 DEV unsigned permute(unsigned a, unsigned b, unsigned how) { return __byte_perm(a, b, how); }
-// Of 1, 4, 8 or 16 bytes, which nobody reads again before they have left the caches: they do not drive out the rest.
+// Of 1, 2, 4, 8 or 16 bytes, which nobody reads again before they have left the caches: they do not drive out the rest.
 template <class T> DEV T load_once(const T* from) {
+  static_assert(sizeof(T) <= 16 && (sizeof(T) & (sizeof(T) - 1)) == 0, "no access to memory has this size");
   T to;
   if (sizeof(T) == 16) *reinterpret_cast<int4*>(&to) = __ldcs(reinterpret_cast<const int4*>(from));
   else if (sizeof(T) == 8) *reinterpret_cast<int2*>(&to) = __ldcs(reinterpret_cast<const int2*>(from));
   else if (sizeof(T) == 4) *reinterpret_cast<int*>(&to) = __ldcs(reinterpret_cast<const int*>(from));
+  else if (sizeof(T) == 2) *reinterpret_cast<short*>(&to) = __ldcs(reinterpret_cast<const short*>(from));
   else *reinterpret_cast<i1*>(&to) = __ldcs(reinterpret_cast<const i1*>(from));
   return to;
 }

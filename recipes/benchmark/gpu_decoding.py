@@ -4,11 +4,12 @@ python recipes/benchmark/gpu_decoding.py --size 1.3b [--shares 0.63 0.42 --batch
 
 Weights are random; thresholds are set so that a given share of the projections' weights is fetched, as in
 cpu_decoding.py. "dense bf16" is our model as compiled blocks in a CUDA graph; "dense int8" runs the kernels
-of the event-driven one on activations rounded to int8, with nothing to skip: over dense bf16 it shows what
-integers give, and the event-driven rows over it what zeros give. A token is a forward pass and an argmax,
-greedily; medians of repeats, all ways in turn. "Of its floor": the time in which the bytes that this way must
-move could be copied, at the speed of a copy in the same run. Joules are NVML's, of the whole GPU, with its
-idle power and without. --smoke: tiny shapes, on a processor too.
+of the event-driven one on activations rounded to int8, which also scale every 32 inputs: over dense bf16 it
+shows what integers and fewer launches give together. What zeros give is a row over "event-driven, 100%".
+Bytes and shares are those of one token. A token is a forward pass and an argmax, greedily; medians of
+repeats, all ways in turn. "Of its floor": the time in which the bytes that this way must move could be
+copied, at the speed of a copy in the same run. Joules are NVML's, of the whole GPU, medians of repeats in
+turn, with its idle power, which is watched once, and without. --smoke: tiny shapes, on a processor too.
 """
 
 import argparse
@@ -46,6 +47,7 @@ from spiking_mamba.spikes.joules import JouleMeter, NoEnergyCounter
 
 RECORDS = "gpu_decoding.jsonl"
 PROMPT = 64  # tokens
+JOULE_REPEATS = 3
 RIVAL = "mamba-ssm, CUDA graph"
 TINY = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 32}
 
@@ -238,22 +240,35 @@ def replay_milliseconds(graph: torch.cuda.CUDAGraph, repeats: int = 30) -> float
 
 
 @torch.no_grad()
-def joules(way: Way, seconds_each: float, seconds: float, batch: int) -> dict[str, float]:
-    """Millijoules a token, idle power included and without; nothing where nothing counts them."""
-    count = max(4, round(seconds / seconds_each))
+def joules(ways: dict[str, Way], args: argparse.Namespace, batch: int) -> dict[str, dict[str, Any]]:
+    """Millijoules a token of every way, in turn; nothing where nothing counts them."""
+    counted = {name: way for name, way in ways.items() if name != RIVAL and args.seconds}
     try:
-        meter = JouleMeter(idle_seconds=1.0)
+        idle = JouleMeter(idle_seconds=max(1.0, args.seconds)).idle_watts if counted else 0.0
     except NoEnergyCounter as error:
         print(error)
         return {}
-    with meter:
-        way.decode(count)
-    found = meter.result(count * batch)
-    return {
-        "mJ": 1e3 * found["joules_total_per_token"],
-        "mJ_net": 1e3 * found["joules_net_per_token"],
-        "idle_watts": found["idle_watts"],
-        "watts": found["joules_total"] / found["seconds"],
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in counted}
+    for _ in range(JOULE_REPEATS):
+        for name, way in counted.items():
+            count = max(4, round(args.seconds / statistics.median(way.times)))
+            meter = JouleMeter(idle_seconds=0.2)  # lets the GPU rest; the idle power is that of above
+            with meter:
+                way.decode(count)
+            result = meter.result(count * batch)
+            found[name].append((result["joules_total_per_token"], result["seconds"] / count / batch))
+    return {name: in_millijoules(each, idle) for name, each in found.items()}
+
+
+def in_millijoules(each: list[tuple[float, float]], idle: float) -> dict[str, Any]:
+    """Of joules and seconds a token, one pair a repeat, and the idle power in watts."""
+    total = [1e3 * joules for joules, _ in each]
+    net = [1e3 * (joules - idle * seconds) for joules, seconds in each]
+    watts = [joules / seconds for joules, seconds in each]
+    medians = {"mJ": total, "mJ_net": net, "watts": watts}
+    return {key: statistics.median(values) for key, values in medians.items()} | {
+        "mJ_each": total,
+        "idle_watts": idle,
     }
 
 
@@ -271,14 +286,14 @@ def measure(models: Models, batch: int, args: argparse.Namespace, about: dict[st
     for _ in range(args.repeats):
         for name, way in ways.items():
             way.times.append(seconds_a_token(name, way, args.tokens))
+    counted = joules(ways, args, batch)
     for name, way in ways.items():
         each = statistics.median(way.times)
         record = {"size": args.size, "batch": batch, "way": name, "seconds": each, "times": way.times}
         record |= {"bytes": way.bytes, "share": way.share} | about
         if way.graph is not None:
             record["replay_ms"] = replay_milliseconds(way.graph)
-        if args.seconds and name != RIVAL:
-            record |= joules(way, each, args.seconds, batch)
+        record |= counted.get(name, {})
         put_record(args.out / RECORDS, record, ("size", "batch", "way"))
         print(f"{name}, batch {batch}: {1e3 * each:.3f} ms", flush=True)
 
@@ -289,14 +304,14 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--size", default="1.3b", help="130m, 370m, 780m, 1.3b or 2.7b")
     parser.add_argument("--layers", type=int, help="fewer layers, for a trial")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.63, 0.42])
+    parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.63, 0.42])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--dense-batches", type=int, nargs="*", default=[1, 8], help="of what is compiled")
     parser.add_argument("--weights", default="int8", choices=("int8", "int4"))
     parser.add_argument("--states", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--tokens", type=int, default=128, help="a repeat's")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=1.5, help="of each way for joules; 0: none")
+    parser.add_argument("--seconds", type=float, default=1.5, help="a repeat of joules; 0: none")
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which no batch begins")
     parser.add_argument("--cluster", type=int, help="blocks of a cluster at most, 1 for none; tuning")
     parser.add_argument("--warps", type=int, help="that a launch should have; tuning")

@@ -40,7 +40,7 @@ def set_shares(model: SpikingMambaForCausalLM, shares: tuple[float, float]) -> N
             size = args[0].abs().flatten().float()
             # half a quantum does not fire
             smallest = size.kthvalue(max(1, round((1 - share) * size.numel()))).values
-            encoder.fix_threshold(2 * float(smallest))
+            encoder.fix_threshold(max(2 * float(smallest), 1e-30))  # all fire where none is 0
 
         return set_it
 

@@ -18,6 +18,7 @@ from spiking_mamba.model.cpu_layout import BLOCK, PARTS, Kind, Matrices, new_buf
 from spiking_mamba.model.cpu_recurrence import LANES
 from spiking_mamba.model.cpu_token import call_helper, token_functions
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.quantised import not_in_float32
 
 __all__ = ["CpuDecoder", "Fetched", "cannot_decode"]
 
@@ -65,6 +66,8 @@ def cannot_decode(model: SpikingMambaForCausalLM) -> str | None:
     config = model.config
     if model.device.type != "cpu":
         return f"The model is on {model.device}: a decoder for processors needs it on the CPU."
+    if (reason := not_in_float32(model)) is not None:
+        return reason
     if config.hidden_act not in ("silu", "swish"):
         return f"Only SiLU is compiled in, not {config.hidden_act!r}."
     if config.layers_block_type is not None and "mamba" not in config.layers_block_type:

@@ -164,7 +164,8 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
     def _settle(self) -> None:
         """Let the device that the model is on now run it: its projections' backend, and single tokens."""
         device, (decoding, _) = self.device, self._decoding
-        if self._settled == (device, decoding):
+        now = device, self.dtype, decoding
+        if self._settled == now:
             return
         for module in self.modules():
             if isinstance(module, EventDrivenLinear):
@@ -177,7 +178,7 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
             self.graphs = DecodingGraphs(self._fused_token, self.backbone.layers, self._own_cache)
         elif self._fuses:
             self.graphs = None
-        self._settled = device, decoding
+        self._settled = now
 
     @property
     def _on_cuda(self) -> bool:

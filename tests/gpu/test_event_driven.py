@@ -49,6 +49,8 @@ def ids_of(rows, length, seed=0):
         (INTEGER, "int4", MLPS),
         (None, "int8", {}),
         (None, "int4", {"n_groups": 2}),
+        (INTEGER, "int8", {"state_size": 16}),  # a lane has one state, or two
+        (INTEGER, "int8", {"state_size": 70}),
     ],
     ids=str,
 )
@@ -85,9 +87,11 @@ def token_by_token(model, ids):
     return torch.cat(found, 1)
 
 
-@pytest.mark.parametrize("states", ["float32", "bfloat16"])
-def test_captured_tokens_are_those_of_the_processor(states):
-    made = made_of(states=states)
+@pytest.mark.parametrize(
+    ("states", "size"), [("float32", 128), ("bfloat16", 128), ("bfloat16", 16), ("bfloat16", 70)]
+)
+def test_captured_tokens_are_those_of_the_processor(states, size):
+    made = made_of(states=states, state_size=size)
     on_gpu = copy.deepcopy(made).cuda()
     for rows in (1, 2, 5, 8, 12):  # the last are more than a launch takes
         ids = ids_of(rows, 14)

@@ -20,6 +20,7 @@ def test_the_table():
         record("dense bf16", 1, 2e-3, bytes=2.7e9, mJ=700.0, mJ_net=500.0, idle_watts=73.0),
         record("dense int8", 1, 1e-3),
         record("event-driven, 63%", 1, 8e-4, share=0.63, replay_ms=0.7),
+        record("event-driven, 100%", 1, 9e-4, share=1.0),
         record("event-driven, 63%", 8, 2e-3, share=0.9),
     ]
     text = gpu_tables.table(records)
@@ -32,7 +33,19 @@ def test_the_table():
     assert [cell.strip() for cell in cells[-4:-1]] == ["700", "500", "73"]
     grown = next(line.split("|") for line in second.splitlines() if line.startswith("| event"))
     assert [cell.strip() for cell in grown[2:-1]] == ["1250", "4000"]
-    assert last == "Integers give 2.00 times dense bf16's speed; zeros, over them: 63%: 1.25."
+    assert last == (
+        "Integers and fewer launches give 2.00 times dense bf16's speed. "
+        "Zeros, over the same kernels where all inputs fire: 63%: 1.12."
+    )
+
+
+def test_joules_are_medians_and_idle_power_is_taken_off_once():
+    found = gpu_decoding.in_millijoules([(0.3, 1e-3), (0.5, 1e-3), (0.4, 2e-3)], idle=100.0)
+    assert found["mJ"] == pytest.approx(400)
+    assert found["mJ_net"] == pytest.approx(200)  # of 200, 400 and 200
+    assert found["watts"] == pytest.approx(300)  # of 300, 500 and 200
+    assert found["idle_watts"] == 100
+    assert found["mJ_each"] == pytest.approx([300, 500, 400])
 
 
 def test_all_of_it_runs_small(tmp_path):
@@ -40,12 +53,13 @@ def test_all_of_it_runs_small(tmp_path):
     assert done.returncode == 0, done.stderr
     found = read_records(tmp_path / gpu_decoding.RECORDS)
     assert [r["way"] for r in found if r["batch"] == 1] == [
-        "dense bf16", "dense int8", "event-driven, 63%", "event-driven, 42%",
+        "dense bf16", "dense int8", "event-driven, 100%", "event-driven, 63%", "event-driven, 42%",
     ]  # fmt: skip
     by_share = {r["way"]: r["share"] for r in found if r["batch"] == 1}
     assert by_share["event-driven, 63%"] == pytest.approx(0.63, abs=0.1)
     assert by_share["event-driven, 42%"] == pytest.approx(0.42, abs=0.1)
     assert by_share["dense int8"] > 0.9
+    assert by_share["event-driven, 100%"] == pytest.approx(1.0, abs=0.02)
     bytes_of = {r["way"]: r["bytes"] for r in found if r["batch"] == 1}
     assert bytes_of["event-driven, 42%"] < bytes_of["event-driven, 63%"] < bytes_of["dense int8"]
     assert bytes_of["dense int8"] < bytes_of["dense bf16"]  # float32 on a processor

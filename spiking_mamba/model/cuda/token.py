@@ -10,6 +10,7 @@ from spiking_mamba.model.cache import Cache
 from spiking_mamba.model.cuda import kernels
 from spiking_mamba.model.cuda.parts import Convolution, Given, Kept, Matrix, Scan, Stream, matrix_of
 from spiking_mamba.model.mlp import SpikingMambaMLP
+from spiking_mamba.model.quantised import not_in_float32
 
 __all__ = ["FusedToken", "FusedTokens", "cannot_fuse", "own_cache"]
 
@@ -19,6 +20,8 @@ _LARGEST_ROWS = 32  # channels of a warp in the scan
 def cannot_fuse(model: Any) -> str | None:
     """Why a model's tokens cannot go through these kernels, whatever the device; None where they can."""
     config = model.config
+    if (reason := not_in_float32(model)) is not None:
+        return reason
     if config.hidden_act not in ("silu", "swish"):
         return f"Only SiLU is compiled in, not {config.hidden_act!r}."
     if config.layers_block_type is not None and "mamba" not in config.layers_block_type:

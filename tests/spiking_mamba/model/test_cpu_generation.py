@@ -152,6 +152,15 @@ def test_what_is_not_compiled_goes_the_torch_way_or_is_refused(how):
         made.generate(tokens(1, 5), **settings)
 
 
+def test_a_model_that_was_cast_goes_the_torch_way_or_is_refused():
+    made = made_of().to(torch.bfloat16)
+    assert made.generate(tokens(1, 5), do_sample=False, **LONG).shape[1] > 5
+    made.set_decoding("compiled")
+    with pytest.raises(ValueError, match="beside the integers is compiled, and the model was cast"):
+        made.generate(tokens(1, 5), do_sample=False, **LONG)
+    assert made.float().generate(tokens(1, 5), do_sample=False, **LONG).shape[1] > 5
+
+
 def test_a_batch_is_as_its_rows():
     made = made_of()
     ids = tokens(3, 5)

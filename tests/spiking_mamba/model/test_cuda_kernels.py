@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import re
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -146,6 +147,20 @@ SIZES = (
 )
 
 
+def loads_of_states(ptx: str) -> set[int]:
+    """Sizes in bytes of the loads that pass the caches by, as those of states do."""
+    found = re.findall(r"ld\.global\.cs\.(v[24]\.)?[a-z](\d+)", ptx)
+    return {int(vector.strip("v.") or 1) * int(bits) // 8 for vector, bits in found}
+
+
+def bytes_of_states(options: tuple[str, ...]) -> set[int]:
+    """What a lane's neighbouring states take."""
+    named = dict(option[2:].split("=") for option in options if option.startswith("-D"))
+    size = int(named["STATE_SIZE"])
+    together = 4 if size % 4 == 0 and size >= 128 else 2 if size % 2 == 0 and size >= 64 else 1
+    return {together * (4 if named["STATE"] == "F32" else 2)}
+
+
 @pytest.mark.parametrize(("arch", "largest"), [(80, 1), (90, 8)])
 def test_compiles_to_ptx(nvrtc, arch: int, largest: int) -> None:
     cases = list(itertools.product((1, 8) if arch == 90 else (2,), (8, 4), SIZES))
@@ -161,11 +176,15 @@ def test_compiles_to_ptx(nvrtc, arch: int, largest: int) -> None:
     ):
         parts = kernels.scan_parts(channels, heads)
         options.append((kernels.MIX, kernels.mix_options(channels, 128, *parts, state), "scan_token"))
+        for size in (16, 33, 64, 70):  # whose lanes hold one or two states
+            options.append((kernels.MIX, kernels.mix_options(channels, size, *parts, state), "scan_token"))
     flags = (f"-arch=compute_{arch}", "-ftz=true")  # which CuPy adds
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sources = list(pool.map(lambda each: nvrtc.ptx(each[0], (*each[1], *flags)), options))
-    for (_, _, name), ptx in zip(options, sources, strict=True):
+    for (_, named, name), ptx in zip(options, sources, strict=True):
         assert f".entry {name}(" in ptx
+        if name == "scan_token":
+            assert loads_of_states(ptx) == bytes_of_states(named), named
         assert "atom" not in ptx
         assert "local" not in ptx
         assert ("griddepcontrol" in ptx) == (arch == 90)
