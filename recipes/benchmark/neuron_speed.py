@@ -313,6 +313,7 @@ def main() -> None:
     parser.add_argument(
         "--once", action="store_true", help="only run each CuPy row three times, for a profiler"
     )
+    parser.add_argument("--rows", nargs="+", default=[""], help="those whose name has one of these in it")
     parser.add_argument("--limit", type=float, default=5.0, help="skip what takes more seconds a pass")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -344,8 +345,8 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, report: dict[str, Any], timer: Timer, bandwidth: float) -> None:
-    """Measure every row, print it and add it to the report."""
-    for row in ROWS:
+    """Measure every row that is asked for, print it and add it to the report."""
+    for row in (row for row in ROWS if any(part in row.name for part in args.rows)):
         floor_ms = row.floor_bytes / bandwidth * 1e3
         results = {name: measure(row, make, timer, args.limit) for name, make in contenders(row).items()}
         report["rows"].append(
