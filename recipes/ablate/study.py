@@ -60,6 +60,8 @@ class Study:
     def done(self, row: dict[str, Any], seed: int) -> bool:
         """Whether a result for exactly these settings is there."""
         record = self.recorded(row, seed)
+        if self.table.renew and not is_clean(record.get("commit")):
+            return False
         return record.get("key") == self.key(row, seed) and record.get("status") in MEASURED
 
     def keep(self, row: dict[str, Any], seed: int, result: dict[str, Any]) -> None:
@@ -77,8 +79,9 @@ class Study:
         """Train and measure a row; what happens to it is in ``status``: done, diverged or failed."""
         settings = self.table.settings(row, seed)
         key = self.key(row, seed)
-        # named by the key, so that what a killed run left there can be gone on with
-        settings.output = str(self.table.folder(row, seed, f"-{key[:8]}"))
+        # named by the key, so that what a killed run left there can be gone on with, but not by other code
+        names = [key, commit_of(Path(__file__).parents[2]) or "none"] if self.table.renew else [key]
+        settings.output = str(self.table.folder(row, seed, "".join(f"-{name[:8]}" for name in names)))
         settings.resume = True
         start, cuda = time.perf_counter(), torch.cuda.is_available()
         if cuda:

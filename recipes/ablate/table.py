@@ -157,6 +157,7 @@ class Table:
         only: patterns of the rows to run, as of file names; null for all.
         rehearse: every row once, two steps of two rows, measured on four, results beside the students in
             ``output``: whether all of it runs on this machine.
+        renew: run rows again whose result came from code that was in no commit.
         minutes: start no row that would end later than this many minutes after the start; null: no limit.
     """
 
@@ -178,6 +179,7 @@ class Table:
     output: Name = "runs/study"
     only: Patterns | None = None
     rehearse: bool = False
+    renew: bool = False
     minutes: Positive | None = None
 
     def __post_init__(self) -> None:

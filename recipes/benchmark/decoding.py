@@ -9,12 +9,15 @@ read the weights once, at the speed of a copy measured in the same run, over the
 
 import argparse
 import importlib.util
+import json
 import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
+from versions import about, line
 
 from neurons import set_backend
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
@@ -98,6 +101,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--only", nargs="+", choices=WAYS, default=WAYS, help="of our ways")
     for name, default in {"batch": 1, "prompt": 64, "tokens": 256, "repeats": 5}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--out", type=Path, help="folder for decoding-SIZE.json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -163,6 +167,11 @@ def main() -> None:
     weights = 2 * sum(p.numel() for p in model.parameters())
     floor = weights / copy_bytes_per_second() if cuda else float("nan")
     times = seconds_a_token(ways, prompt, args)
+    if args.out:
+        args.out.mkdir(parents=True, exist_ok=True)
+        record = about() | {"arguments": sys.argv[1:], "floor": floor if cuda else None, "seconds": times}
+        (args.out / f"decoding-{args.size}.json").write_text(json.dumps(record, indent=1))
+    print(line())
     median = {name: statistics.median(seconds) for name, seconds in times.items()}
     first = next(iter(median.values()))
     rows = [

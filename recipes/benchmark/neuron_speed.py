@@ -8,14 +8,16 @@ A time is the median over CUDA events around one forward and one backward pass, 
 is flushed before each, and the GPU is kept waiting for a millisecond meanwhile, so that the processor's
 launches are hidden as they are in a training step; "looped" is the time of an iteration when nothing is
 hidden or flushed. Floor: the bytes that must move, at the copy bandwidth measured in the same run.
+
+spikingjelly's nodes keep V as their input is, and its fused kernels want V in float32: on bfloat16 its nodes
+take a step at a time in Python. So its functions are timed too, with V in float32 ("fused"), and LIFNode as
+its precision API prepares it.
 """
 
 import argparse
 import dataclasses
-import datetime
 import gc
 import json
-import platform
 import statistics
 import time
 from collections.abc import Callable
@@ -26,6 +28,8 @@ from typing import Any
 import torch
 from spikingjelly.activation_based import functional as sj_functional
 from spikingjelly.activation_based import neuron as sj_neuron
+from spikingjelly.activation_based.precision import PrecisionConfig, prepare_model_for_precision
+from versions import about, line
 
 from neurons import SignedSpikeCount, SILIFNode, compensation
 from neurons.cupy.si_lif import kernel, ops
@@ -66,6 +70,7 @@ ROWS = [
     Row("node, fp32, T=1, N=64Mi", 1, 64 * MI, torch.float32, False, 0.58),
     Row("node, bf16, T=4, N=16Mi", 4, 16 * MI, torch.bfloat16, False, 0.26),
     Row("node, bf16, T=2048, N=24576", 2048, 24576, torch.bfloat16, False, 1.0),
+    Row("node, fp32, T=2048, N=24576", 2048, 24576, torch.float32, False, None),
     Row("SGC blend, bf16, T=1, N=64Mi", 1, 64 * MI, torch.bfloat16, True, None, True),
     Row("SGC blend, fp32, T=1, N=64Mi", 1, 64 * MI, torch.float32, True, None, True),
 ]
@@ -83,6 +88,23 @@ def node_forward(node: torch.nn.Module) -> Forward:
         return node(x_seq)
 
     return forward
+
+
+def fused_ilif(x_seq: torch.Tensor) -> torch.Tensor:
+    """ILIFNode's function on a fresh V in float32, as its kernel wants it."""
+    return sj_functional.ilif_multi_step(x_seq, torch.zeros_like(x_seq[0], dtype=torch.float32), 4 / 3)[0]
+
+
+def fused_lif(x_seq: torch.Tensor) -> torch.Tensor:
+    """LIFNode's function, likewise."""
+    return sj_functional.lif_multi_step(x_seq, torch.zeros_like(x_seq[0], dtype=torch.float32))[0]
+
+
+def prepared_lif() -> Forward:
+    """LIFNode as the precision API prepares it: V in bfloat16, in one kernel over all steps."""
+    config = PrecisionConfig(mode="bf16", neuron_storage="bf16")
+    node = sj_neuron.LIFNode(step_mode="m")
+    return node_forward(prepare_model_for_precision(node.cuda(), "cuda", config).model)
 
 
 def straight_through(x: torch.Tensor) -> torch.Tensor:
@@ -121,6 +143,12 @@ def contenders(row: Row) -> dict[str, Callable[[], Forward]]:
         "spikingjelly LIFNode": lambda: node_forward(sj_neuron.LIFNode(step_mode="m")),
         "spikingjelly TernaryLIFNode": lambda: node_forward(sj_neuron.TernaryLIFNode(step_mode="m")),
     }
+    if row.dtype == torch.bfloat16:
+        made |= {
+            "spikingjelly ILIF, fused": lambda: fused_ilif,
+            "spikingjelly LIF, fused": lambda: fused_lif,
+            "spikingjelly LIF, precision": prepared_lif,
+        }
     if row.T == 1:
         made["compiled clamp and round"] = lambda: torch.compile(straight_through)
     return made
@@ -258,8 +286,8 @@ def sweep(timer: Timer) -> list[dict[str, Any]]:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    with picture(path, 19, 7, dpi=110, nrows=2, ncols=4) as (figure, axes):
-        for axis, row in zip(axes.flat, report["rows"], strict=True):
+    with picture(path, 24, 8, dpi=110, nrows=2, ncols=-(-len(report["rows"]) // 2)) as (figure, axes):
+        for axis, row in zip(axes.flat, report["rows"], strict=False):
             timed = {k: v["ms"] for k, v in row["results"].items() if "ms" in v}
             names = list(timed)[::-1]
             colours = ["C1" if n == "SI-LIF, cupy" else "C0" for n in names]
@@ -272,6 +300,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axis.set_xlim(row["floor_ms"] / 2, max([*timed.values(), row["floor_ms"]]) * 8)
             axis.set_title(row["name"], fontsize=10)
             axis.set_xlabel("ms, forward and backward")
+        for axis in axes.flat[len(report["rows"]) :]:
+            axis.set_axis_off()
         figure.suptitle(f"{report['device']}, dotted: bytes at {report['copy_TB_per_s']:.2f} TB/s")
 
 
@@ -283,6 +313,7 @@ def main() -> None:
     parser.add_argument(
         "--once", action="store_true", help="only run each CuPy row three times, for a profiler"
     )
+    parser.add_argument("--rows", nargs="+", default=[""], help="those whose name has one of these in it")
     parser.add_argument("--limit", type=float, default=5.0, help="skip what takes more seconds a pass")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -299,21 +330,12 @@ def main() -> None:
 
     timer = Timer()
     bandwidth = copy_bandwidth(timer)
-    versions = {"python": platform.python_version(), "torch": torch.__version__}
-    for package in ("cupy", "triton", "spikingjelly"):
-        try:
-            versions[package] = getattr(__import__(package), "__version__", "?")
-        except ImportError:
-            versions[package] = "-"
-    report: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
-        "date": datetime.date.today().isoformat(),
-        "versions": versions,
+    report: dict[str, Any] = about() | {
         "copy_TB_per_s": bandwidth / 1e12,
         "tuning": dataclasses.asdict(kernel.TUNING),
         "rows": [],
     }
-    print(f"{report['device']}, {versions}, copy {bandwidth / 1e12:.2f} TB/s", flush=True)
+    print(f"{line()}; copy {bandwidth / 1e12:.2f} TB/s", flush=True)
     with interruptible(lambda: measured_so_far(report["rows"], args.out, "neurons.json")):
         run(args, report, timer, bandwidth)
     for row in report["rows"]:
@@ -323,8 +345,8 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace, report: dict[str, Any], timer: Timer, bandwidth: float) -> None:
-    """Measure every row, print it and add it to the report."""
-    for row in ROWS:
+    """Measure every row that is asked for, print it and add it to the report."""
+    for row in (row for row in ROWS if any(part in row.name for part in args.rows)):
         floor_ms = row.floor_bytes / bandwidth * 1e3
         results = {name: measure(row, make, timer, args.limit) for name, make in contenders(row).items()}
         report["rows"].append(

@@ -29,6 +29,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 import torch
 from torch.nn import functional as F
 from transformers import Mamba2Config, Mamba2ForCausalLM
+from versions import about, line
 
 from neurons import set_backend
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
@@ -293,7 +294,8 @@ def main() -> None:
     flops = flops_per_token(config)
     shapes = [("length", max(1, args.batch * length // each), each) for each in args.lengths or []]
     shapes += [("batch", batch, length) for batch in args.batches or []]
-    report: dict[str, Any] = {"device": device_name(), "arguments": sys.argv[1:], "runs": []}
+    report: dict[str, Any] = about() | {"arguments": sys.argv[1:], "runs": []}
+    print(line(), flush=True)
     with interruptible(lambda: measured_so_far(report["runs"], args.out, "step.json")):
         for sweep, batch, each in shapes or [("batch", args.batch, length)]:
             measured = measure(config, args, batch, each)

@@ -130,6 +130,28 @@ def test_a_row_is_run_once(folder, monkeypatch, capsys):
     assert "teacher: perplexity" in capsys.readouterr().out
 
 
+def test_results_of_code_that_is_in_no_commit_are_renewed_if_asked(folder, monkeypatch):
+    def of(commit):
+        for module in (study, provenance):
+            monkeypatch.setattr(module, "commit_of", lambda root: commit)
+
+    saves = {"training.save_strategy": "steps", "training.save_steps": 1}
+    rows = [{"name": "a", "threshold": 0.5} | saves, {"name": "b", "threshold": 0.25}]
+    of("1234567-dirty")
+    study.study(table(folder, rows[:1]))
+    of("89abcde")
+    study.study(table(folder, rows[1:]))
+    counted = Counted(monkeypatch)
+    study.study(table(folder, rows))
+    assert counted.take() == []
+    study.study(table(folder, rows, renew=True))
+    assert counted.take() == [(0.5, 0)]
+    assert result(folder, "a")["commit"] == "89abcde"
+    assert "train_seconds" in result(folder, "a")  # from the start: not gone on with where the other stopped
+    study.study(table(folder, rows, renew=True))
+    assert counted.take() == []
+
+
 @pytest.mark.parametrize("changed", ["teacher", "data", "held_out"])
 def test_what_a_number_depends_on_is_run_again(folder, monkeypatch, changed):
     rows = [{"name": "a", "threshold": 0.5}]
