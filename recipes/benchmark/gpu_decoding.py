@@ -61,12 +61,14 @@ class Way:
         bytes: that a token must move.
         share: of the projections' weights that it fetches.
         graph: a token without the host, where there is one.
+        prompts: whether a prompt is in it each time.
     """
 
     decode: Callable[[int], None]
     bytes: float
     share: float | None = None
     graph: torch.cuda.CUDAGraph | None = None
+    prompts: bool = False
     times: list[float] = field(default_factory=list)
 
 
@@ -181,6 +183,8 @@ def makers(models: Models, batch: int, args: argparse.Namespace) -> Iterator[tup
             return own_way(made, batch, *event_bytes(made, batch))
 
         yield name, make
+        if args.generate and share is not None:
+            yield f"{name}, generate()", lambda share=share: generate_way(models.integers(share), batch)
 
 
 def leave_prompts_untuned() -> None:
@@ -206,7 +210,19 @@ def rival_way(models: Models, batch: int, args: argparse.Namespace) -> Way:
 
     with torch.no_grad():
         decode(4)
-    return Way(decode, dense_bytes(models.bf16(), batch))
+    return Way(decode, dense_bytes(models.bf16(), batch), prompts=True)
+
+
+def generate_way(made: EventDrivenMambaForCausalLM, batch: int) -> Way:
+    """What users call, transformers' loop around each token included."""
+    prompt = prompt_for(made, batch)
+
+    def decode(count: int) -> None:
+        length = {"max_new_tokens": count, "min_new_tokens": count}
+        made.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **length)
+
+    decode(4)
+    return Way(decode, *event_bytes(made, batch), prompts=True)
 
 
 def synchronize() -> None:
@@ -215,10 +231,10 @@ def synchronize() -> None:
 
 
 @torch.no_grad()
-def seconds_a_token(name: str, way: Way, tokens: int) -> float:
-    """Of decoding so many; of the rival's, whose prompt is in it, by the difference of two lengths."""
+def seconds_a_token(way: Way, tokens: int) -> float:
+    """Of decoding so many; where a prompt is in it, by the difference of two lengths."""
     found = []
-    for count in (tokens // 4, tokens) if name == RIVAL else (tokens,):
+    for count in (tokens // 4, tokens) if way.prompts else (tokens,):
         synchronize()
         start = time.perf_counter()
         way.decode(count)
@@ -242,7 +258,7 @@ def replay_milliseconds(graph: torch.cuda.CUDAGraph, repeats: int = 30) -> float
 @torch.no_grad()
 def joules(ways: dict[str, Way], args: argparse.Namespace, batch: int) -> dict[str, dict[str, Any]]:
     """Millijoules a token of every way, in turn; nothing where nothing counts them."""
-    counted = {name: way for name, way in ways.items() if name != RIVAL and args.seconds}
+    counted = {name: way for name, way in ways.items() if not way.prompts and args.seconds}
     try:
         idle = JouleMeter(idle_seconds=max(1.0, args.seconds)).idle_watts if counted else 0.0
     except NoEnergyCounter as error:
@@ -284,8 +300,8 @@ def measure(models: Models, batch: int, args: argparse.Namespace, about: dict[st
         else:
             print(f"{name}, batch {batch}: ready in {time.perf_counter() - start:.0f} s", flush=True)
     for _ in range(args.repeats):
-        for name, way in ways.items():
-            way.times.append(seconds_a_token(name, way, args.tokens))
+        for way in ways.values():
+            way.times.append(seconds_a_token(way, args.tokens))
     counted = joules(ways, args, batch)
     for name, way in ways.items():
         each = statistics.median(way.times)
@@ -315,6 +331,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--limit", type=float, default=3600, help="seconds after which no batch begins")
     parser.add_argument("--cluster", type=int, help="blocks of a cluster at most, 1 for none; tuning")
     parser.add_argument("--warps", type=int, help="that a launch should have; tuning")
+    parser.add_argument("--generate", action="store_true", help="also generate(), as users call it")
     parser.add_argument("--rival", action="store_true", help="with mamba-ssm, where it is installed")
     parser.add_argument("--smoke", action="store_true", help="tiny shapes, to see that all of it runs")
     parser.add_argument("--out", type=Path, default=Path("runs/gpu_decoding"))

@@ -161,6 +161,13 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
         self._settle()
         return moved
 
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> Any:
+        """As of any module; graphs that were captured hold copies of weights and are captured anew."""
+        loaded = super().load_state_dict(*args, **kwargs)
+        self._settled = None
+        self._settle()
+        return loaded
+
     def _settle(self) -> None:
         """Let the device that the model is on now run it: its projections' backend, and single tokens."""
         device, (decoding, _) = self.device, self._decoding

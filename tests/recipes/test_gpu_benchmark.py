@@ -49,11 +49,13 @@ def test_joules_are_medians_and_idle_power_is_taken_off_once():
 
 
 def test_all_of_it_runs_small(tmp_path):
-    done = run(SCRIPT, "--smoke", "--rival", "--batches", "1", "2", "--out", tmp_path)
+    done = run(SCRIPT, "--smoke", "--rival", "--generate", "--batches", "1", "2", "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found = read_records(tmp_path / gpu_decoding.RECORDS)
     assert [r["way"] for r in found if r["batch"] == 1] == [
-        "dense bf16", "dense int8", "event-driven, 100%", "event-driven, 63%", "event-driven, 42%",
+        "dense bf16", "dense int8", "event-driven, 100%", "event-driven, 100%, generate()",
+        "event-driven, 63%", "event-driven, 63%, generate()",
+        "event-driven, 42%", "event-driven, 42%, generate()",
     ]  # fmt: skip
     by_share = {r["way"]: r["share"] for r in found if r["batch"] == 1}
     assert by_share["event-driven, 63%"] == pytest.approx(0.63, abs=0.1)

@@ -176,8 +176,10 @@ def test_compiles_to_ptx(nvrtc, arch: int, largest: int) -> None:
     ):
         parts = kernels.scan_parts(channels, heads)
         options.append((kernels.MIX, kernels.mix_options(channels, 128, *parts, state), "scan_token"))
-        for size in (16, 33, 64, 70):  # whose lanes hold one or two states
-            options.append((kernels.MIX, kernels.mix_options(channels, size, *parts, state), "scan_token"))
+        if channels == 6:
+            for size in (16, 33, 70):  # whose lanes hold one or two states
+                few = kernels.mix_options(channels, size, *parts, state)
+                options.append((kernels.MIX, few, "scan_token"))
     flags = (f"-arch=compute_{arch}", "-ftz=true")  # which CuPy adds
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         sources = list(pool.map(lambda each: nvrtc.ptx(each[0], (*each[1], *flags)), options))
