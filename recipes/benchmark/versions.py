@@ -2,12 +2,11 @@
 
 import platform
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from spiking_mamba.common.machine import device_name
-from spiking_mamba.common.provenance import commit_of
+from spiking_mamba.common.provenance import commit_of, package_versions
 
 TIMED = ("torch", "triton", "cupy-cuda13x", "spikingjelly", "transformers", "mamba-ssm", "causal-conv1d")
 
@@ -18,7 +17,7 @@ def about() -> dict[str, Any]:
         "commit": commit_of(Path(__file__).parents[2]),
         "date": datetime.now(UTC).date().isoformat(),
         "device": device_name(),
-        "versions": {"python": platform.python_version()} | {name: _version(name) for name in TIMED},
+        "versions": {"python": platform.python_version()} | package_versions(TIMED),
     }
 
 
@@ -27,10 +26,3 @@ def line() -> str:
     fields = about()
     versions = ", ".join(f"{name} {found or '-'}" for name, found in fields["versions"].items())
     return f"{fields['device']}, {fields['date']}, commit {fields['commit']}; {versions}"
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None

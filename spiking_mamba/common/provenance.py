@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -33,9 +34,9 @@ _SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h", ".yaml", ".json")
 _PACKAGES = ("spiking-mamba", "torch", "transformers", "spikingjelly", "lm-eval")
 
 
-def package_versions() -> dict[str, str | None]:
-    """Versions of the packages that results depend on; None where one is not installed."""
-    return {name: _version(name) for name in _PACKAGES}
+def package_versions(names: Iterable[str] = _PACKAGES) -> dict[str, str | None]:
+    """Versions of packages, those that results depend on; None where one is not installed."""
+    return {name: _version(name) for name in names}
 
 
 def _version(name: str) -> str | None:

@@ -168,7 +168,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS project(PROJE
   const i64 own_first = (i64)blockIdx.x * SLAB + t.rank * OWN;
   const Behind to = {factor, bias, y, conv_state, conv_weight, conv_bias, N, own_first, rows, from, upto};
   const int first = first_run(t);
-  // What the launches before do not write: a convolution's inputs are those of the token before, behind embed_token.
+  // no launch writes it
   Raw raw = {};
   load_weight(raw, weight, first + t.lane, inputs);
   cluster_arrive();                                               // the block has begun
