@@ -5,6 +5,7 @@ from collections.abc import Callable
 import torch
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
+from spiking_mamba.model.modes import hooked
 from spiking_mamba.model.projection import SpikeEncoder
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 64}}
@@ -49,6 +50,5 @@ def set_shares(model: SpikingMambaForCausalLM, shares: tuple[float, float]) -> N
         for block in model.backbone.layers
         for name, share in zip(("in_proj", "out_proj"), shares, strict=True)
     ]
-    model(torch.randint(model.config.vocab_size, (1, 64)).to(model.device))
-    for hook in hooks:
-        hook.remove()
+    with hooked(hooks):
+        model(torch.randint(model.config.vocab_size, (1, 64)).to(model.device))

@@ -10,6 +10,7 @@ from tokens import END
 
 import neurons
 from spiking_mamba import SpikingMambaForCausalLM
+from spiking_mamba.model.modes import hooked
 from spiking_mamba.model.projection import spike_fed
 
 __all__ = ["least_error", "recorded_inputs", "uncut"]
@@ -41,12 +42,9 @@ def recorded_inputs(
         return hook
 
     handles = [p.linear.register_forward_pre_hook(keep(name)) for name, p in spike_fed(model)]
-    try:
+    with hooked(handles):
         for row in ids.split(1):
             model.backbone(row, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: torch.cat(parts) for name, parts in inputs.items()}
 
 
@@ -106,11 +104,8 @@ def uncut(
         return hook
 
     handles = [p.linear.register_forward_pre_hook(look(name)) for name, p in spike_fed(model)]
-    try:
+    with hooked(handles):
         model.backbone(tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     raised = [dict(layer) for layer in layers]
     for name, value in largest.items():
         _, _, layer, _, projection = name.split(".")

@@ -19,6 +19,7 @@ from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.common.checkpoint_files import MIXERS
 from spiking_mamba.common.files import file_sha256, refuse_file, write_whole
 from spiking_mamba.model.converted import mixers_of
+from spiking_mamba.model.modes import hooked
 
 __all__ = ["integers", "pack_mixers", "second_moments"]
 
@@ -116,12 +117,9 @@ def second_moments(
         for number, mixer in enumerate(mixers_of(model))
         for name in ("in_proj", "out_proj")
     ]
-    try:
+    with hooked(handles):
         for part in ids.split(rows):
             model.backbone(part, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
     return {name: total / (ids.shape[0] * (ids.shape[1] - 1)) for name, total in sums.items()}
 
 

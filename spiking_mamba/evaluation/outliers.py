@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from spiking_mamba.model.configuration import PROJECTIONS
+from spiking_mamba.model.modes import hooked
 from spiking_mamba.model.projection import spike_fed
 
 __all__ = ["number_of_outliers", "overwrite_largest", "replace_outliers"]
@@ -76,8 +77,5 @@ def replace_outliers(
         return overwrite_largest(x, fraction, value, per), *others
 
     hooks = [encoder.register_forward_pre_hook(overwrite) for encoder in encoders if fraction > 0.0]
-    try:
+    with hooked(hooks):
         yield
-    finally:
-        for hook in hooks:
-            hook.remove()

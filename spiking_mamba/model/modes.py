@@ -1,12 +1,13 @@
-"""A model's modes, for a while."""
+"""A model's modes and hooks, for a while."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
-__all__ = ["evaluating", "frozen"]
+__all__ = ["evaluating", "frozen", "hooked"]
 
 
 @contextlib.contextmanager
@@ -32,3 +33,13 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in asked:
             parameter.requires_grad_()
+
+
+@contextlib.contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks that were registered stay within, and are removed whatever happens."""
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

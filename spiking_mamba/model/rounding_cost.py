@@ -14,7 +14,7 @@ from torch import nn
 
 from neurons.event_linear import EventDrivenLinear
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
-from spiking_mamba.model.modes import evaluating, frozen
+from spiking_mamba.model.modes import evaluating, frozen, hooked
 from spiking_mamba.model.projection import spike_fed
 
 __all__ = ["layers_of", "rounded_layers", "rounding_costs", "second_moments", "squared_gradients"]
@@ -84,13 +84,9 @@ def second_moments(
         return add
 
     hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        with evaluating(model):
-            for rows in tokens.to(model.device).split(_ROWS):
-                model(rows, use_cache=False)
-    finally:
-        for hook in hooks:
-            hook.remove()
+    with hooked(hooks), evaluating(model):
+        for rows in tokens.to(model.device).split(_ROWS):
+            model(rows, use_cache=False)
     return found
 
 
@@ -156,14 +152,10 @@ def squared_gradients(
         return hook
 
     handles = [layer.register_forward_hook(watch(name)) for name, layer in layers.items()]
-    try:
-        with evaluating(model), frozen(model), torch.enable_grad():
-            for ids in batches:
-                logits = model(input_ids=ids, use_cache=False).logits[:, first:].float()
-                chances = logits.detach().softmax(-1).flatten(0, -2)
-                drawn = torch.multinomial(chances, 1, generator=generator)
-                nn.functional.cross_entropy(logits.flatten(0, -2), drawn[:, 0], reduction="sum").backward()
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooked(handles), evaluating(model), frozen(model), torch.enable_grad():
+        for ids in batches:
+            logits = model(input_ids=ids, use_cache=False).logits[:, first:].float()
+            chances = logits.detach().softmax(-1).flatten(0, -2)
+            drawn = torch.multinomial(chances, 1, generator=generator)
+            nn.functional.cross_entropy(logits.flatten(0, -2), drawn[:, 0], reduction="sum").backward()
     return found

@@ -20,6 +20,7 @@ from torch import nn
 from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.model.configuration import PROJECTIONS
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.modes import hooked
 from spiking_mamba.model.rounding_cost import squared_gradients
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.training.spike_penalty import mean_spike_size, share_of_nonzero
@@ -196,11 +197,8 @@ def _cost_and_information(
         return hook
 
     handles = [module.register_forward_pre_hook(watch(name)) for name, module in modules.items()]
-    try:
+    with hooked(handles):
         squares = squared_gradients(teacher, batches, modules, first)
-    finally:
-        for handle in handles:
-            handle.remove()
     tokens = sum(ids[:, first:].numel() for ids in batches)
     cost = {name: module.out_features * sizes[name] / tokens for name, module in modules.items()}
     information = {
