@@ -34,9 +34,9 @@ _SOURCES = (".py", ".cu", ".cuh", ".cpp", ".h", ".yaml", ".json")
 _PACKAGES = ("spiking-mamba", "torch", "transformers", "spikingjelly", "lm-eval")
 
 
-def package_versions(names: Iterable[str] = _PACKAGES) -> dict[str, str | None]:
-    """Versions of packages, those that results depend on; None where one is not installed."""
-    return {name: _version(name) for name in names}
+def package_versions(names: Iterable[str] | None = None) -> dict[str, str | None]:
+    """Versions of packages, or of those that results depend on; None where one is not installed."""
+    return {name: _version(name) for name in (_PACKAGES if names is None else names)}
 
 
 def _version(name: str) -> str | None:
