@@ -1,6 +1,6 @@
 """Time decoding on an NVIDIA GPU, token by token, and its joules: event-driven beside all that is dense.
 
-python recipes/benchmark/gpu_decoding.py --size 1.3b [--shares 0.63 0.42 --batches 1 2 4 8 --out runs/gpu]
+python recipes/benchmark/gpu_decoding.py --size 1.3b [--shares 0.63 0.42 --weights int8 int4 --out runs/gpu]
 
 Weights are random; thresholds are set so that a given share of the projections' weights is fetched, as in
 cpu_decoding.py. "dense bf16" is our model as compiled blocks in a CUDA graph; "dense int8" runs the kernels
@@ -15,6 +15,7 @@ turn, with its idle power, which is watched once, and without. --smoke: tiny sha
 import argparse
 import copy
 import importlib.util
+import itertools
 import math
 import statistics
 import time
@@ -154,18 +155,25 @@ class Models:
             self._made[BF16] = model
         return self._made[BF16]
 
-    def integers(self, share: float | None) -> EventDrivenMambaForCausalLM:
+    def integers(self, share: float | None, weights: str) -> EventDrivenMambaForCausalLM:
         """Dense without a share."""
-        if share not in self._made:
+        if (share, weights) not in self._made:
             source = self.dense
             with torch.device(self.args.device):
                 if share is not None:
                     source = SpikingMambaForCausalLM.from_dense(self.dense, neuron=NEURON).eval()
                     set_shares(source, shares_for(self.config, share))
-                made = event_driven(source, self.args.weights, self.args.states)
+                made = event_driven(source, weights, self.args.states)
             made.set_decoding("compiled" if self.args.device == "cuda" else "torch")
-            self._made[share] = made
-        return self._made[share]
+            self._made[share, weights] = made
+        return self._made[share, weights]
+
+
+def integers_name(share: float | None, weights: str) -> str:
+    """What the tables call a way: int8 is said of the dense one only."""
+    if share is None:
+        return INT8.replace("int8", weights)
+    return f"event-driven{'' if weights == 'int8' else ' ' + weights}, {share:.0%}"
 
 
 def makers(models: Models, batch: int, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Way]]]:
@@ -174,17 +182,18 @@ def makers(models: Models, batch: int, args: argparse.Namespace) -> Iterator[tup
         if args.rival:
             yield RIVAL, lambda: rival_way(models, batch, args)
         yield BF16, lambda: own_way(models.bf16(), batch, dense_bytes(models.bf16(), batch))
-    for share in (None, *args.shares):
-        name = INT8 if share is None else f"event-driven, {share:.0%}"
-        name = name.replace("int8", args.weights)
+    for weights, share in itertools.product(args.weights, (None, *args.shares)):
 
-        def make(share: float | None = share) -> Way:
-            made = models.integers(share)
+        def make(share: float | None = share, weights: str = weights) -> Way:
+            made = models.integers(share, weights)
             return own_way(made, batch, *event_bytes(made, batch))
 
-        yield name, make
+        yield integers_name(share, weights), make
         if args.generate and share is not None:
-            yield f"{name}, generate()", lambda share=share: generate_way(models.integers(share), batch)
+            yield (
+                f"{integers_name(share, weights)}, generate()",
+                lambda share=share, weights=weights: generate_way(models.integers(share, weights), batch),
+            )
 
 
 def leave_prompts_untuned() -> None:
@@ -323,7 +332,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.63, 0.42])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--dense-batches", type=int, nargs="*", default=[1, 8], help="of what is compiled")
-    parser.add_argument("--weights", default="int8", choices=("int8", "int4"))
+    parser.add_argument("--weights", nargs="+", default=["int8"], choices=("int8", "int4"))
     parser.add_argument("--states", default="bfloat16", choices=("float32", "bfloat16"))
     parser.add_argument("--tokens", type=int, default=128, help="a repeat's")
     parser.add_argument("--repeats", type=int, default=5)
@@ -353,7 +362,7 @@ def show(args: argparse.Namespace, about: dict[str, Any]) -> None:
     """Print what is known of a size so far, and put it into the folder as a table and a picture."""
     records = [r for r in read_records(args.out / RECORDS) if r["size"] == args.size]
     text = f"{device_name()}, copy {(about['copy_bytes_per_second'] or 0) / 1e12:.2f} TB/s; "
-    text += f"weights {args.weights}, states {args.states}; {args.repeats} repeats of {args.tokens} tokens"
+    text += f"weights {', '.join(args.weights)}, states {args.states}; {args.repeats} repeats of {args.tokens} tokens"
     text += f" in turn\n\n{table(records)}"
     print(text, flush=True)
     (args.out / f"{args.size}.md").write_text(text + "\n")

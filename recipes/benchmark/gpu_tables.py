@@ -46,7 +46,7 @@ def table(records: list[dict[str, Any]]) -> str:
     if integers is not None and (BF16, smallest) in own:
         text += f"\n\nIntegers and fewer launches give {over(integers, BF16)} times dense bf16's speed."
         if (EVERY, smallest) in own:
-            rest = [w for w in ways if w.startswith("event") and w != EVERY and "generate" not in w]
+            rest = [w for w in ways if w.startswith("event-driven, ") and w != EVERY and "generate" not in w]
             each = ", ".join(f"{w.removeprefix('event-driven, ')}: {over(w, EVERY)}" for w in rest)
             text += f" Zeros, over the same kernels where all inputs fire: {each}."
     return text

@@ -22,6 +22,8 @@ def test_the_table():
         record("event-driven, 63%", 1, 8e-4, share=0.63, replay_ms=0.7),
         record("event-driven, 100%", 1, 9e-4, share=1.0),
         record("event-driven, 63%", 8, 2e-3, share=0.9),
+        record("dense int4", 1, 8e-4),
+        record("event-driven int4, 63%", 1, 6e-4, share=0.64),
     ]
     text = gpu_tables.table(records)
     first, second, last = text.split("\n\n")
@@ -49,13 +51,18 @@ def test_joules_are_medians_and_idle_power_is_taken_off_once():
 
 
 def test_all_of_it_runs_small(tmp_path):
-    done = run(SCRIPT, "--smoke", "--rival", "--generate", "--batches", "1", "2", "--out", tmp_path)
+    done = run(
+        SCRIPT, "--smoke", "--rival", "--generate", "--batches", "1", "2", "--weights", "int8", "int4", "--out", tmp_path
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found = read_records(tmp_path / gpu_decoding.RECORDS)
     assert [r["way"] for r in found if r["batch"] == 1] == [
         "dense bf16", "dense int8", "event-driven, 100%", "event-driven, 100%, generate()",
         "event-driven, 63%", "event-driven, 63%, generate()",
         "event-driven, 42%", "event-driven, 42%, generate()",
+        "dense int4", "event-driven int4, 100%", "event-driven int4, 100%, generate()",
+        "event-driven int4, 63%", "event-driven int4, 63%, generate()",
+        "event-driven int4, 42%", "event-driven int4, 42%, generate()",
     ]  # fmt: skip
     by_share = {r["way"]: r["share"] for r in found if r["batch"] == 1}
     assert by_share["event-driven, 63%"] == pytest.approx(0.63, abs=0.1)
@@ -65,6 +72,9 @@ def test_all_of_it_runs_small(tmp_path):
     bytes_of = {r["way"]: r["bytes"] for r in found if r["batch"] == 1}
     assert bytes_of["event-driven, 42%"] < bytes_of["event-driven, 63%"] < bytes_of["dense int8"]
     assert bytes_of["dense int8"] < bytes_of["dense bf16"]  # float32 on a processor
+    for way in ("dense int8", "event-driven, 63%", "event-driven, 42%"):
+        other = way.replace("int8", "int4").replace("driven,", "driven int4,")
+        assert bytes_of[other] < bytes_of[way]
     assert (tmp_path / "smoke.png").stat().st_size > 1000
     assert "its floor" in (tmp_path / "smoke.md").read_text()
 
