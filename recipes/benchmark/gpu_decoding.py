@@ -362,8 +362,8 @@ def show(args: argparse.Namespace, about: dict[str, Any]) -> None:
     """Print what is known of a size so far, and put it into the folder as a table and a picture."""
     records = [r for r in read_records(args.out / RECORDS) if r["size"] == args.size]
     text = f"{device_name()}, copy {(about['copy_bytes_per_second'] or 0) / 1e12:.2f} TB/s; "
-    text += f"weights {', '.join(args.weights)}, states {args.states}; {args.repeats} repeats of {args.tokens} tokens"
-    text += f" in turn\n\n{table(records)}"
+    text += f"weights {', '.join(args.weights)}, states {args.states}; "
+    text += f"{args.repeats} repeats of {args.tokens} tokens in turn\n\n{table(records)}"
     print(text, flush=True)
     (args.out / f"{args.size}.md").write_text(text + "\n")
     draw(records, args.out / f"{args.size}.png")

@@ -51,9 +51,8 @@ def test_joules_are_medians_and_idle_power_is_taken_off_once():
 
 
 def test_all_of_it_runs_small(tmp_path):
-    done = run(
-        SCRIPT, "--smoke", "--rival", "--generate", "--batches", "1", "2", "--weights", "int8", "int4", "--out", tmp_path
-    )  # fmt: skip
+    asked = ["--rival", "--generate", "--batches", "1", "2", "--weights", "int8", "int4"]
+    done = run(SCRIPT, "--smoke", *asked, "--out", tmp_path)
     assert done.returncode == 0, done.stderr
     found = read_records(tmp_path / gpu_decoding.RECORDS)
     assert [r["way"] for r in found if r["batch"] == 1] == [
