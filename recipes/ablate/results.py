@@ -15,6 +15,8 @@ from frontier import answer, draw
 from pydantic import Field
 from recorded import PERPLEXITY, Row, read
 from sections import section
+from students import About
+from students import section as of_students
 from table import Table
 
 from spiking_mamba.common.errors import fail_clearly
@@ -61,6 +63,7 @@ class ResultsSettings:
         results: folder of the rows' results; null: where each table says.
         referee: what a referee would ask.
         records: folder of the other records that they name.
+        students: of the converted model, see ``students.About``; null: none.
     """
 
     tables: Annotated[Names, Field(min_length=1)]
@@ -68,6 +71,7 @@ class ResultsSettings:
     results: Name | None = None
     referee: list[mapping_of(Question)] = field(default_factory=list)
     records: Name = "docs/results"
+    students: mapping_of(About) | None = None
 
 
 def write(settings: ResultsSettings) -> None:
@@ -90,6 +94,8 @@ def write(settings: ResultsSettings) -> None:
     image.parent.mkdir(parents=True, exist_ok=True)
     if draw(image, everything):
         blocks.append(Picture(image, "Perplexity above the best dense model against energy"))
+    if settings.students is not None:
+        blocks += of_students(About(**settings.students))
     if settings.referee:
         blocks += referee(settings, rows)
     blocks += [Heading("How to read the tables"), *reading(everything)]

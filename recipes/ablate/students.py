@@ -1,0 +1,227 @@
+"""The source's table at its own size: students of a converted model beside their teacher and its rivals.
+
+Of records that ``recipes/convert/score_student.py`` has written, all on full sets.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Any
+
+from placeholders import ENERGIES
+
+import neurons
+from spiking_mamba import SpikingMambaConfig
+from spiking_mamba.common.keys import reject_unknown_keys
+from spiking_mamba.common.provenance import MARK, is_clean
+from spiking_mamba.common.records import read_records
+from spiking_mamba.common.schema import Name, schema
+from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+from spiking_mamba.reports.document import Block, Code, Heading, Paragraph
+from spiking_mamba.reports.document import Table as Cells
+from spiking_mamba.spikes.energy import energy_of_rates
+
+__all__ = ["MEASURES", "About", "Student", "of_file", "section"]
+
+SIX = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "boolq", "winogrande")  # of arXiv 2510.04595
+PLACEHOLDER = re.compile(r"{([^{}:]+):([+,]*\.\df)}")
+COMMAND = "python recipes/convert/score_student.py recipes/distill/score.yaml model=FOLDER name=NAME"
+
+
+class Student:
+    """A model that was scored: a spiking student, its teacher, or a rival.
+
+    Args:
+        record: a line of the log.
+        config: folder of the teacher's configuration, of which energies are calculated.
+    """
+
+    def __init__(self, record: Mapping[str, Any], config: str) -> None:
+        self.record, self.config, self.name = record, config, record["name"]
+
+    @property
+    def clean(self) -> bool:
+        return is_clean(self.record["provenance"]["commit"])
+
+    @property
+    def tokens(self) -> int | None:
+        """That it was trained on; None of what was not trained, or packed: the packed file has them."""
+        return self.record.get("progress", {}).get("tokens")
+
+    def score(self, task: str) -> float:
+        """Accuracy on a set by the metric that counts for it, in per cent."""
+        return 100 * self.record["tasks"][task][BENCHMARK_SETS[task].main]
+
+    @property
+    def six(self) -> float:
+        """Mean accuracy on the source's six sets, in per cent."""
+        return sum(map(self.score, SIX)) / len(SIX)
+
+    @property
+    def rates(self) -> dict[str, float] | None:
+        """Mean |s| and share of non-zero counts over the sets, first tokens included; None if dense."""
+        return None if "spikes" not in self.record else self.record["spikes"]["both"]
+
+    @property
+    def energy(self) -> dict[str, Any]:
+        """What ``energy_of_rates`` gives of its spikes; of a dense model none counts."""
+        neuron = self.record.get("neuron") or {"class": "neurons.SILIFNode", "args": {"max_spike_count": 1}}
+        rates = self.rates or {"mean_abs": 1.0, "nonzero": 1.0}
+        return _energy(self.config, json.dumps(neuron), rates["mean_abs"], rates["nonzero"])
+
+    def microjoules(self, scope: Sequence[str]) -> float:
+        """Of a token at int8, spiking or, of a dense model, multiplied."""
+        found: Any = self.energy
+        for key in scope:
+            found = found[key]
+        machine = "dense" if self.rates is None else "spiking"
+        return found["int8"][f"{machine}_pj_per_token"] / 1e6
+
+
+@functools.cache
+def _energy(config: str, neuron: str, mean_abs: float, nonzero: float) -> dict[str, Any]:
+    spec = json.loads(neuron)
+    most = int(neurons.build(spec).max_spike_count)
+    model = SpikingMambaConfig.from_pretrained(config, neuron=spec)
+    return energy_of_rates(model, mean_abs, nonzero, max_spike_count=most, measured_in="bf16")
+
+
+def _of(*keys: str, scale: float = 1.0) -> Callable[[Student], float | None]:
+    """A number of a record; None where it has none."""
+
+    def get(student: Student) -> float | None:
+        found: Any = student.record
+        for key in keys:
+            if key not in found:
+                return None
+            found = found[key]
+        return scale * found
+
+    return get
+
+
+def _gain(name: str) -> Callable[[Student], float | None]:
+    return lambda s: None if s.rates is None else ENERGIES[name](s.energy)
+
+
+# What a text or a table may say of a student, each None where it has no such number.
+MEASURES: dict[str, Callable[[Student], float | None]] = {
+    "six": lambda s: s.six,
+    "gap": _of("gap", "gap"),
+    "gap.low": _of("gap", "low"),
+    "gap.high": _of("gap", "high"),
+    "kept": _of("kept", "share", scale=100),
+    "kept.low": _of("kept", "low", scale=100),
+    "kept.high": _of("kept", "high", scale=100),
+    "ability": _of("ability"),
+    "kl": _of("teacher_kl_web"),
+    "agreement": _of("teacher_agreement_web", scale=100),
+    "perplexity": _of("perplexity_web"),
+    "tokens": lambda s: None if s.tokens is None else s.tokens / 1e6,
+    "mean_abs": lambda s: None if s.rates is None else s.rates["mean_abs"],
+    "nonzero": lambda s: None if s.rates is None else s.rates["nonzero"],
+    "projections": lambda s: None if s.rates is None else s.energy["projections"]["fp32"]["gain"],
+    **{name: _gain(name) for name in ("with_neurons", "whole_model", "decoding", "quantised_with_neurons")},
+    "int8": lambda s: s.microjoules(("model",)),
+    "int8_decoding": lambda s: s.microjoules(("with_memory", "decode")),
+}
+ACCURACY = {
+    "six sets, %": "{six:.2f}",
+    "below its teacher, points": "{gap:.2f} [{gap.low:.2f}, {gap.high:.2f}]",
+    "ability kept, %": "{kept:.1f} [{kept.low:.1f}, {kept.high:.1f}]",
+    "KL, nats a token": "{kl:.3f}",
+    "same likeliest token, %": "{agreement:.1f}",
+    "perplexity": "{perplexity:.2f}",
+}
+COST = {
+    "mean abs s": "{mean_abs:.3f}",
+    "non-zero": "{nonzero:.3f}",
+    "projections": "{projections:.2f}",
+    "with neurons": "{with_neurons:.2f}",
+    "whole model": "{whole_model:.2f}",
+    "decoding": "{decoding:.2f}",
+    "over quantised, sparse, int8": "{quantised_with_neurons:.2f}",
+    "µJ a token, int8": "{int8:.1f}",
+    "the same, decoding": "{int8_decoding:.0f}",
+}
+
+
+def fill(form: str, find: Callable[[str], float | None]) -> str | None:
+    """A text with a number in place of every ``{measure:.2f}``; None where one is not there."""
+    pieces = PLACEHOLDER.split(form)
+    for at in range(1, len(pieces), 3):
+        value = find(pieces[at])
+        if value is None:
+            return None
+        pieces[at : at + 2] = [f"{value:{pieces[at + 1]}}", ""]
+    return "".join(pieces)
+
+
+def measure(student: Student, name: str) -> float | None:
+    """A number of a student.
+
+    Raises:
+        ValueError: there is no such measure.
+    """
+    reject_unknown_keys({name: 0}, MEASURES, f"a text of {student.name}")
+    return MEASURES[name](student)
+
+
+def of_file(path: Path, config: str) -> dict[str, Student]:
+    """The students of a file by their names; of a name that is there twice, the later one."""
+    return {record["name"]: Student(record, config) for record in read_records(path)}
+
+
+@schema
+class About:
+    """What the page says of students; every field is a key of ``results.yaml``.
+
+    Attributes:
+        title: of the section.
+        text: before the tables.
+        records: file of what ``score_student.py`` has logged.
+        config: folder of the teacher.
+        labels: what the tables call a record, by its name, in the tables' order.
+        findings: behind the tables, with ``{name.measure:.2f}``; one without a number is left out.
+    """
+
+    title: Name
+    text: Name
+    records: Name
+    config: Name
+    labels: dict[str, str]
+    findings: list[Name] = field(default_factory=list)
+
+
+def section(about: About) -> list[Block]:
+    """The section; nothing where nothing was scored."""
+    students = of_file(Path(about.records), about.config)
+    found = [(label, students[name]) for name, label in about.labels.items() if name in students]
+    if not found:
+        return []
+    blocks: list[Block] = [Heading(about.title), Paragraph(about.text), Code(COMMAND)]
+    for columns in (ACCURACY, COST):
+        blocks.append(Cells(["model", *columns], [cells(label, s, columns) for label, s in found]))
+
+    def find(name: str) -> float | None:
+        who, _, what = name.partition(".")
+        reject_unknown_keys({who: 0}, about.labels, "a finding")
+        return measure(students[who], what) if who in students else None
+
+    texts = [fill(text, find) for text in about.findings]
+    blocks += [Paragraph(text) for text in texts if text is not None]
+    runs = [student.record["provenance"] for _, student in found]
+    devices = sorted({run["hardware"]["device"] for run in runs})
+    commits, dates = (sorted({str(run[key]) for run in runs}) for key in ("commit", "date"))
+    text = f"Scored on {', '.join(devices)}, {dates[0][:10]}; commit {', '.join(c[:7] for c in commits)}."
+    blocks.append(Paragraph(text))
+    return blocks
+
+
+def cells(label: str, student: Student, columns: Mapping[str, str]) -> list[str]:
+    """A line of a table; what it has no number for is empty."""
+    values = [fill(form, functools.partial(measure, student)) or "" for form in columns.values()]
+    return [label if student.clean else f"{label} {MARK}", *values]
