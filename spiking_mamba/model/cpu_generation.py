@@ -1,10 +1,9 @@
 """``generate()`` of an event-driven model on a processor: the prompt at once, then compiled."""
 
 import contextlib
-import copy
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList
 
 from spiking_mamba.common.machine import cores
 from spiking_mamba.model.cpu_decoder import CpuDecoder, Fetched, cannot_decode
+from spiking_mamba.model.graph_generation import Text, cannot_loop
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 
 __all__ = ["Decoders", "cannot_generate", "decode"]
@@ -23,25 +23,12 @@ _MEASURED = 32  # tokens over which a model's share of spikes is measured
 def cannot_generate(model: SpikingMambaForCausalLM, args: tuple, kwargs: dict[str, Any]) -> str | None:
     """Why a call of ``generate()`` with these arguments cannot go through a decoder; None where it can."""
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-    asked = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
-    known = asked.to_dict()
-    asked.update(**{key: value for key, value in kwargs.items() if key in known})
-    mode = str(asked.get_generation_mode(kwargs.get("assistant_model")).value)
-    if len(args) > 1 or kwargs.get("inputs_embeds") is not None:
-        return "Only token ids are decoded, and other arguments by name."
-    if mode not in ("greedy_search", "sample"):
-        return f"Only greedy decoding and sampling are compiled, not {mode}."
-    if (1 if ids is None else ids.shape[0]) * (asked.num_return_sequences or 1) != 1:
+    if (reason := cannot_loop(model, args, kwargs)) is not None:
+        return reason
+    asked = kwargs.get("generation_config") or model.generation_config
+    each = kwargs.get("num_return_sequences", asked.num_return_sequences) or 1
+    if (1 if ids is None else ids.shape[0]) * each != 1:
         return "Only one sequence at a time is decoded."
-    others = asked.prefill_chunk_size, asked.return_dict_in_generate, asked.stop_strings
-    if asked.use_cache is False or any(others):
-        return (
-            "use_cache=False, prefill_chunk_size, return_dict_in_generate and stop_strings are not compiled."
-        )
-    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
-        return (
-            "Somebody watches the model by forward hooks, as count_spikes does, which compiled code has not."
-        )
     return cannot_decode(model)
 
 
@@ -111,32 +98,13 @@ def _measured(model: SpikingMambaForCausalLM, threads: int, prompt: list[int]) -
     return decoder if decoder.suits(shares) else CpuDecoder(model, threads, shares)
 
 
-class _Text:
-    """The tokens so far, ``[1, n]``, in memory that grows seldom."""
-
-    def __init__(self, ids: torch.Tensor, longest: int | None) -> None:
-        self.length = ids.shape[1]
-        self._ids = ids.new_empty(1, longest or 2 * self.length + 64)
-        self._ids[:, : self.length] = ids
-
-    def append(self, token: int) -> None:
-        if self.length == self._ids.shape[1]:
-            self._ids = torch.cat([self._ids, torch.empty_like(self._ids)], 1)
-        self._ids[0, self.length] = token
-        self.length += 1
-
-    @property
-    def ids(self) -> torch.Tensor:
-        return self._ids[:, : self.length]
-
-
-def _chooser(text: _Text, processors: LogitsProcessorList, samples: bool) -> Callable[[np.ndarray], int]:
+def _chooser(text: Text, processors: LogitsProcessorList, samples: bool) -> Callable[[np.ndarray], int]:
     """What makes a token of logits ``[vocab_size]``, as ``generate()`` of transformers does."""
     if not processors and not samples:
         return lambda logits: int(logits.argmax())
 
     def choose(logits: np.ndarray) -> int:
-        scores = processors(cast(torch.LongTensor, text.ids), torch.from_numpy(logits.copy())[None])
+        scores = processors(text.ids, torch.from_numpy(logits.copy())[None])
         if not samples:
             return int(scores.argmax())
         return int(torch.multinomial(F.softmax(scores, -1), 1))
@@ -144,7 +112,7 @@ def _chooser(text: _Text, processors: LogitsProcessorList, samples: bool) -> Cal
     return choose
 
 
-def _ends(text: _Text, criteria: Any) -> Callable[[int], bool]:
+def _ends(text: Text, criteria: Any) -> Callable[[int], bool]:
     """Whether the text ends with a token; the usual two criteria without a tensor."""
     lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
     last = {int(t) for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.flatten()}
@@ -179,7 +147,7 @@ def decode(
     inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
     output = model(**inputs, return_dict=True)
     cache = output.cache
-    text = _Text(input_ids, getattr(stopping_criteria, "max_length", None))
+    text = Text(input_ids, getattr(stopping_criteria, "max_length", None))
     choose = _chooser(text, logits_processor, bool(generation_config.do_sample))
     ends = _ends(text, stopping_criteria)
     with decoders.borrow(model, input_ids[0].tolist()) as decoder:

@@ -5,6 +5,7 @@ One explicit-state core with two skins. transformers': ``generate()`` and ``cach
 sequences. A dense Mamba2 is the same model with ``config.neuron = None``.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +26,7 @@ from spiking_mamba.model.cache import (
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.decoding import DecodingGraphs
 from spiking_mamba.model.dense import read_dense, student_of
+from spiking_mamba.model.graph_generation import cannot_loop, decode
 from spiking_mamba.model.pretrained import SpikingMambaPreTrainedModel
 from spiking_mamba.model.projection import SpikingProjection, spike_fed
 
@@ -120,7 +122,19 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         """
         named = {} if cache is None else {caches.GENERATION_NAME: cache}
         args, kwargs = _padding_first(args, kwargs)
+        if self._loops(args, kwargs):
+            lasts = cache is not None or self.backbone.streams(None, True)
+            # transformers does not hand the streamer on to a loop that is passed
+            kwargs["custom_generate"] = functools.partial(
+                decode, ahead=not lasts, streamer=kwargs.get("streamer")
+            )
         return super().generate(*args, **named, **kwargs)
+
+    def _loops(self, args: tuple, kwargs: dict[str, Any]) -> bool:
+        """Whether a call of ``generate()`` goes through the loop that keeps the device busy."""
+        if self.graphs is None or "custom_generate" in kwargs or kwargs.get("synced_gpus"):
+            return False
+        return cannot_loop(self, args, kwargs) is None
 
     @takes_any_cache_name
     def prepare_inputs_for_generation(

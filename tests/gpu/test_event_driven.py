@@ -135,6 +135,25 @@ def test_generate_and_streams_are_captured():
     assert on_gpu.generate(ids, max_new_tokens=5, do_sample=False, num_beams=3).shape[1] <= 17
 
 
+@pytest.mark.parametrize(
+    "how", [{"do_sample": False}, {"do_sample": True, "top_k": 5}], ids=["greedy", "sampling"]
+)
+@pytest.mark.parametrize("rows", [1, 3])
+def test_generate_gives_what_transformers_loop_gives(monkeypatch, rows, how):
+    on_gpu, ids = made_of().cuda(), ids_of(rows, 9).cuda()
+    asked = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 24, "pad_token_id": 0} | how
+    found = []
+    for _ in range(2):
+        for loops in (True, False):
+            with monkeypatch.context() as changed:
+                if not loops:
+                    changed.setattr("spiking_mamba.model.modeling.cannot_loop", lambda *_: "as asked")
+                torch.manual_seed(5)
+                found.append(on_gpu.generate(ids, **asked))
+        assert torch.equal(*found[-2:])
+        asked["eos_token_id"] = [int(found[0][0, 14]), int(found[0][-1, 20])]  # some end earlier
+
+
 def test_a_token_comes_out_the_same_every_time():
     made, ids = made_of(None).cuda(), ids_of(4, 8).cuda()
     with torch.no_grad():

@@ -1,0 +1,177 @@
+"""``generate()`` of a model whose single tokens are CUDA graphs: the device does not wait for the host."""
+
+import copy
+from typing import Any, cast
+
+import torch
+from torch import nn
+from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, MaxLengthCriteria
+
+__all__ = ["Text", "cannot_loop", "decode"]
+
+_AT_FIRST = 1024  # tokens that there is room for before the text has to move
+
+
+def cannot_loop(model: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """Why these arguments of ``generate()`` need transformers' own loop; None where they do not."""
+    asked = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
+    known = asked.to_dict()
+    asked.update(**{key: value for key, value in kwargs.items() if key in known})
+    mode = str(asked.get_generation_mode(kwargs.get("assistant_model")).value)
+    if len(args) > 1 or kwargs.get("inputs_embeds") is not None:
+        return "Only token ids are decoded, and other arguments by name."
+    if mode not in ("greedy_search", "sample"):
+        return f"Only greedy decoding and sampling are compiled, not {mode}."
+    others = asked.prefill_chunk_size, asked.return_dict_in_generate, asked.stop_strings
+    if asked.use_cache is False or any(others):
+        return (
+            "use_cache=False, prefill_chunk_size, return_dict_in_generate and stop_strings are not compiled."
+        )
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return (
+            "Somebody watches the model by forward hooks, as count_spikes does, which compiled code has not."
+        )
+    return None
+
+
+class _Host:
+    """The last tokens as the host sees them, without waiting for what was launched behind them."""
+
+    def __init__(self, ids: torch.Tensor) -> None:
+        self._event = torch.cuda.Event() if ids.is_cuda else None
+        self._tokens = torch.empty(ids.shape[0], dtype=torch.long, pin_memory=ids.is_cuda)
+
+    def note(self, tokens: torch.Tensor) -> None:
+        self._tokens.copy_(tokens, non_blocking=True)
+        if self._event is not None:
+            self._event.record()
+
+    def read(self) -> torch.Tensor:
+        """Waits for the tokens, no longer."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tokens
+
+
+class Text:
+    """The tokens so far, ``[B, n]``, in memory that grows seldom."""
+
+    def __init__(self, ids: torch.Tensor, longest: int | None) -> None:
+        self.length = ids.shape[1]
+        room = _AT_FIRST if longest is None else min(_AT_FIRST, longest - self.length)
+        self._ids = ids.new_empty(ids.shape[0], self.length + max(1, room))
+        self._ids[:, : self.length] = ids
+
+    def append(self, tokens: torch.Tensor | int) -> None:
+        """One more of every sequence, ``[B]``."""
+        if self.length == self._ids.shape[1]:
+            self._ids = torch.cat([self._ids, torch.empty_like(self._ids)], 1)
+        self._ids[:, self.length] = tokens
+        self.length += 1
+
+    @property
+    def ids(self) -> torch.LongTensor:
+        """``[B, n]``."""
+        return cast(torch.LongTensor, self._ids[:, : self.length])
+
+
+class _Ends:
+    """Which sequences have ended."""
+
+    def __init__(self, ids: torch.Tensor, criteria: Any, padding: torch.Tensor | None) -> None:
+        lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
+        last = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
+        self._longest = min(lengths, default=None)
+        self._last = {int(token) for tokens in last for token in tokens.flatten()}
+        self._others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+        self._running = [True] * ids.shape[0]
+        self._padding = padding if any(hasattr(c, "eos_token_id") for c in criteria) else None
+        self._mask: torch.Tensor | None = None  # of those that run, where some have ended
+
+    @property
+    def asks_tokens(self) -> bool:
+        """Whether the host has to see every token."""
+        return bool(self._last)
+
+    def padded(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The next tokens, those of sequences that have ended replaced."""
+        if self._mask is None or self._padding is None:
+            return tokens
+        return torch.where(self._mask, tokens, self._padding.to(tokens))
+
+    def by_text(self, text: Text) -> bool:
+        """Whether all have ended by their length, or by a caller's criteria, which see the text at once."""
+        for criterion in self._others:
+            self._end(torch.as_tensor(criterion(text.ids, None)).expand(len(self._running)).tolist(), text)
+        return not any(self._running) or (self._longest is not None and text.length >= self._longest)
+
+    def by_tokens(self, tokens: torch.Tensor, text: Text) -> bool:
+        """Whether all have ended, these being the last tokens."""
+        if self._last:
+            self._end([token in self._last for token in tokens.tolist()], text)
+        return not any(self._running)
+
+    def _end(self, ended: list[bool], text: Text) -> None:
+        running = [runs and not ends for runs, ends in zip(self._running, ended, strict=True)]
+        if running != self._running:
+            self._running = running
+            self._mask = torch.tensor(running).to(text.ids.device, non_blocking=True)
+
+
+def decode(
+    model: Any,
+    input_ids: torch.Tensor,
+    logits_processor: LogitsProcessorList,
+    stopping_criteria: Any,
+    generation_config: GenerationConfig,
+    synced_gpus: bool = False,
+    streamer: Any = None,
+    ahead: bool = True,
+    **model_kwargs: Any,
+) -> torch.Tensor:
+    """The loop of ``generate()``, greedy or sampling, tokens as from transformers' own.
+
+    What transformers calls ``custom_generate``, with its arguments. The next token is launched before the
+    host has seen whether this one ends the text, so that the device works meanwhile.
+
+    Args:
+        ahead: launch it so; if False a cache that outlives the call has seen what the text has, no more.
+
+    Returns:
+        The tokens, ``[B, n]``, the prompts first.
+    """
+    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+    output = model(**inputs, return_dict=True)
+    cache, logits = output.cache, output.logits
+    text = Text(input_ids, getattr(stopping_criteria, "max_length", None))
+    host, ends = _Host(input_ids), _Ends(input_ids, stopping_criteria, generation_config._pad_token_tensor)
+    waits = ends.asks_tokens or streamer is not None
+    while True:
+        tokens = ends.padded(
+            _choose(logits[:, -1].float(), text, logits_processor, generation_config.do_sample)
+        )
+        text.append(tokens)
+        if waits:
+            host.note(tokens)
+        over = ends.by_text(text) or (not ahead and ends.by_tokens(host.read(), text))
+        if not over:
+            logits = model(tokens[:, None], cache=cache, use_cache=True).logits
+        if waits:
+            seen = host.read()
+            if streamer is not None:
+                streamer.put(seen.clone())
+            over = over or ends.by_tokens(seen, text)
+        if over:
+            break
+    if streamer is not None:
+        streamer.end()
+    return text.ids
+
+
+def _choose(scores: torch.Tensor, text: Text, processors: LogitsProcessorList, samples: bool) -> torch.Tensor:
+    """Tokens ``[B]`` of logits ``[B, vocab_size]``, as ``generate()`` of transformers does."""
+    if processors:
+        scores = processors(text.ids, cast(torch.FloatTensor, scores))
+    if not samples:
+        return scores.argmax(-1)
+    return torch.multinomial(nn.functional.softmax(scores, -1), 1).squeeze(1)
