@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The stages on a machine without a network, in pieces of half an hour: offline.sh COMMAND [arguments], from the
-# repository's root. What it needs lies in its folder or in CARRY, in as many calls as it takes: kit.part* (a tar,
-# compressed or not, of wheels in whl/ and of data/, what prepare.py wrote) and wheel.part* (the source's package).
+# repository's root. What it needs lies in its folder or in CARRY, in as many calls as it takes; kit.py makes it:
+# kit.part* (a tar, compressed or not, of wheels in whl/ and of data/, what prepare.py wrote) and wheel.part* (the
+# source's package).
 # Everything is kept below BASE.
 set -u -o pipefail
 here=${CARRY:-$(cd "$(dirname "$0")" && pwd)}
@@ -41,6 +42,7 @@ PY
 setup() {
   keep >/dev/null
   unpack || { echo "kit or wheel is incomplete"; return 1; }
+  [ -d "$base/site/mamba_ssm" ] || { echo "the kit lacks mamba-ssm, without whose kernels a step takes minutes"; return 1; }
   [ -f "$base/autotune.tar" ] && mkdir -p "$base/triton" && tar -xf "$base/autotune.tar" -C "$base/triton"
   nvidia-smi --query-gpu=name,memory.total --format=csv; nproc; df -h "$base" | tail -1
   python3 - <<'PY'

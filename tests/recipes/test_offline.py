@@ -1,5 +1,6 @@
 """What offline.sh makes of the parts that calls have carried."""
 
+import importlib
 import io
 import os
 import subprocess
@@ -108,3 +109,59 @@ def test_what_is_compiled_beside_the_text_is_timed_again(tmp_path, monkeypatch, 
     assert {"k.cubin", "warm.txt"} <= kept
     assert not kept & {"k.autotune.json", "k.best_config", "state.pt"}
     assert "kept at step 6" in result.stdout
+
+
+@pytest.fixture
+def kit(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes/convert"))
+    return importlib.import_module("kit")
+
+
+@pytest.mark.parametrize("size", [1000, 20000, 30000, 30001, 80000])
+def test_a_kit_is_cut_into_folders_and_comes_back(kit, tmp_path, size):
+    files = {name: tmp_path / name for name in ("kit", "wheel")}
+    contents = {"kit": DATA + os.urandom(10000), "wheel": zipped("weights.gguf", os.urandom(30000))}
+    for name, content in contents.items():
+        files[name].write_bytes(content)
+    folders = kit.cut(files, tmp_path, size)
+    assert [folder.name for folder in folders] == [str(k + 1) for k in range(len(folders))]
+    for folder in folders:
+        assert 0 < sum(path.stat().st_size for path in folder.iterdir()) <= size
+        result = offline(tmp_path, CONVERT, "keep", carry=folder.name)
+        assert result.returncode == 0, result.stderr
+    for name, content in contents.items():
+        parts = sorted((tmp_path / "base" / "parts").glob(f"{name}.part*"))  # as offline.sh joins them
+        assert b"".join(path.read_bytes() for path in parts) == content
+
+
+def test_versions_are_those_of_the_constraints(kit):
+    constraints = (ROOT / "constraints.txt").read_text()
+    settings = kit.parse_settings(kit.KitSettings, [str(ROOT / "recipes/convert/kit.yaml")])
+    found = kit.pinned([*settings.wheels, settings.pure], constraints)
+    assert all(f"{each} " in constraints or f"{each}\n" in constraints for each in found)
+    assert len(found) == len(settings.wheels) + 1
+    with pytest.raises(kit.RunError, match=r"has no nothing, torcher\."):
+        kit.pinned(["nothing", "numpy", "torcher"], constraints)
+
+
+@pytest.mark.parametrize(
+    ("there", "said"),
+    [("data", "holds no evaluated.npz"), ("output/1/kit.part00", "is not empty: name another output")],
+)
+def test_a_kit_that_cannot_be_made_is_refused_at_once(tmp_path, there, said):
+    (tmp_path / there).mkdir(parents=True)
+    script = ROOT / "recipes/convert/kit.py"
+    words = [ROOT / "recipes/convert/kit.yaml", f"data={tmp_path / 'data'}", f"output={tmp_path / 'output'}"]
+    done = subprocess.run([sys.executable, script, *words], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode != 0
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_setup_wants_the_kernels_of_the_scan(carried):
+    folder, _ = carried  # whose kit has no mamba-ssm
+    for k in range(2):
+        offline(folder, CONVERT, "keep", carry=f"carry{k}")
+    result = offline(folder, CONVERT, "setup")
+    assert result.returncode != 0
+    assert "the kit lacks mamba-ssm" in result.stdout
