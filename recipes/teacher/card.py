@@ -25,7 +25,7 @@ from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.records import read_records
 from spiking_mamba.common.schema import Count, Name, Names, schema
 from spiking_mamba.common.settings import parse_settings
-from spiking_mamba.evaluation.evaluator import weights_sha256
+from spiking_mamba.evaluation.measuring import weights_sha256
 from spiking_mamba.evaluation.scoring import perplexity
 from spiking_mamba.evaluation.statistics import interval
 from spiking_mamba.evaluation.tasks import zero_shot_tasks

@@ -7,6 +7,7 @@ from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.machine import keep_freed_memory
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.ranks import is_first_process
 from spiking_mamba.evaluation.evaluator import evaluate
 from spiking_mamba.evaluation.settings import EvaluationSettings, names_of
 from spiking_mamba.reports.evaluation import write_evaluation_report
@@ -19,6 +20,8 @@ def main(description: str | None = __doc__) -> None:
     quiet()
     keep_freed_memory()
     results = evaluate(settings)
+    if not is_first_process():  # of a launcher's, which share the measurements
+        return
     output = Path(settings.output)
     with interruptible(lambda: f"{output / 'results.json'} is complete; the same command reports it."):
         print("\n" + write_evaluation_report(output, results))

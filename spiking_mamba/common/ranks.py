@@ -2,9 +2,14 @@
 
 import os
 
-__all__ = ["is_first_process"]
+__all__ = ["is_first_process", "process_count"]
 
 
 def is_first_process() -> bool:
     """Whether this is the first of a launcher's processes, or the only one: the one that speaks."""
     return int(os.environ.get("RANK", 0)) == 0
+
+
+def process_count() -> int:
+    """How many processes a launcher, torchrun or ``accelerate launch``, has started; 1 without one."""
+    return int(os.environ.get("WORLD_SIZE", 1))

@@ -7,14 +7,22 @@ everything that the numbers depend on; a file is used only for exactly that key.
 import hashlib
 import json
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from spiking_mamba.common.claims import claimed
 from spiking_mamba.common.files import write_whole
 
-__all__ = ["ResultsCache"]
+__all__ = ["ResultsCache", "TakenError"]
+
+_LOCKS = ".locks"  # of measurements that processes share among them
+
+
+class TakenError(RuntimeError):
+    """Another process makes this measurement."""
 
 
 def _canonical(value: Any) -> str:
@@ -26,10 +34,16 @@ def _sha256(value: Any) -> str:
 
 
 class ResultsCache:
-    """The measurements in ``folder``."""
+    """The measurements in ``folder``.
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    Args:
+        folder: made with the first one.
+        waits: what to do where another process makes a measurement: wait for it, or raise
+            :class:`TakenError`; None: no other process is there.
+    """
+
+    def __init__(self, folder: Path, waits: bool | None = None) -> None:
+        self.folder, self.waits = folder, waits
 
     def path(self, name: str, key: dict[str, Any]) -> Path:
         """Where the result of this name for ``key`` is kept."""
@@ -40,8 +54,25 @@ class ResultsCache:
 
         A damaged file is set aside as ``<file>.damaged``, with a warning, and its measurement repeated:
         nothing is lost but time.
+
+        Raises:
+            TakenError: another process makes this measurement, and this one does not wait.
         """
         path = self.path(name, key)
+        if self.waits is None or (path.is_file() and _read(path, key) is not None):
+            return self._get(path, key, measure)
+        locks = self.folder / _LOCKS
+        locks.mkdir(parents=True, exist_ok=True)
+        with claimed(locks / path.name, wait=self.waits) as free:
+            if not free:
+                raise TakenError(name)
+            return self._get(path, key, measure)
+
+    def tidy_up(self) -> None:
+        """Remove the locks, when every measurement has been made."""
+        shutil.rmtree(self.folder / _LOCKS, ignore_errors=True)
+
+    def _get(self, path: Path, key: dict[str, Any], measure: Callable[[], Any]) -> tuple[Any, bool]:
         if path.is_file():
             if (cached := _read(path, key)) is not None:
                 return cached, True

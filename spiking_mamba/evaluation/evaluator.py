@@ -7,45 +7,36 @@ zero_shot(model, tokenizer, tasks)["piqa"]["acc"]
 perplexity(model, rows)["perplexity"]
 """
 
-import contextlib
-import dataclasses
-import hashlib
 import json
 import math
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import os
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from spiking_mamba.common.checkpoint_files import locate
-from spiking_mamba.common.errors import RunError
-from spiking_mamba.common.files import file_sha256, write_whole
+from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
-from spiking_mamba.common.progress import Share, Stage, say
-from spiking_mamba.common.provenance import code_state, package_versions, provenance
-from spiking_mamba.data.benchmarks import CHANCE, SOURCE_TASKS, digest
+from spiking_mamba.common.progress import Stage
+from spiking_mamba.common.provenance import provenance
+from spiking_mamba.common.ranks import is_first_process, process_count
+from spiking_mamba.data.benchmarks import CHANCE, SOURCE_TASKS
 from spiking_mamba.data.text import load_text
-from spiking_mamba.data.tokens import count_bytes, rules_of, tokenize
 from spiking_mamba.evaluation.cache import ResultsCache
-from spiking_mamba.evaluation.scoring import perplexity, score, zero_shot
+from spiking_mamba.evaluation.measuring import Measured, reference_of, weights_sha256
+from spiking_mamba.evaluation.scoring import perplexity, zero_shot
 from spiking_mamba.evaluation.settings import RESULTS, Checkpoint, EvaluationSettings, claim_output
 from spiking_mamba.evaluation.statistics import gaps, groups
-from spiking_mamba.evaluation.tasks import describe, zero_shot_tasks
-from spiking_mamba.model.checkpoint import load_model
+from spiking_mamba.evaluation.tasks import zero_shot_tasks
 from spiking_mamba.model.tokenizer import has_tokenizer, load_tokenizer
-from spiking_mamba.spikes.counting import count_spikes
-from spiking_mamba.spikes.counts import ProjectionSpikes, SpikeCounts
-from spiking_mamba.spikes.energy import COSTS_45NM, Costs, load_costs, model_energy
-from spiking_mamba.spikes.joules import JouleMeter, NoEnergyCounter
+from spiking_mamba.spikes.energy import COSTS_45NM, Costs, load_costs
 
 if TYPE_CHECKING:
     import datasets
     from lm_eval.api.task import Task
     from transformers import PreTrainedTokenizerBase
-
-    from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 
 __all__ = [
     "CHANCE",
@@ -66,10 +57,12 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
 
     Scores, spikes and energy come from the same forward passes. Each finished measurement is kept in
     ``cache`` below ``output``, so a run that was interrupted, or that names further models or tasks, makes
-    only the passes that are missing.
+    only the passes that are missing. Processes of a launcher, on one host, share the measurements among them,
+    each on a GPU of its own; each is made whole by one of them, so its numbers are those of one process.
 
     Returns:
-        What ``evaluation.schema.json``, beside this file, describes.
+        What ``evaluation.schema.json``, beside this file, describes; in a launcher's other processes nothing,
+        as soon as no measurement is left for them.
 
     Raises:
         ValueError, CheckpointError, DataError, RunError: something cannot be evaluated; found out before
@@ -82,280 +75,86 @@ def evaluate(settings: EvaluationSettings) -> dict[str, Any]:
     tasks = zero_shot_tasks(settings.tasks, settings.data) if settings.tasks else {}
     texts = {str(corpus): load_text(str(corpus)) for corpus in settings.corpora}
     costs = COSTS_45NM | (load_costs(settings.costs) if settings.costs else {})
+    run = _Run(settings, checkpoints, folders, tokenizers, tasks, texts, costs)
+    if process_count() > 1:
+        return _evaluate_together(run)
     with claim_output(settings) as output:
         cache = ResultsCache(output / "cache")
         with interruptible(lambda: _kept_in(cache)):
-            models = []
-            compared = [reference_of(checkpoint, checkpoints) for checkpoint in checkpoints]
-            parts = len(checkpoints) * (len(tasks) + len(texts))
-            parts += len(texts) * sum(reference is not None for reference in compared)
-            with Stage(parts, "evaluating") as stage:
-                for number, checkpoint in enumerate(checkpoints):
-                    folder, tokenizer = folders[number], tokenizers[number]
-                    measured = _Measured(settings, checkpoint, folder, tokenizer, cache, costs, stage)
-                    if (reference := compared[number]) is not None:
-                        place = checkpoints.index(reference)
-                        measured.compare_with(reference.name, folders[place], tokenizers[place])
-                    models.append(measured.everything(tasks, texts))
-            results = {
-                "schema": SCHEMA,
-                "provenance": provenance(settings),
-                "models": models,
-                "groups": groups(models),
-                "gaps": gaps(models),
-            }
-            results = _finite(results)
-            write_whole(output / RESULTS, json.dumps(results, indent=1, allow_nan=False))
-    return results
+            return run.results(output, cache)
+
+
+def _evaluate_together(run: "_Run") -> dict[str, Any]:
+    """The same by all processes of a launcher."""
+    place = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place % torch.cuda.device_count())
+    torch.distributed.init_process_group("gloo")
+    try:
+        if not is_first_process():
+            torch.distributed.barrier()  # until the folder is the first one's
+            run.take_part(ResultsCache(Path(run.settings.output) / "cache", waits=False))
+            return {}
+        with claim_output(run.settings) as output:
+            torch.distributed.barrier()
+            cache = ResultsCache(output / "cache", waits=True)
+            with interruptible(lambda: _kept_in(cache)):
+                run.take_part(ResultsCache(cache.folder, waits=False))
+                results = run.results(output, cache)  # waits for what others are at
+                cache.tidy_up()
+                return results
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class _Run(NamedTuple):
+    """What is to be measured of what."""
+
+    settings: EvaluationSettings
+    checkpoints: Sequence[Checkpoint]
+    folders: Sequence[Path]
+    tokenizers: "Sequence[PreTrainedTokenizerBase]"
+    tasks: "Mapping[str, Task]"
+    texts: "Mapping[str, datasets.Dataset]"
+    costs: Mapping[str, Costs]
+
+    def _models(self, cache: ResultsCache) -> "Iterator[Measured]":
+        """One after another, loaded."""
+        compared = [reference_of(checkpoint, self.checkpoints) for checkpoint in self.checkpoints]
+        parts = len(self.checkpoints) * (len(self.tasks) + len(self.texts))
+        parts += len(self.texts) * sum(reference is not None for reference in compared)
+        with Stage(parts, "evaluating", shown=is_first_process()) as stage:
+            for number, checkpoint in enumerate(self.checkpoints):
+                folder, tokenizer = self.folders[number], self.tokenizers[number]
+                measured = Measured(self.settings, checkpoint, folder, tokenizer, cache, self.costs, stage)
+                if (reference := compared[number]) is not None:
+                    place = self.checkpoints.index(reference)
+                    measured.compare_with(reference.name, self.folders[place], self.tokenizers[place])
+                yield measured
+
+    def take_part(self, cache: ResultsCache) -> None:
+        """Make what no other process has made or is at."""
+        for measured in self._models(cache):
+            measured.what_is_left(self.tasks, self.texts)
+
+    def results(self, output: Path, cache: ResultsCache) -> dict[str, Any]:
+        """Measure what is not there, and write ``results.json``."""
+        models = [measured.everything(self.tasks, self.texts) for measured in self._models(cache)]
+        results = {
+            "schema": SCHEMA,
+            "provenance": provenance(self.settings),
+            "models": models,
+            "groups": groups(models),
+            "gaps": gaps(models),
+        }
+        results = _finite(results)
+        write_whole(output / RESULTS, json.dumps(results, indent=1, allow_nan=False))
+        return results
 
 
 def _kept_in(cache: ResultsCache) -> str:
     number = len(list(cache.folder.glob("*.json")))
     return f"the cache {cache.folder} keeps what is measured ({number} so far); the same command goes on."
-
-
-# One model ----------------------------------------------------------------------------------------------
-
-
-class _Measured:
-    """One checkpoint, loaded, and its measurements, from the cache where they are there."""
-
-    def __init__(
-        self,
-        settings: EvaluationSettings,
-        checkpoint: Checkpoint,
-        folder: Path,
-        tokenizer: "PreTrainedTokenizerBase",
-        cache: ResultsCache,
-        costs: Mapping[str, Costs],
-        stage: Stage,
-    ) -> None:
-        from spiking_mamba.evaluation.harness import SpikingMambaLM
-
-        self.settings, self.checkpoint, self.cache, self.stage = settings, checkpoint, cache, stage
-        self.lm = SpikingMambaLM(folder, tokenizer, dtype=settings.dtype, batch_size=settings.batch_size)
-        self.weights = weights_sha256(folder)
-        self.costs = costs
-        self.reference: _Reference | None = None
-        # what every number of this model depends on
-        self.identity = {
-            "weights": self.weights,
-            "config": file_sha256(folder / "config.json"),
-            "tokenizer": _tokenizer_sha256(tokenizer),
-            "dtype": settings.dtype,
-            "batch_size": settings.batch_size,
-            "limit": settings.limit,
-            "limit_seed": settings.limit_seed,
-            "device": self.lm.device.type,
-            "versions": package_versions(),
-            "code": code_state(),
-        }
-
-    def compare_with(self, name: str, folder: Path, tokenizer: "PreTrainedTokenizerBase") -> None:
-        """Measure how far this model's predictions are from another's, if both read the same tokens."""
-        if _tokenizer_sha256(tokenizer) != self.identity["tokenizer"]:
-            return
-        model = load_model(folder)
-        if model.config.vocab_size == self.lm.model.config.vocab_size:
-            sums = weights_sha256(folder), file_sha256(folder / "config.json")
-            self.reference = _Reference(name, model.to(self.lm.device), *sums)
-
-    def everything(
-        self, tasks: "Mapping[str, Task]", texts: "Mapping[str, datasets.Dataset]"
-    ) -> dict[str, Any]:
-        """An entry of the results' ``models``."""
-        model, checkpoint = self.lm.model, self.checkpoint
-        of_tasks = {name: self._task(name, task) for name, task in tasks.items()}
-        of_texts = {name: self._text(name, text) for name, text in texts.items()}
-        scores, losses = (
-            {
-                name: m["result"] | {"data": m["data"], "spikes": _brief(m["spikes"])}
-                for name, m in kind.items()
-            }
-            for kind in (of_tasks, of_texts)
-        )
-        measured = [*of_tasks.values(), *of_texts.values()]
-        total = None if model.config.neuron is None else sum(_unpack(m["spikes"]) for m in measured)
-        main = [scores[t]["metrics"][scores[t]["main"]]["value"] for t in SOURCE_TASKS if t in scores]
-        levels = model.config.max_spike_count
-        return {
-            "name": checkpoint.name,
-            "group": checkpoint.group,
-            "seed": checkpoint.seed,
-            "path": checkpoint.path,
-            "reference": checkpoint.reference,
-            "neuron": model.config.neuron and model.config.neuron["class"].rsplit(".", 1)[-1],
-            "levels": levels and 2 * levels + 1,
-            "parameters": model.num_parameters(),
-            "dtype": self.settings.dtype,
-            "weights_sha256": self.weights,
-            "tasks": scores,
-            "average": math.fsum(main) / len(main) if len(main) == len(SOURCE_TASKS) else None,
-            "perplexity": losses,
-            "spikes": total and total.to_dict(detail=True),
-            "energy": total
-            and model_energy(
-                total,
-                model.config,
-                measured_in=self.settings.dtype,
-                costs=self.costs,
-                length=self.settings.length,
-            ),
-            "joules": _together([m["joules"] for m in measured]),
-        }
-
-    def _task(self, name: str, task: "Task") -> dict[str, Any]:
-        data = describe(task, self.settings.data)
-
-        def measure(share: Share) -> dict[str, Any]:
-            with count_spikes(self.lm.model) as counts, self._metered() as joules:
-                found = score(self.lm, task, self.settings.limit, share, self.settings.limit_seed)
-            return {"result": found, "spikes": _pack(counts), "joules": joules}
-
-        return self._kept(name, {"task": name, "data": data["sha256"]}, measure) | {"data": data}
-
-    def _text(self, name: str, text: "datasets.Dataset") -> dict[str, Any]:
-        length, limit, seed = self.settings.length, self.settings.limit, self.settings.limit_seed
-        tokenizer = self.lm.tokenizer
-        data = {"source": name, "documents": len(text), "sha256": digest(text["text"])}
-
-        def drawn() -> "datasets.Dataset":
-            rows = tokenize(text, tokenizer, length)
-            if limit is not None and limit < len(rows):
-                rows = rows.select(sorted(random.Random(seed).sample(range(len(rows)), limit)))
-            return rows
-
-        bf16 = torch.autocast(self.lm.device.type, torch.bfloat16, enabled=self.settings.dtype == "bfloat16")
-
-        def measure(share: Share) -> dict[str, Any]:
-            rows = drawn()
-            spelled = count_bytes(rows, tokenizer)
-            with count_spikes(self.lm.model) as counts, bf16, self._metered() as joules:
-                found = perplexity(
-                    self.lm.model, rows, self.settings.batch_size, progress=share, bytes=spelled
-                )
-            return {"result": found, "spikes": _pack(counts), "joules": joules}
-
-        def compare(share: Share) -> dict[str, Any]:
-            # passes of their own: those above are the ones whose spikes and joules are measured
-            assert self.reference is not None  # or nobody asks
-            size, other = self.settings.batch_size, self.reference.model
-            with bf16:
-                found = perplexity(self.lm.model, drawn(), size, progress=share, reference=other)
-            return {key: found[key] for key in ("kl", "top1_agreement")}
-
-        key = {"corpus": name, "data": data["sha256"], "length": length}
-        found = self._kept(name, key, measure) | {"data": data}
-        compared = None
-        if self.reference is not None:
-            about = {"reference": self.reference.weights, "reference_config": self.reference.config}
-            compared = {"reference": self.reference.name}
-            compared |= self._kept(f"{name}, compared with {self.reference.name}", key | about, compare)
-        return found | {"result": found["result"] | {"compared": compared}}
-
-    @contextlib.contextmanager
-    def _metered(self) -> Iterator[dict[str, Any]]:
-        """The GPU's energy over the block, see :class:`JouleMeter`; nothing where there is no counter."""
-        energy: dict[str, Any] = {}
-        try:
-            meter = JouleMeter(self.lm.device, idle_seconds=2.0) if self.lm.device.type == "cuda" else None
-        except NoEnergyCounter:
-            meter = None
-        with contextlib.nullcontext() if meter is None else meter:
-            yield energy
-        if meter is not None:
-            energy |= meter.result()
-
-    def _kept(self, name: str, key: dict[str, Any], measure: Callable[[Share], Any]) -> dict[str, Any]:
-        label, key = f"{self.checkpoint.name}: {name}", self.identity | key
-        with self.stage.part(label) as share:
-
-            def report_and_measure() -> Any:
-                say(label)
-                return measure(share)
-
-            try:
-                result, before = self.cache.get(name, key, report_and_measure)
-            except FloatingPointError as error:
-                raise RunError(f"{label}: {error} No result was written for it.") from error
-            if before:
-                say(f"{label}: measured before, see {self.cache.path(name, key)}")
-        return result
-
-
-class _Reference(NamedTuple):
-    """A model that others are compared with, loaded; the sums are those of its files."""
-
-    name: str
-    model: "SpikingMambaForCausalLM"
-    weights: str
-    config: str
-
-
-def reference_of(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint]) -> Checkpoint | None:
-    """Which reference a checkpoint's predictions are compared with.
-
-    Of several that of its own seed, else the first; None for a reference, or where there is none.
-    """
-    references = [] if checkpoint.reference else [other for other in checkpoints if other.reference]
-    same_seed = (other for other in references if other.seed == checkpoint.seed)
-    return next(same_seed, references[0] if references else None)
-
-
-def weights_sha256(folder: Path) -> str:
-    """sha256 of the file of weights, or of the sums of several in the order of their names."""
-    files = sorted({*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")})
-    sums = [file_sha256(path) for path in files]
-    return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
-
-
-def _tokenizer_sha256(tokenizer: "PreTrainedTokenizerBase") -> str:
-    return digest(
-        [rules_of(tokenizer), {key: str(token) for key, token in tokenizer.special_tokens_map.items()}]
-    )
-
-
-def _pack(counts: SpikeCounts) -> dict[str, Any]:
-    """All that ``counts`` holds, for JSON; float64 survives it exactly."""
-    return {
-        name: {k: v.tolist() if isinstance(v, torch.Tensor) else v for k, v in vars(spikes).items()}
-        for name, spikes in counts.projections.items()
-    }
-
-
-def _unpack(packed: dict[str, Any]) -> SpikeCounts:
-    settings = {field.name for field in dataclasses.fields(ProjectionSpikes) if field.init}
-    projections = {}
-    for name, row in packed.items():
-        spikes = ProjectionSpikes(**{key: row[key] for key in settings & row.keys()})
-        for key, value in row.items():
-            if isinstance(value, list):
-                whole = bool(value) and all(isinstance(number, int) for number in value)
-                setattr(spikes, key, torch.tensor(value, dtype=torch.int64 if whole else torch.float64))
-        projections[name] = spikes
-    return SpikeCounts(projections)
-
-
-def _brief(packed: dict[str, Any]) -> dict[str, float] | None:
-    """The spikes of one task's passes; None for a dense model."""
-    if not packed:
-        return None
-    counts = _unpack(packed)
-    return {
-        "mean_abs": counts.mean_abs,
-        "nonzero_share": counts.nonzero_share,
-        "tokens": max(spikes.tokens for spikes in counts.projections.values()),
-        "accumulations": counts.accumulations,
-        "dense_macs": counts.dense_macs,
-    }
-
-
-def _together(measurements: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """The joules of several blocks added up; None where they were not measured."""
-    if not measurements or not all(measurements):
-        return None
-    keys = ("joules_total", "joules_idle", "joules_net", "seconds")
-    return {"gpu": measurements[0]["gpu"]} | {key: math.fsum(m[key] for m in measurements) for key in keys}
 
 
 def _finite(value: Any) -> Any:

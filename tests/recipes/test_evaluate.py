@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, evaluatio
 from spiking_mamba.commands import evaluate
 from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import train_tokenizer
-from spiking_mamba.evaluation import evaluator
+from spiking_mamba.evaluation import measuring
+from spiking_mamba.evaluation.cache import ResultsCache, TakenError
 from spiking_mamba.evaluation.settings import Checkpoint
 from tests.helpers import commands
 
@@ -182,9 +185,9 @@ def test_each_seed_is_compared_with_the_reference_of_its_seed():
         return Checkpoint(name, name, seed, name, reference)
 
     ours = [checkpoint("a0", 0), checkpoint("a1", 1), checkpoint("b")]
-    assert [evaluator.reference_of(each, ours) for each in ours] == [None] * 3
+    assert [measuring.reference_of(each, ours) for each in ours] == [None] * 3
     theirs = [checkpoint("t0", 0, True), checkpoint("t1", 1, True)]
-    found = [evaluator.reference_of(each, ours + theirs) for each in ours + theirs]
+    found = [measuring.reference_of(each, ours + theirs) for each in ours + theirs]
     assert [each and each.name for each in found] == ["t0", "t1", "t0", None, None]
 
 
@@ -230,10 +233,68 @@ def test_a_killed_run_goes_on(checkpoints, tmp_path, call):
     assert results_of(output)["models"] == results_of(tmp_path / "whole")["models"]
 
 
+def test_processes_share_the_measurements_and_find_the_same(evaluated, checkpoints, tmp_path):
+    output, arguments, _ = evaluated  # all ten tasks, by one process
+    shared = tmp_path / "shared"
+    done = commands.torchrun(*SCRIPT, *arguments[:3], f"output={shared}", *arguments[4:])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Report: ") == 1
+    wanted, found = results_of(output), results_of(shared)
+    for key in ("models", "groups", "gaps"):
+        assert found[key] == wanted[key]
+    kept = [path.name for path in (shared / "cache").iterdir()]
+    assert sorted(kept) == sorted(path.name for path in (output / "cache").iterdir())  # no lock is left
+
+
+@pytest.mark.parametrize("changed", ["length=16", "tasks=[nothing]"])
+def test_what_one_process_refuses_ends_all(evaluated, checkpoints, tmp_path, changed):
+    _, arguments, _ = evaluated
+    shutil.copytree(evaluated[0], tmp_path / "there")
+    done = commands.torchrun(*SCRIPT, *arguments[:3], f"output={tmp_path / 'there'}", *arguments[4:], changed)
+    assert done.returncode != 0
+    assert ("with another length" if changed == "length=16" else "Unknown task") in done.stderr
+    assert results_of(tmp_path / "there") == results_of(evaluated[0])
+
+
+def test_a_process_takes_what_no_other_is_at(tmp_path):
+    made = []
+
+    def measure(name):
+        made.append(name)
+        return {"of": name}
+
+    cache = ResultsCache(tmp_path, waits=False)
+    assert cache.get("a", {"k": 1}, lambda: measure("a")) == ({"of": "a"}, False)
+    assert cache.get("a", {"k": 1}, lambda: measure("a")) == ({"of": "a"}, True)
+    other = ResultsCache(tmp_path, waits=False)
+
+    def meanwhile():
+        with pytest.raises(TakenError):
+            other.get("b", {"k": 1}, lambda: measure("b, twice"))
+        return measure("b")
+
+    assert cache.get("b", {"k": 1}, meanwhile) == ({"of": "b"}, False)
+    assert made == ["a", "b"]
+    waiting = ResultsCache(tmp_path, waits=True)
+    with ThreadPoolExecutor(1) as pool:
+
+        def slowly():
+            late = pool.submit(waiting.get, "c", {"k": 1}, lambda: measure("c, twice"))
+            time.sleep(0.2)
+            assert not late.done()
+            slowly.late = late
+            return measure("c")
+
+        cache.get("c", {"k": 1}, slowly)
+        assert slowly.late.result(10) == ({"of": "c"}, True)
+    cache.tidy_up()
+    assert [path.name for path in tmp_path.glob(".*")] == []
+
+
 def test_ctrl_c_keeps_what_is_measured(checkpoints, tmp_path, call, monkeypatch):
     output = tmp_path / "stopped"
     arguments = [f"models={checkpoints}/student0/model", f"output={output}", *SMALL]
-    measure = evaluator.score
+    measure = measuring.score
 
     def interrupt(lm, task, *others):
         if task.config.task != "copa":
@@ -241,7 +302,7 @@ def test_ctrl_c_keeps_what_is_measured(checkpoints, tmp_path, call, monkeypatch)
         return measure(lm, task, *others)
 
     with monkeypatch.context() as patch:
-        patch.setattr(evaluator, "score", interrupt)
+        patch.setattr(measuring, "score", interrupt)
         done = call(*arguments)
     said = f"the cache {output / 'cache'} keeps what is measured (1 so far); the same command goes on."
     assert (done.returncode, done.stderr.splitlines()[-1]) == (130, f"interrupted: {said}")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from spiking_mamba.common import provenance
-from spiking_mamba.evaluation import evaluator
+from spiking_mamba.evaluation import measuring
 from spiking_mamba.evaluation.cache import ResultsCache
 from spiking_mamba.evaluation.settings import EvaluationSettings
 from tests.helpers.commands import ROOT
@@ -106,15 +106,15 @@ def test_every_changed_line_is_another_state_of_the_code(tmp_path, monkeypatch):
 
 def test_results_are_of_one_state_of_the_code(monkeypatch, tmp_path):
     """The key that an evaluation makes, for two states."""
-    monkeypatch.setattr(evaluator, "weights_sha256", lambda folder: "0")
-    monkeypatch.setattr(evaluator, "_tokenizer_sha256", lambda tokenizer: "0")
-    monkeypatch.setattr(evaluator, "file_sha256", lambda path: "0")
+    monkeypatch.setattr(measuring, "weights_sha256", lambda folder: "0")
+    monkeypatch.setattr(measuring, "tokenizer_sha256", lambda tokenizer: "0")
+    monkeypatch.setattr(measuring, "file_sha256", lambda path: "0")
     monkeypatch.setattr("spiking_mamba.evaluation.harness.SpikingMambaLM", Model)
     settings = EvaluationSettings(models=["a"], tasks=["copa"])
     found = []
     for commit in ("1", "2"):
-        monkeypatch.setattr(evaluator, "code_state", lambda commit=commit: {"commit": commit, "sha256": "0"})
-        measured = evaluator._Measured(settings, None, tmp_path, None, ResultsCache(tmp_path), {}, None)
+        monkeypatch.setattr(measuring, "code_state", lambda commit=commit: {"commit": commit, "sha256": "0"})
+        measured = measuring.Measured(settings, None, tmp_path, None, ResultsCache(tmp_path), {}, None)
         found.append(measured.identity)
     assert found[0] != found[1]
 
