@@ -132,10 +132,8 @@ def decode(
     """The loop of ``generate()``, greedy or sampling, tokens as from transformers' own.
 
     What transformers calls ``custom_generate``, with its arguments. The next token is launched before the
-    host has seen whether this one ends the text, so that the device works meanwhile.
-
-    Args:
-        ahead: launch it so; if False a cache that outlives the call has seen what the text has, no more.
+    host has seen whether this one ends the text, so that the device works meanwhile; only where ``ahead`` is
+    False has a cache that outlives the call seen what the text has, no more.
 
     Returns:
         The tokens, ``[B, n]``, the prompts first.
