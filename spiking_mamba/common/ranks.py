@@ -11,5 +11,8 @@ def is_first_process() -> bool:
 
 
 def process_count() -> int:
-    """How many processes a launcher, torchrun or ``accelerate launch``, has started; 1 without one."""
-    return int(os.environ.get("WORLD_SIZE", 1))
+    """How many processes a launcher, torchrun or ``accelerate launch``, has started; 1 without one.
+
+    A job's environment may have a WORLD_SIZE where nobody has started several.
+    """
+    return int(os.environ["WORLD_SIZE"]) if {"WORLD_SIZE", "RANK", "MASTER_ADDR"} <= os.environ.keys() else 1

@@ -482,3 +482,10 @@ class TestSettings:
     def test_reference(self, reference):
         found = self.settings(["runs/a/model", "runs/b/model"], reference=reference)
         assert [c.reference for c in found] == [False, True]
+
+
+def test_a_world_without_a_launcher_is_one_process(checkpoints, tmp_path):
+    arguments = [f"models={checkpoints}/student0/model", f"output={tmp_path / 'run'}", "tasks=[copa]"]
+    done = run(*arguments, "limit=2", "corpora=[]", WORLD_SIZE="4")
+    assert done.returncode == 0, done.stderr
+    assert "Report: " in done.stdout
