@@ -12,7 +12,7 @@ from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList
 
 from spiking_mamba.common.machine import cores
 from spiking_mamba.model.cpu_decoder import CpuDecoder, Fetched, cannot_decode
-from spiking_mamba.model.graph_generation import Text, cannot_loop
+from spiking_mamba.model.graph_generation import Text, cannot_loop, settings
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 
 __all__ = ["Decoders", "cannot_generate", "decode"]
@@ -25,8 +25,7 @@ def cannot_generate(model: SpikingMambaForCausalLM, args: tuple, kwargs: dict[st
     ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
     if (reason := cannot_loop(model, args, kwargs)) is not None:
         return reason
-    asked = kwargs.get("generation_config") or model.generation_config
-    each = kwargs.get("num_return_sequences", asked.num_return_sequences) or 1
+    each = settings(model, kwargs).num_return_sequences or 1
     if (1 if ids is None else ids.shape[0]) * each != 1:
         return "Only one sequence at a time is decoded."
     return cannot_decode(model)

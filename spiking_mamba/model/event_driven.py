@@ -22,6 +22,7 @@ from spiking_mamba.model.cache import Cache, SpikingMambaCausalLMOutput, takes_a
 from spiking_mamba.model.configuration import FOLDED, PROJECTIONS, SpikingMambaConfig, own_fields
 from spiking_mamba.model.cuda.token import FusedTokens, cannot_fuse, own_cache
 from spiking_mamba.model.decoding import DecodingGraphs
+from spiking_mamba.model.graph_generation import settings
 from spiking_mamba.model.mlp import SpikingMambaMLP
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.projection import reject_wrapped, spike_fed
@@ -270,12 +271,10 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
     def _cannot_generate(self, args: tuple, kwargs: dict[str, Any]) -> str | None:
         """Why the tokens of a call of ``generate()`` cannot go through CUDA's kernels."""
         ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
-        asked = kwargs.get("generation_config") or self.generation_config
-        each = [
-            kwargs.get(name, getattr(asked, name, None)) or 1
-            for name in ("num_beams", "num_return_sequences")
-        ]
-        rows = (1 if ids is None else ids.shape[0]) * max(each)
+        asked = settings(self, kwargs)
+        rows = (1 if ids is None else ids.shape[0]) * max(
+            asked.num_beams or 1, asked.num_return_sequences or 1
+        )
         if rows > LARGEST_BATCH:
             return f"At most {LARGEST_BATCH} sequences at a time are compiled, not {rows}."
         if any(module._forward_hooks or module._forward_pre_hooks for module in self.modules()):

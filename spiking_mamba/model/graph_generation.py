@@ -7,16 +7,23 @@ import torch
 from torch import nn
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, MaxLengthCriteria
 
-__all__ = ["Text", "cannot_loop", "decode"]
+__all__ = ["Text", "cannot_loop", "decode", "settings"]
 
 _AT_FIRST = 1024  # tokens that there is room for before the text has to move
 
 
-def cannot_loop(model: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
-    """Why these arguments of ``generate()`` need transformers' own loop; None where they do not."""
-    asked = copy.deepcopy(kwargs.get("generation_config") or model.generation_config)
+def settings(model: Any, kwargs: dict[str, Any]) -> GenerationConfig:
+    """What these arguments of ``generate()`` ask for; what they leave open is as the model has it."""
+    asked = copy.deepcopy(kwargs.get("generation_config") or GenerationConfig())
+    asked.update(**model.generation_config.to_dict(), defaults_only=True)
     known = asked.to_dict()
     asked.update(**{key: value for key, value in kwargs.items() if key in known})
+    return asked
+
+
+def cannot_loop(model: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
+    """Why these arguments of ``generate()`` need transformers' own loop; None where they do not."""
+    asked = settings(model, kwargs)
     mode = str(asked.get_generation_mode(kwargs.get("assistant_model")).value)
     if len(args) > 1 or kwargs.get("inputs_embeds") is not None:
         return "Only token ids are decoded, and other arguments by name."

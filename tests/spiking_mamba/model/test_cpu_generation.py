@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 import neurons.backend
@@ -150,6 +150,18 @@ def test_what_is_not_compiled_goes_the_torch_way_or_is_refused(how):
     made.set_decoding("compiled")
     with pytest.raises(ValueError, match="decoding='compiled': "):
         made.generate(tokens(1, 5), **settings)
+
+
+def test_a_configuration_leaves_open_what_the_model_has():
+    made = made_of()
+    made.generation_config.do_sample, made.generation_config.num_return_sequences = True, 2
+    made.set_decoding("compiled")
+    config = GenerationConfig(max_new_tokens=3)
+    with pytest.raises(ValueError, match="Only one sequence at a time"):
+        made.generate(tokens(1, 5), generation_config=config)
+    made.generation_config.num_return_sequences, made.generation_config.num_beams = 1, 2
+    with pytest.raises(ValueError, match="not beam_sample"):
+        made.generate(tokens(1, 5), generation_config=config)
 
 
 def test_a_model_that_was_cast_goes_the_torch_way_or_is_refused():

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 from spikingjelly.activation_based import functional
-from transformers import MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
 from spiking_mamba.model import cache as caches
@@ -231,6 +231,31 @@ def test_settings_in_a_configuration_are_seen(calls):
     assert not calls
     config.num_beams = 1
     model.generate(tokens(1, 5), generation_config=config, do_sample=False)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize(
+    "own",
+    [{"num_beams": 3}, {"use_cache": False}, {"return_dict_in_generate": True}],
+    ids=["beams", "no cache", "dict"],
+)
+def test_a_configuration_leaves_open_what_the_model_has(calls, own):
+    model = tiny_model(neuron=INTEGER, threshold=0.25)
+    model.generation_config.update(**own)
+    config = GenerationConfig(max_new_tokens=6)
+    wanted, found = both(tokens(2, 5), model=model, generation_config=config)
+    assert type(found) is type(wanted)
+    assert torch.equal(getattr(found, "sequences", found), getattr(wanted, "sequences", wanted))
+    assert not calls
+
+
+def test_a_model_that_samples_gives_several_texts_of_a_configuration_that_leaves_it_open(calls):
+    model = tiny_model(neuron=INTEGER, threshold=0.25)
+    model.generation_config.do_sample = True
+    config = GenerationConfig(max_new_tokens=6)
+    wanted, found = both(tokens(1, 5), model=model, generation_config=config, num_return_sequences=2)
+    assert found.shape == (2, 11)
+    assert torch.equal(found, wanted)
     assert len(calls) == 1
 
 
