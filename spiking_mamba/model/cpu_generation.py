@@ -3,7 +3,7 @@
 import contextlib
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -12,12 +12,13 @@ from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList
 
 from spiking_mamba.common.machine import cores
 from spiking_mamba.model.cpu_decoder import CpuDecoder, Fetched, cannot_decode
-from spiking_mamba.model.graph_generation import Text, cannot_loop, settings
+from spiking_mamba.model.graph_generation import cannot_loop, settings
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 
 __all__ = ["Decoders", "cannot_generate", "decode"]
 
 _MEASURED = 32  # tokens over which a model's share of spikes is measured
+_AT_FIRST = 1024  # tokens that there is room for before the text has to move
 
 
 def cannot_generate(model: SpikingMambaForCausalLM, args: tuple, kwargs: dict[str, Any]) -> str | None:
@@ -97,7 +98,27 @@ def _measured(model: SpikingMambaForCausalLM, threads: int, prompt: list[int]) -
     return decoder if decoder.suits(shares) else CpuDecoder(model, threads, shares)
 
 
-def _chooser(text: Text, processors: LogitsProcessorList, samples: bool) -> Callable[[np.ndarray], int]:
+class _Text:
+    """The tokens so far, ``[1, n]``, in memory that grows seldom."""
+
+    def __init__(self, ids: torch.Tensor, longest: int | None) -> None:
+        self.length = ids.shape[1]
+        room = _AT_FIRST if longest is None else min(_AT_FIRST, longest - self.length)
+        self._ids = ids.new_empty(1, self.length + max(1, room), dtype=torch.long)
+        self._ids[:, : self.length] = ids
+
+    def append(self, token: int) -> None:
+        if self.length == self._ids.shape[1]:
+            self._ids = torch.cat([self._ids, torch.empty_like(self._ids)], 1)
+        self._ids[0, self.length] = token
+        self.length += 1
+
+    @property
+    def ids(self) -> torch.LongTensor:
+        return cast(torch.LongTensor, self._ids[:, : self.length])
+
+
+def _chooser(text: _Text, processors: LogitsProcessorList, samples: bool) -> Callable[[np.ndarray], int]:
     """What makes a token of logits ``[vocab_size]``, as ``generate()`` of transformers does."""
     if not processors and not samples:
         return lambda logits: int(logits.argmax())
@@ -111,7 +132,7 @@ def _chooser(text: Text, processors: LogitsProcessorList, samples: bool) -> Call
     return choose
 
 
-def _ends(text: Text, criteria: Any) -> Callable[[int], bool]:
+def _ends(text: _Text, criteria: Any) -> Callable[[int], bool]:
     """Whether the text ends with a token; the usual two criteria without a tensor."""
     lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
     last = {int(t) for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.flatten()}
@@ -146,7 +167,7 @@ def decode(
     inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
     output = model(**inputs, return_dict=True)
     cache = output.cache
-    text = Text(input_ids, getattr(stopping_criteria, "max_length", None))
+    text = _Text(input_ids, getattr(stopping_criteria, "max_length", None))
     choose = _chooser(text, logits_processor, bool(generation_config.do_sample))
     ends = _ends(text, stopping_criteria)
     with decoders.borrow(model, input_ids[0].tolist()) as decoder:
@@ -163,4 +184,4 @@ def decode(
         decoder.save(cache)  # perhaps the caller's
     if streamer is not None:
         streamer.end()
-    return text.ids
+    return text.ids.clone()  # without the room behind it

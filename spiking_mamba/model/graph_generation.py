@@ -7,9 +7,7 @@ import torch
 from torch import nn
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, MaxLengthCriteria
 
-__all__ = ["Text", "cannot_loop", "decode", "settings"]
-
-_AT_FIRST = 1024  # tokens that there is room for before the text has to move
+__all__ = ["cannot_loop", "decode", "settings"]
 
 
 def settings(model: Any, kwargs: dict[str, Any]) -> GenerationConfig:
@@ -60,28 +58,6 @@ class _Host:
         return self._tokens
 
 
-class Text:
-    """The tokens so far, ``[B, n]``, in memory that grows seldom."""
-
-    def __init__(self, ids: torch.Tensor, longest: int | None) -> None:
-        self.length = ids.shape[1]
-        room = _AT_FIRST if longest is None else min(_AT_FIRST, longest - self.length)
-        self._ids = ids.new_empty(ids.shape[0], self.length + max(1, room))
-        self._ids[:, : self.length] = ids
-
-    def append(self, tokens: torch.Tensor | int) -> None:
-        """One more of every sequence, ``[B]``."""
-        if self.length == self._ids.shape[1]:
-            self._ids = torch.cat([self._ids, torch.empty_like(self._ids)], 1)
-        self._ids[:, self.length] = tokens
-        self.length += 1
-
-    @property
-    def ids(self) -> torch.LongTensor:
-        """``[B, n]``."""
-        return cast(torch.LongTensor, self._ids[:, : self.length])
-
-
 class _Ends:
     """Which sequences have ended."""
 
@@ -91,7 +67,7 @@ class _Ends:
         self._longest = min(lengths, default=None)
         self._last = {int(token) for tokens in last for token in tokens.flatten()}
         self._others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
-        self._running = [True] * ids.shape[0]
+        self._running, self._device = [True] * ids.shape[0], ids.device
         self._padding = padding if any(hasattr(c, "eos_token_id") for c in criteria) else None
         self._mask: torch.Tensor | None = None  # of those that run, where some have ended
 
@@ -106,23 +82,23 @@ class _Ends:
             return tokens
         return torch.where(self._mask, tokens, self._padding.to(tokens))
 
-    def by_text(self, text: Text) -> bool:
+    def by_text(self, text: torch.Tensor) -> bool:
         """Whether all have ended by their length, or by a caller's criteria, which see the text at once."""
         for criterion in self._others:
-            self._end(torch.as_tensor(criterion(text.ids, None)).expand(len(self._running)).tolist(), text)
-        return not any(self._running) or (self._longest is not None and text.length >= self._longest)
+            self._end(torch.as_tensor(criterion(text, None)).expand(len(self._running)).tolist())
+        return not any(self._running) or (self._longest is not None and text.shape[1] >= self._longest)
 
-    def by_tokens(self, tokens: torch.Tensor, text: Text) -> bool:
+    def by_tokens(self, tokens: torch.Tensor) -> bool:
         """Whether all have ended, these being the last tokens."""
         if self._last:
-            self._end([token in self._last for token in tokens.tolist()], text)
+            self._end([token in self._last for token in tokens.tolist()])
         return not any(self._running)
 
-    def _end(self, ended: list[bool], text: Text) -> None:
+    def _end(self, ended: list[bool]) -> None:
         running = [runs and not ends for runs, ends in zip(self._running, ended, strict=True)]
         if running != self._running:
             self._running = running
-            self._mask = torch.tensor(running).to(text.ids.device, non_blocking=True)
+            self._mask = torch.tensor(running).to(self._device, non_blocking=True)
 
 
 def decode(
@@ -148,35 +124,38 @@ def decode(
     inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
     output = model(**inputs, return_dict=True)
     cache, logits = output.cache, output.logits
-    text = Text(input_ids, getattr(stopping_criteria, "max_length", None))
+    text = cast(torch.LongTensor, input_ids)
     host, ends = _Host(input_ids), _Ends(input_ids, stopping_criteria, generation_config._pad_token_tensor)
     waits = ends.asks_tokens or streamer is not None
     while True:
         tokens = ends.padded(
             _choose(logits[:, -1].float(), text, logits_processor, generation_config.do_sample)
         )
-        text.append(tokens)
+        # anew, as transformers does, so that who reads it finds it contiguous and may keep it
+        text = cast(torch.LongTensor, torch.cat([text, tokens[:, None]], 1))
         if waits:
             host.note(tokens)
-        over = ends.by_text(text) or (not ahead and ends.by_tokens(host.read(), text))
+        over = ends.by_text(text) or (not ahead and ends.by_tokens(host.read()))
         if not over:
-            logits = model(tokens[:, None], cache=cache, use_cache=True).logits
+            logits = model(text[:, -1:], cache=cache, use_cache=True).logits
         if waits:
             seen = host.read()
             if streamer is not None:
                 streamer.put(seen.clone())
-            over = over or ends.by_tokens(seen, text)
+            over = over or ends.by_tokens(seen)
         if over:
             break
     if streamer is not None:
         streamer.end()
-    return text.ids
+    return text
 
 
-def _choose(scores: torch.Tensor, text: Text, processors: LogitsProcessorList, samples: bool) -> torch.Tensor:
+def _choose(
+    scores: torch.Tensor, text: torch.LongTensor, processors: LogitsProcessorList, samples: bool
+) -> torch.Tensor:
     """Tokens ``[B]`` of logits ``[B, vocab_size]``, as ``generate()`` of transformers does."""
     if processors:
-        scores = processors(text.ids, cast(torch.FloatTensor, scores))
+        scores = processors(text, cast(torch.FloatTensor, scores))
     if not samples:
         return scores.argmax(-1)
     return torch.multinomial(nn.functional.softmax(scores, -1), 1).squeeze(1)

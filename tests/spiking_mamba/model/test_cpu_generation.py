@@ -85,6 +85,14 @@ def test_without_a_prompt():
     assert torch.equal(found, wanted)
 
 
+def test_what_is_returned_has_no_room_behind_it():
+    made = made_of()
+    free = made.generate(tokens(1, 5), do_sample=False, **LONG)
+    for found in both_ways(made, tokens(1, 5).int(), max_new_tokens=12, eos_token_id=int(free[0, 8])):
+        assert found.dtype == torch.long
+        assert found.untyped_storage().nbytes() == 8 * found.numel()
+
+
 def test_a_streamer_gets_the_prompt_and_every_token():
     made, streamer = made_of(), Kept()
     found = made.generate(tokens(1, 5), streamer=streamer, do_sample=False, **LONG)

@@ -6,7 +6,14 @@ import time
 import pytest
 import torch
 from spikingjelly.activation_based import functional
-from transformers import GenerationConfig, MaxTimeCriteria, StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    GenerationConfig,
+    LogitsProcessor,
+    LogitsProcessorList,
+    MaxTimeCriteria,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 from transformers.generation.streamers import BaseStreamer
 
 from spiking_mamba.model import cache as caches
@@ -100,10 +107,37 @@ def test_padding_and_several_texts_of_a_prompt(returns):
     assert torch.equal(found, wanted)
 
 
-def test_a_long_text_moves():
+def test_a_long_text():
     wanted, found = both(tokens(1, 3), max_length=1100, do_sample=False, use_cache=True)
     assert found.shape == (1, 1100)
     assert torch.equal(found, wanted)
+
+
+class Flat(LogitsProcessor):
+    """Relies on tokens that lie in one piece, and changes all behind the prompt of five."""
+
+    def __call__(self, input_ids, scores):
+        seen = input_ids.view(-1)[-1:]
+        input_ids[:, 5:].add_(1).remainder_(61)
+        return scores.index_fill(1, seen, -torch.inf)
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_processors_get_tokens_in_one_piece_which_they_may_change(calls, batch):
+    settings = {"max_new_tokens": 9, "do_sample": False, "logits_processor": LogitsProcessorList([Flat()])}
+    wanted, found = both(tokens(batch, 5), **settings)
+    assert torch.equal(found, wanted)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+def test_what_is_returned_lies_in_one_piece_without_room_behind_it(batch):
+    ids = tokens(batch, 5)
+    ends = {"stopping_criteria": lambda: StoppingCriteriaList([AtEight()]), "pad_token_id": 0}
+    for found in both(ids.int(), max_new_tokens=12, do_sample=False, **ends):
+        assert found.is_contiguous()
+        assert found.dtype == torch.long
+        assert found.untyped_storage().nbytes() == 8 * found.numel()
 
 
 class Kept(BaseStreamer):
@@ -147,6 +181,23 @@ def test_criteria_of_the_caller():
         tokens(2, 5), stopping_criteria=lambda: StoppingCriteriaList([AtEight()]), **settings
     )
     assert found.shape == (2, 9)
+    assert torch.equal(found, wanted)
+
+
+class Replaces(StoppingCriteria):
+    """Puts another token in the place of every fifth."""
+
+    def __call__(self, input_ids, scores, **kwargs):
+        if input_ids.shape[1] % 5 == 0:
+            input_ids[:, -1] = 7
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool)
+
+
+def test_what_criteria_put_into_the_text_goes_on():
+    settings = {"max_new_tokens": 12, "do_sample": False}
+    wanted, found = both(
+        tokens(2, 3), stopping_criteria=lambda: StoppingCriteriaList([Replaces()]), **settings
+    )
     assert torch.equal(found, wanted)
 
 
