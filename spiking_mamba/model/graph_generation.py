@@ -44,12 +44,14 @@ class _Host:
 
     def __init__(self, ids: torch.Tensor) -> None:
         self._event = torch.cuda.Event() if ids.is_cuda else None
-        self._tokens = torch.empty(ids.shape[0], dtype=torch.long, pin_memory=ids.is_cuda)
+        # on the CPU whatever torch.set_default_device says
+        self._tokens = torch.empty(ids.shape[0], dtype=torch.long, device="cpu", pin_memory=ids.is_cuda)
 
     def note(self, tokens: torch.Tensor) -> None:
-        self._tokens.copy_(tokens, non_blocking=True)
+        # other devices than CUDA have no event here to wait for
+        self._tokens.copy_(tokens, non_blocking=self._event is not None)
         if self._event is not None:
-            self._event.record()
+            self._event.record(torch.cuda.current_stream(tokens.device))  # of the current device otherwise
 
     def read(self) -> torch.Tensor:
         """Waits for the tokens, no longer."""
@@ -98,7 +100,9 @@ class _Ends:
         running = [runs and not ends for runs, ends in zip(self._running, ended, strict=True)]
         if running != self._running:
             self._running = running
-            self._mask = torch.tensor(running).to(self._device, non_blocking=True)
+            self._mask = torch.tensor(running, device="cpu").to(
+                self._device, non_blocking=self._device.type == "cuda"
+            )
 
 
 def decode(

@@ -140,6 +140,33 @@ def test_what_is_returned_lies_in_one_piece_without_room_behind_it(batch):
         assert found.untyped_storage().nbytes() == 8 * found.numel()
 
 
+@pytest.mark.parametrize("eos", [False, True])
+def test_whatever_the_default_device_is(calls, eos):
+    ids = tokens(2, 5)
+    free, _ = both(ids, max_new_tokens=9, do_sample=False)
+    ends = {"eos_token_id": int(free[0, 7]), "attention_mask": torch.ones_like(ids)} if eos else {}
+    model = tiny_model(neuron=INTEGER, threshold=0.25)
+    model.capture_decoding()
+    with torch.device("meta"):
+        found = model.generate(ids, streamer=Kept(), max_new_tokens=9, do_sample=False, **ends)
+    assert torch.equal(torch.stack(Kept.made.tokens[1:], 1), found[:, 5:])
+    assert torch.equal(found, free) != eos
+    assert len(calls) == 2
+
+
+def test_without_an_event_the_host_waits_for_its_copy(monkeypatch):
+    seen, copy_ = [], torch.Tensor.copy_
+    host = module._Host(torch.zeros(2, 1, dtype=torch.long))
+    monkeypatch.setattr(
+        torch.Tensor,
+        "copy_",
+        lambda to, source, non_blocking=False: (seen.append(non_blocking), copy_(to, source))[1],
+    )
+    host.note(torch.tensor([3, 4]))
+    assert seen == [False]  # on MPS it would be read before it is there
+    assert host.read().tolist() == [3, 4]
+
+
 class Kept(BaseStreamer):
     made = None
 
