@@ -120,7 +120,7 @@ def decode(
 
     What transformers calls ``custom_generate``, with its arguments. The next token is launched before the
     host has seen whether this one ends the text, so that the device works meanwhile; only where ``ahead`` is
-    False has a cache that outlives the call seen what the text has, no more.
+    False has a cache that outlives the call seen what the text has, no more, also where a streamer raises.
 
     Returns:
         The tokens, ``[B, n]``, the prompts first.
@@ -129,8 +129,19 @@ def decode(
     output = model(**inputs, return_dict=True)
     cache, logits = output.cache, output.logits
     text = cast(torch.LongTensor, input_ids)
-    host, ends = _Host(input_ids), _Ends(input_ids, stopping_criteria, generation_config._pad_token_tensor)
+    padding = generation_config._pad_token_tensor
+    host, ends = _Host(input_ids), _Ends(input_ids, stopping_criteria, padding)
     waits = ends.asks_tokens or streamer is not None
+    # padding that is no token may still stand where all have ended at once, which the model is not to see
+    if input_ids.shape[0] > 1 and padding is not None:
+        ahead = ahead and 0 <= int(padding) < model.config.vocab_size
+
+    def ended() -> bool:
+        seen = host.read()
+        if streamer is not None:
+            streamer.put(seen.clone())
+        return ends.by_tokens(seen)
+
     while True:
         tokens = ends.padded(
             _choose(logits[:, -1].float(), text, logits_processor, generation_config.do_sample)
@@ -139,14 +150,13 @@ def decode(
         text = cast(torch.LongTensor, torch.cat([text, tokens[:, None]], 1))
         if waits:
             host.note(tokens)
-        over = ends.by_text(text) or (not ahead and ends.by_tokens(host.read()))
+        over = ends.by_text(text)
+        if waits and not ahead:
+            over = ended() or over
         if not over:
             logits = model(text[:, -1:], cache=cache, use_cache=True).logits
-        if waits:
-            seen = host.read()
-            if streamer is not None:
-                streamer.put(seen.clone())
-            over = over or ends.by_tokens(seen)
+        if waits and ahead:
+            over = ended() or over
         if over:
             break
     if streamer is not None:

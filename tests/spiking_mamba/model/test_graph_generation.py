@@ -96,6 +96,20 @@ def test_all_have_ended_before_the_length():
     assert 6 <= found.shape[1] <= 10
 
 
+@pytest.mark.parametrize("padding", [-1, 99])
+def test_padding_that_is_no_token_is_not_shown_to_the_model_behind_the_last_token(calls, padding):
+    ids = tokens(2, 5)
+    mask = torch.ones_like(ids)
+    free, _ = both(ids, max_new_tokens=9, do_sample=False, attention_mask=mask)
+    last = [int(free[0, 6]), int(free[1, 7])]  # one ends right behind the other
+    settings = {"attention_mask": mask, "eos_token_id": last, "pad_token_id": padding}
+    wanted, found = both(ids, max_new_tokens=9, do_sample=False, **settings)
+    assert found.shape == (2, 8)
+    assert found[0, -1] == padding
+    assert torch.equal(found, wanted)
+    assert len(calls) == 2
+
+
 @pytest.mark.parametrize("returns", [1, 2])
 def test_padding_and_several_texts_of_a_prompt(returns):
     ids = tokens(2, 6)
@@ -191,6 +205,37 @@ def test_a_streamer_gets_the_prompt_and_every_token(eos):
     found = model.generate(ids, streamer=Kept(), max_new_tokens=9, do_sample=False, **ends if eos else {})
     assert torch.cat([each.flatten() for each in Kept.made.tokens]).tolist() == found[0].tolist()
     assert Kept.made.ended
+
+
+class Breaks(Kept):
+    """Raises at its fourth call."""
+
+    def put(self, value):
+        super().put(value)
+        if len(self.tokens) == 4:
+            raise KeyboardInterrupt
+
+
+def test_a_cache_of_the_caller_when_the_streamer_raises():
+    ids, after = tokens(2, 9), []
+    for captures in (False, True):
+        model = tiny_model(neuron=INTEGER, threshold=0.25)
+        model.capture_decoding(captures)
+        with torch.no_grad():
+            cache = model(ids[:, :6], use_cache=True).cache
+        with pytest.raises(KeyboardInterrupt):
+            model.generate(
+                ids[:, 6:],
+                cache=cache,
+                attention_mask=None,
+                streamer=Breaks(),
+                max_new_tokens=8,
+                do_sample=False,
+            )
+        after.append([*Kept.made.tokens, *(states[key].clone() for states, key in caches.tensors(cache))])
+        after[-1].append(model.generate(ids, max_new_tokens=8, do_sample=False))  # goes on working
+    for wanted, found in zip(*after, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-6)
 
 
 class AtEight(StoppingCriteria):
