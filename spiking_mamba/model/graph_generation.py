@@ -27,10 +27,16 @@ def cannot_loop(model: Any, args: tuple, kwargs: dict[str, Any]) -> str | None:
         return "Only token ids are decoded, and other arguments by name."
     if mode not in ("greedy_search", "sample"):
         return f"Only greedy decoding and sampling are compiled, not {mode}."
-    others = asked.prefill_chunk_size, asked.return_dict_in_generate, asked.stop_strings
-    if asked.use_cache is False or any(others):
+    ids = args[0] if args else kwargs.get("inputs", kwargs.get("input_ids"))
+    if ids is not None and ids.device != model.device:
+        return f"The prompt is on {ids.device}, where transformers draws, and the model on {model.device}."
+    # what needs a tokenizer is not handed on to a loop that is passed
+    others = asked.prefill_chunk_size, asked.return_dict_in_generate, asked.stop_strings, asked.token_healing
+    without_cache = asked.use_cache is not None and not asked.use_cache
+    if without_cache or any(others):
         return (
-            "use_cache=False, prefill_chunk_size, return_dict_in_generate and stop_strings are not compiled."
+            "use_cache=False, prefill_chunk_size, return_dict_in_generate, stop_strings and token_healing "
+            "are not compiled."
         )
     if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
         return (
@@ -125,16 +131,17 @@ def decode(
     Returns:
         The tokens, ``[B, n]``, the prompts first.
     """
-    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
-    output = model(**inputs, return_dict=True)
-    cache, logits = output.cache, output.logits
-    text = cast(torch.LongTensor, input_ids)
     padding = generation_config._pad_token_tensor
     host, ends = _Host(input_ids), _Ends(input_ids, stopping_criteria, padding)
     waits = ends.asks_tokens or streamer is not None
     # padding that is no token may still stand where all have ended at once, which the model is not to see
     if input_ids.shape[0] > 1 and padding is not None:
         ahead = ahead and 0 <= int(padding) < model.config.vocab_size
+    inputs = model.prepare_inputs_for_generation(input_ids, is_first_iteration=True, **model_kwargs)
+    output = model(**inputs, return_dict=True)
+    cache, logits = output.cache, output.logits
+    del inputs, output  # perhaps of the whole prompt
+    text = cast(torch.LongTensor, input_ids)
 
     def ended() -> bool:
         seen = host.read()

@@ -132,7 +132,7 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
 
     def _loops(self, args: tuple, kwargs: dict[str, Any]) -> bool:
         """Whether a call of ``generate()`` goes through the loop that keeps the device busy."""
-        if self.graphs is None or "custom_generate" in kwargs or kwargs.get("synced_gpus"):
+        if self.graphs is None or kwargs.get("custom_generate") is not None or kwargs.get("synced_gpus"):
             return False
         return cannot_loop(self, args, kwargs) is None
 
@@ -155,7 +155,9 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
             ids = inputs.get("input_ids")
             if ids is not None and ids.shape[1] == 1:  # a token that was just drawn is no padding
                 inputs["attention_mask"] = None
-        inputs.pop("position_ids", None)  # documents are not packed here
+        # documents are not packed here; a tokenizer is for what looks for strings
+        for name in ("position_ids", "tokenizer"):
+            inputs.pop(name, None)
         return inputs | {"cache": cache}
 
     @takes_any_cache_name

@@ -6,11 +6,13 @@ import time
 import pytest
 import torch
 from spikingjelly.activation_based import functional
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
     MaxTimeCriteria,
+    PreTrainedTokenizerFast,
     StoppingCriteria,
     StoppingCriteriaList,
 )
@@ -335,14 +337,51 @@ def test_who_counts_spikes_sees_no_token_more(calls):
         {"num_beams": 3},
         {"return_dict_in_generate": True},
         {"use_cache": False},
+        {"use_cache": 0},
         {"custom_generate": lambda model, input_ids, **kwargs: input_ids},
     ],
-    ids=["beams", "dict", "no cache", "a loop of one's own"],
+    ids=["beams", "dict", "no cache", "none either", "a loop of one's own"],
 )
 def test_the_rest_goes_transformers_way(calls, how):
     wanted, found = both(tokens(2, 5), max_new_tokens=6, do_sample=False, **how)
     assert torch.equal(getattr(found, "sequences", found), getattr(wanted, "sequences", wanted))
     assert not calls
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    letters = Tokenizer(models.WordLevel({chr(65 + i): i for i in range(61)}, unk_token="A"))
+    letters.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    letters.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=letters, bos_token="A", pad_token="A")
+
+
+def test_what_looks_for_strings_goes_transformers_way(calls, tokenizer):
+    ids = tokens(1, 5)
+    settings = {"max_new_tokens": 9, "do_sample": False, "attention_mask": torch.ones_like(ids)}
+    free, _ = both(ids, **settings)
+    calls.clear()
+    letter = tokenizer.decode(free[0, 8])
+    wanted, found = both(ids, stop_strings=letter, tokenizer=tokenizer, **settings)
+    assert found.shape[1] <= 9
+    assert torch.equal(found, wanted)
+    wanted, found = both(ids, token_healing=True, tokenizer=tokenizer, **settings)
+    assert torch.equal(found, wanted)
+    assert not calls
+
+
+def test_a_prompt_elsewhere_goes_transformers_way():
+    """Its loop draws there, with the generator of that device."""
+    model, ids = tiny_model(), tokens(1, 5)
+    assert module.cannot_loop(model, (ids,), {}) is None
+    for args, kwargs in (((ids.to("meta"),), {}), ((), {"input_ids": ids.to("meta")})):
+        assert "The prompt is on meta" in module.cannot_loop(model, args, kwargs)
+
+
+def test_who_asks_for_no_loop_of_ones_own_gets_this_one(calls):
+    wanted, found = both(tokens(1, 5), max_new_tokens=6, do_sample=False, custom_generate=None)
+    assert torch.equal(found, wanted)
+    assert len(calls) == 1
 
 
 def test_settings_in_a_configuration_are_seen(calls):
