@@ -31,11 +31,12 @@ class DecodingGraph:
     """
 
     def __init__(self, step: Step, cache: Cache, copied: Callable[[Cache], Cache] = copy.deepcopy) -> None:
-        self._cache = copied(cache)
-        self._tensors = [states[key] for states, key in tensors(self._cache)]
+        with torch.inference_mode(False), torch.no_grad():  # or they could not be written to outside of it
+            self._cache = copied(cache)
+            self._tensors = [states[key] for states, key in tensors(self._cache)]
+            device = self._tensors[0].device
+            self._input_ids = torch.zeros(self._tensors[0].shape[0], 1, dtype=torch.long, device=device)
         self._tenant: weakref.ref[Cache] | None = None
-        device = self._tensors[0].device
-        self._input_ids = torch.zeros(self._tensors[0].shape[0], 1, dtype=torch.long, device=device)
         self._step = step
         self.graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":

@@ -421,6 +421,18 @@ def test_a_model_that_samples_gives_several_texts_of_a_configuration_that_leaves
     assert len(calls) == 1
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_inside_inference_mode_and_outside(calls, first):
+    ids, model = tokens(2, 5), tiny_model(neuron=INTEGER, threshold=0.25)
+    settings = {"max_new_tokens": 8, "do_sample": False}
+    wanted = model.generate(ids, **settings)
+    model.capture_decoding()
+    for inside in (first, not first, first):
+        with torch.inference_mode(inside):
+            assert torch.equal(model.generate(ids, **settings), wanted)
+    assert len(calls) == 3
+
+
 def test_the_next_token_is_launched_before_this_one_is_read(monkeypatch):
     order, model = [], tiny_model(neuron=INTEGER, threshold=0.25)
     model.capture_decoding()
