@@ -40,9 +40,10 @@ class DecodingGraph:
         self._step = step
         self.graph: torch.cuda.CUDAGraph | None = None
         if device.type == "cuda":
-            self._capture()
+            with torch.cuda.device(device):  # whose streams are meant, whatever the current device is
+                self._capture(device)
 
-    def _capture(self) -> None:
+    def _capture(self, device: torch.device) -> None:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -50,7 +51,9 @@ class DecodingGraph:
                 self._step(self._input_ids, self._cache)
         torch.cuda.current_stream().wait_stream(side)
         self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        usual = torch.cuda.graph.default_capture_stream  # of the device that was captured on first
+        own = torch.cuda.Stream() if usual is not None and usual.device != device else None
+        with torch.cuda.graph(self.graph, stream=own):
             self._logits = self._step(self._input_ids, self._cache)
 
     def _move_in(self, cache: Cache) -> None:

@@ -176,3 +176,15 @@ def test_captured_decoding(membrane):
         assert (torch.cat(found, 1) - wanted).abs().max() <= 1e-2 * wanted.abs().max()
     generated = model.generate(ids[0], max_new_tokens=8, do_sample=False, num_beams=2)
     assert generated.shape == (2, 20)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_captured_generation_on_a_device_that_is_not_the_current_one():
+    model = make().eval()
+    ids = torch.randint(0, 512, (2, 12), device="cuda:0")
+    settings = {"max_new_tokens": 32, "do_sample": False, "pad_token_id": 0, "eos_token_id": -1}
+    model.capture_decoding()
+    wanted = model.generate(ids, **settings)
+    model.to("cuda:1")
+    assert torch.cuda.current_device() == 0
+    assert torch.equal(model.generate(ids.to("cuda:1"), **settings).cpu(), wanted.cpu())
