@@ -16,17 +16,21 @@ import sys
 import tarfile
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from spiking_mamba.common.claims import scratch_folder, whole_folder
 from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.files import refuse_file, unused
 from spiking_mamba.common.packages import fetch_package
 from spiking_mamba.common.progress import quiet
-from spiking_mamba.common.schema import Name, Names, Positive, schema
+from spiking_mamba.common.schema import Name, Names, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.source import PACKAGES
 
 LIBRARIES = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_17", "manylinux2014", "manylinux1")
+CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 # Pure, without its CUDA extensions: Mamba-2 is Triton's.
 PURE = {"MAMBA_SKIP_CUDA_BUILD": "TRUE", "MAMBA_FORCE_BUILD": "TRUE"}
 
@@ -51,7 +55,13 @@ class KitSettings:
     wheels: Names
     python: Name = "3.12"
     pure: Name = "mamba-ssm"
-    megabytes: Positive = 55.0
+    megabytes: Annotated[float, Field(ge=1, le=1e6)] = 55.0
+
+    def __post_init__(self) -> None:
+        if self.source not in PACKAGES:
+            raise ValueError(f"source: {self.source} is none of {', '.join(PACKAGES)}.")
+        if not re.fullmatch(r"3\.\d{1,2}", self.python):
+            raise ValueError(f"python: {self.python} is no version such as 3.12.")
 
 
 def pinned(names: Iterable[str], constraints: str) -> list[str]:
@@ -98,16 +108,14 @@ def cut(files: Mapping[str, Path], folder: Path, size: int) -> list[Path]:
     return folders
 
 
-def make(settings: KitSettings, folder: Path, draft: Path) -> list[Path]:
-    """Fetch, pack and cut; the folders to be carried."""
-    constraints = Path("constraints.txt").read_text()
+def make(settings: KitSettings, pins: list[str], folder: Path, draft: Path) -> list[Path]:
+    """Fetch, pack and cut; the folders to be carried. Of the pins the last one is built here."""
     wheels, kit = draft / "whl", draft / "kit"
     target = ["--only-binary=:all:", "--python-version", settings.python, "--implementation", "cp"]
     for library in LIBRARIES:
         target += ["--platform", f"{library}_x86_64"]
-    pip("download", *target, "--dest", str(wheels), *pinned(settings.wheels, constraints))
-    (pure,) = pinned([settings.pure], constraints)
-    pip("wheel", "--no-build-isolation", "--wheel-dir", str(wheels), pure, extra=PURE)
+    pip("download", *target, "--dest", str(wheels), *pins[:-1])
+    pip("wheel", "--no-build-isolation", "--wheel-dir", str(wheels), pins[-1], extra=PURE)
     with lzma.open(kit, "wb", preset=3) as file, tarfile.open(fileobj=file, mode="w") as tar:
         tar.add(wheels, "whl")
         tar.add(settings.data, "data")
@@ -126,11 +134,11 @@ def main() -> None:
         raise RunError(f"{output} is not empty: name another output.")
     if not (data / "evaluated.npz").is_file():
         raise RunError(f"{data} holds no evaluated.npz: recipes/convert/prepare.py writes it.")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    pins = pinned([*settings.wheels, settings.pure], CONSTRAINTS.read_text())
     with contextlib.ExitStack() as stack:
         draft = stack.enter_context(scratch_folder(output.parent, ".kit-"))
         folder = stack.enter_context(whole_folder(output))
-        folders = make(settings, folder, draft)
+        folders = make(settings, pins, folder, draft)
         for each in folders:
             size = sum(path.stat().st_size for path in each.iterdir())
             print(f"{output / each.name} {size:,} bytes: {', '.join(sorted(p.name for p in each.iterdir()))}")

