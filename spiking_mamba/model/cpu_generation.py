@@ -7,12 +7,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch.nn import functional as F
-from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, MaxLengthCriteria
+from transformers import GenerationConfig, LogitsProcessorList
 
 from spiking_mamba.common.machine import cores
 from spiking_mamba.model.cpu_decoder import CpuDecoder, Fetched, cannot_decode
-from spiking_mamba.model.graph_generation import cannot_loop, settings
+from spiking_mamba.model.graph_generation import cannot_loop, choose, settings, sorted_criteria
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 
 __all__ = ["Decoders", "cannot_generate", "decode"]
@@ -123,23 +122,15 @@ def _chooser(text: _Text, processors: LogitsProcessorList, samples: bool) -> Cal
     if not processors and not samples:
         return lambda logits: int(logits.argmax())
 
-    def choose(logits: np.ndarray) -> int:
-        scores = processors(text.ids, torch.from_numpy(logits.copy())[None])
-        if not samples:
-            return int(scores.argmax())
-        return int(torch.multinomial(F.softmax(scores, -1), 1))
-
-    return choose
+    return lambda logits: int(choose(torch.from_numpy(logits.copy())[None], text.ids, processors, samples))
 
 
 def _ends(text: _Text, criteria: Any) -> Callable[[int], bool]:
     """Whether the text ends with a token; the usual two criteria without a tensor."""
-    lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
-    last = {int(t) for c in criteria if type(c) is EosTokenCriteria for t in c.eos_token_id.flatten()}
-    others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+    longest, last, others = sorted_criteria(criteria)
 
     def ends(token: int) -> bool:
-        if token in last or any(text.length >= length for length in lengths):
+        if token in last or (longest is not None and text.length >= longest):
             return True
         return any(bool(torch.as_tensor(c(text.ids, None)).all()) for c in others)
 
@@ -168,13 +159,13 @@ def decode(
     output = model(**inputs, return_dict=True)
     cache = output.cache
     text = _Text(input_ids, getattr(stopping_criteria, "max_length", None))
-    choose = _chooser(text, logits_processor, bool(generation_config.do_sample))
+    chosen = _chooser(text, logits_processor, bool(generation_config.do_sample))
     ends = _ends(text, stopping_criteria)
     with decoders.borrow(model, input_ids[0].tolist()) as decoder:
         decoder.load(cache)
         logits = output.logits[0, -1].float().numpy()
         while True:
-            token = choose(logits)
+            token = chosen(logits)
             text.append(token)
             if streamer is not None:
                 streamer.put(torch.tensor([token]))

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import EosTokenCriteria, GenerationConfig, LogitsProcessorList, MaxLengthCriteria
 
-__all__ = ["cannot_loop", "decode", "settings"]
+__all__ = ["cannot_loop", "choose", "decode", "settings", "sorted_criteria"]
 
 
 def settings(model: Any, kwargs: dict[str, Any]) -> GenerationConfig:
@@ -66,15 +66,19 @@ class _Host:
         return self._tokens
 
 
+def sorted_criteria(criteria: Any) -> tuple[int | None, set[int], list[Any]]:
+    """The length at which a text ends, None without one; the tokens that end it; what else may."""
+    lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
+    last = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
+    others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+    return min(lengths, default=None), {int(token) for tokens in last for token in tokens.flatten()}, others
+
+
 class _Ends:
     """Which sequences have ended."""
 
     def __init__(self, ids: torch.Tensor, criteria: Any, padding: torch.Tensor | None) -> None:
-        lengths = [c.max_length for c in criteria if type(c) is MaxLengthCriteria]
-        last = [c.eos_token_id for c in criteria if type(c) is EosTokenCriteria]
-        self._longest = min(lengths, default=None)
-        self._last = {int(token) for tokens in last for token in tokens.flatten()}
-        self._others = [c for c in criteria if type(c) not in (MaxLengthCriteria, EosTokenCriteria)]
+        self._longest, self._last, self._others = sorted_criteria(criteria)
         self._running, self._device = [True] * ids.shape[0], ids.device
         self._padding = padding if any(hasattr(c, "eos_token_id") for c in criteria) else None
         self._mask: torch.Tensor | None = None  # of those that run, where some have ended
@@ -151,7 +155,7 @@ def decode(
 
     while True:
         tokens = ends.padded(
-            _choose(logits[:, -1].float(), text, logits_processor, generation_config.do_sample)
+            choose(logits[:, -1].float(), text, logits_processor, generation_config.do_sample)
         )
         # anew, as transformers does, so that who reads it finds it contiguous and may keep it
         text = cast(torch.LongTensor, torch.cat([text, tokens[:, None]], 1))
@@ -171,7 +175,7 @@ def decode(
     return text
 
 
-def _choose(
+def choose(
     scores: torch.Tensor, text: torch.LongTensor, processors: LogitsProcessorList, samples: bool
 ) -> torch.Tensor:
     """Tokens ``[B]`` of logits ``[B, vocab_size]``, as ``generate()`` of transformers does."""
