@@ -96,7 +96,7 @@ class Row:
         collected = []
         for run in self.done:
             if run["after"].get("mean_abs") is not None and Path(self.table.teacher, "config.json").is_file():
-                energy = _energy(
+                energy = energy_of(
                     self.table.teacher, json.dumps(run["settings"]["neuron"]), run["settings"]["membrane"],
                     run["after"]["mean_abs"], run["after"]["nonzero_share"],
                 )  # fmt: skip
@@ -183,8 +183,8 @@ def change(row: Row, against: Row) -> dict[str, Any]:
 
 
 @functools.cache
-def _energy(teacher: str, neuron: str, membrane: str, mean_abs: float, nonzero: float) -> dict[str, Any]:
-    """Energy of a student of a teacher, decoding at batch 1 included."""
+def energy_of(teacher: str, neuron: str, membrane: str, mean_abs: float, nonzero: float) -> dict[str, Any]:
+    """Energy of a student of a teacher, decoding at batch 1 included; the neuron as JSON."""
     spec = json.loads(neuron)
     node = neurons.build(spec)
     surrogate = getattr(node, "surrogate_function", None)

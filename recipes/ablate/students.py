@@ -5,29 +5,25 @@ Of records that ``recipes/convert/score_student.py`` has written, all on full se
 
 import functools
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+from figures import PLACEHOLDER
 from placeholders import ENERGIES
+from recorded import energy_of
 
-import neurons
-from spiking_mamba import SpikingMambaConfig
 from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.provenance import MARK, is_clean
 from spiking_mamba.common.records import read_records
 from spiking_mamba.common.schema import Name, schema
-from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+from spiking_mamba.data.benchmarks import BENCHMARK_SETS, SOURCE_TASKS
 from spiking_mamba.reports.document import Block, Code, Heading, Paragraph
 from spiking_mamba.reports.document import Table as Cells
-from spiking_mamba.spikes.energy import energy_of_rates
 
 __all__ = ["MEASURES", "About", "Student", "of_file", "section"]
 
-SIX = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "boolq", "winogrande")  # of arXiv 2510.04595
-PLACEHOLDER = re.compile(r"{([^{}:]+):([+,]*\.\df)}")
 COMMAND = "python recipes/convert/score_student.py recipes/distill/score.yaml model=FOLDER name=NAME"
 
 
@@ -46,11 +42,6 @@ class Student:
     def clean(self) -> bool:
         return is_clean(self.record["provenance"]["commit"])
 
-    @property
-    def tokens(self) -> int | None:
-        """That it was trained on; None of what was not trained, or packed: the packed file has them."""
-        return self.record.get("progress", {}).get("tokens")
-
     def score(self, task: str) -> float:
         """Accuracy on a set by the metric that counts for it, in per cent."""
         return 100 * self.record["tasks"][task][BENCHMARK_SETS[task].main]
@@ -58,7 +49,7 @@ class Student:
     @property
     def six(self) -> float:
         """Mean accuracy on the source's six sets, in per cent."""
-        return sum(map(self.score, SIX)) / len(SIX)
+        return sum(map(self.score, SOURCE_TASKS)) / len(SOURCE_TASKS)
 
     @property
     def rates(self) -> dict[str, float] | None:
@@ -67,10 +58,10 @@ class Student:
 
     @property
     def energy(self) -> dict[str, Any]:
-        """What ``energy_of_rates`` gives of its spikes; of a dense model none counts."""
+        """What its spikes stand for; of a dense model none counts."""
         neuron = self.record.get("neuron") or {"class": "neurons.SILIFNode", "args": {"max_spike_count": 1}}
         rates = self.rates or {"mean_abs": 1.0, "nonzero": 1.0}
-        return _energy(self.config, json.dumps(neuron), rates["mean_abs"], rates["nonzero"])
+        return energy_of(self.config, json.dumps(neuron), "token", rates["mean_abs"], rates["nonzero"])
 
     def microjoules(self, scope: Sequence[str]) -> float:
         """Of a token at int8, spiking or, of a dense model, multiplied."""
@@ -79,14 +70,6 @@ class Student:
             found = found[key]
         machine = "dense" if self.rates is None else "spiking"
         return found["int8"][f"{machine}_pj_per_token"] / 1e6
-
-
-@functools.cache
-def _energy(config: str, neuron: str, mean_abs: float, nonzero: float) -> dict[str, Any]:
-    spec = json.loads(neuron)
-    most = int(neurons.build(spec).max_spike_count)
-    model = SpikingMambaConfig.from_pretrained(config, neuron=spec)
-    return energy_of_rates(model, mean_abs, nonzero, max_spike_count=most, measured_in="bf16")
 
 
 def _of(*keys: str, scale: float = 1.0) -> Callable[[Student], float | None]:
@@ -120,7 +103,7 @@ MEASURES: dict[str, Callable[[Student], float | None]] = {
     "kl": _of("teacher_kl_web"),
     "agreement": _of("teacher_agreement_web", scale=100),
     "perplexity": _of("perplexity_web"),
-    "tokens": lambda s: None if s.tokens is None else s.tokens / 1e6,
+    "tokens": _of("progress", "tokens", scale=1e-6),
     "mean_abs": lambda s: None if s.rates is None else s.rates["mean_abs"],
     "nonzero": lambda s: None if s.rates is None else s.rates["nonzero"],
     "projections": lambda s: None if s.rates is None else s.energy["projections"]["fp32"]["gain"],
@@ -151,13 +134,10 @@ COST = {
 
 def fill(form: str, find: Callable[[str], float | None]) -> str | None:
     """A text with a number in place of every ``{measure:.2f}``; None where one is not there."""
-    pieces = PLACEHOLDER.split(form)
-    for at in range(1, len(pieces), 3):
-        value = find(pieces[at])
-        if value is None:
-            return None
-        pieces[at : at + 2] = [f"{value:{pieces[at + 1]}}", ""]
-    return "".join(pieces)
+    values = {name: find(name) for name, _ in PLACEHOLDER.findall(form)}
+    if None in values.values():
+        return None
+    return PLACEHOLDER.sub(lambda match: f"{values[match[1]]:{match[2] or ''}}", form)
 
 
 def measure(student: Student, name: str) -> float | None:

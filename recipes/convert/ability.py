@@ -6,15 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+from spiking_mamba.data.benchmarks import BENCHMARK_SETS, SOURCE_TASKS
 from spiking_mamba.evaluation.statistics import kept_share, paired_gap
 
-__all__ = ["SIX", "ability", "guessing", "read_items", "relative_ability", "write_items"]
+__all__ = ["ability", "guessing", "read_items", "relative_ability", "write_items"]
 
 Outcomes = Mapping[str, Mapping[str, np.ndarray]]  # bool [items] by task and metric
-
-# of arXiv 2510.04595
-SIX = ("hellaswag", "piqa", "arc_easy", "arc_challenge", "boolq", "winogrande")
 
 
 def write_items(path: str | Path, right: Outcomes) -> None:
@@ -82,7 +79,7 @@ def relative_ability(
         ValueError: the other model was asked fewer items.
     """
     sides = []
-    for names in (sets, [name for name in SIX if name in own]):
+    for names in (sets, [name for name in SOURCE_TASKS if name in own]):
         ours = {name: _main(own, name) for name in names}
         theirs = {name: _main(others, name)[: len(ours[name])] for name in names}
         sides.append((theirs, ours))

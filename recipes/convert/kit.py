@@ -7,7 +7,6 @@ prepare.py has written and the source's package, cut into parts. A call there ca
 CARRY and says ``offline.sh keep``; when all have been kept, ``offline.sh setup``.
 """
 
-import contextlib
 import lzma
 import os
 import re
@@ -135,9 +134,7 @@ def main() -> None:
     if not (data / "evaluated.npz").is_file():
         raise RunError(f"{data} holds no evaluated.npz: recipes/convert/prepare.py writes it.")
     pins = pinned([*settings.wheels, settings.pure], CONSTRAINTS.read_text())
-    with contextlib.ExitStack() as stack:
-        draft = stack.enter_context(scratch_folder(output.parent, ".kit-"))
-        folder = stack.enter_context(whole_folder(output))
+    with scratch_folder(output.parent, ".kit-") as draft, whole_folder(output) as folder:
         folders = make(settings, pins, folder, draft)
         for each in folders:
             size = sum(path.stat().st_size for path in each.iterdir())

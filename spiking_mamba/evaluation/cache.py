@@ -59,14 +59,16 @@ class ResultsCache:
             TakenError: another process makes this measurement, and this one does not wait.
         """
         path = self.path(name, key)
-        if self.waits is None or (path.is_file() and _read(path, key) is not None):
+        if self.waits is None:
             return self._get(path, key, measure)
+        if path.is_file() and (cached := _read(path, key)) is not None:
+            return cached, True
         locks = self.folder / _LOCKS
         locks.mkdir(parents=True, exist_ok=True)
         with claimed(locks / path.name, wait=self.waits) as free:
             if not free:
                 raise TakenError(name)
-            return self._get(path, key, measure)
+            return self._get(path, key, measure)  # another may have made it meanwhile
 
     def tidy_up(self) -> None:
         """Remove the locks, when every measurement has been made."""
