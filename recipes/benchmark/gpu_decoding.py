@@ -223,7 +223,7 @@ def rival_way(models: Models, batch: int, args: argparse.Namespace) -> Way:
 
 
 def generate_way(made: EventDrivenMambaForCausalLM, batch: int) -> Way:
-    """What users call, transformers' loop around each token included."""
+    """What users call, whatever loop it takes around a token."""
     prompt = prompt_for(made, batch)
 
     def decode(count: int) -> None:
