@@ -25,10 +25,16 @@ from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.spikes.counts import SpikeCounts
 from spiking_mamba.spikes.energy import model_energy, projection_energy
-from spiking_mamba.training.calibration import asks_for_calibration, resolve_threshold
+from spiking_mamba.training.calibration import (
+    asks_for_calibration,
+    calibrate_levels,
+    first_rows,
+    resolve_threshold,
+)
 from spiking_mamba.training.distillation import DistillationSettings
 from spiking_mamba.training.rows import training_text
 
+_STUDENT = ("neuron", "membrane", "threshold", "shift_inputs")  # what one is before distillation
 VERSION = 1  # of what a row measures: another number, and every row is run again
 
 
@@ -146,12 +152,21 @@ class Measures:
 
     def student(self, settings: DistillationSettings) -> SpikingMambaForCausalLM:
         """The student before distillation."""
-        about = {name: getattr(settings, name) for name in ("neuron", "membrane", "threshold")}
-        return SpikingMambaForCausalLM.from_dense(self.teacher, **about).eval()
+        about = {name: getattr(settings, name) for name in _STUDENT}
+        student = SpikingMambaForCausalLM.from_dense(self.teacher, **about).eval()
+        for name, level in self.levels(settings).items():
+            student.projections()[name].rest_at(level)
+        return student
+
+    def levels(self, settings: DistillationSettings) -> dict[str, torch.Tensor]:
+        """At which inputs rest before distillation, where they are shifted."""
+        if not settings.shift_inputs:
+            return {}
+        return calibrate_levels(self.teacher, first_rows(self.training_rows(settings)))
 
     def converted(self, settings: DistillationSettings) -> dict[str, Any]:
         """What it is worth, measured once for all rows that start alike."""
-        name = fingerprint([settings.neuron, settings.membrane, settings.threshold])
+        name = fingerprint([getattr(settings, name) for name in _STUDENT])
         if settings.neuron is None:
             return self.dense
         if name not in self.measured:
@@ -161,10 +176,12 @@ class Measures:
     def calibrated(self, settings: DistillationSettings) -> Any:
         """V_th, calibrated once for all rows that ask for the same."""
         about = {"neuron": settings.neuron, "membrane": settings.membrane}
-        name = fingerprint([settings.threshold, settings.length, about])
+        name = fingerprint([settings.threshold, settings.length, settings.shift_inputs, about])
         if name not in self.thresholds:
-            rows = self.training_rows(settings)
-            self.thresholds[name] = resolve_threshold(settings.threshold, self.teacher, rows, **about)
+            rows, levels = self.training_rows(settings), self.levels(settings) or None
+            self.thresholds[name] = resolve_threshold(
+                settings.threshold, self.teacher, rows, **about, levels=levels
+            )
         return self.thresholds[name]
 
     def check(self, name: str, model: SpikingMambaForCausalLM) -> dict[str, float]:

@@ -21,7 +21,11 @@ _MOST = 2**18  # numbers of a projection that are looked at
 
 @torch.no_grad()
 def recorded_inputs(
-    model: SpikingMambaForCausalLM, ids: torch.Tensor, first: int = 0, most: int = _MOST
+    model: SpikingMambaForCausalLM,
+    ids: torch.Tensor,
+    first: int = 0,
+    most: int = _MOST,
+    levels: dict[str, torch.Tensor] | None = None,
 ) -> dict[str, torch.Tensor]:
     """What every projection is given, flat float32, by its name; of every n-th token where there are many.
 
@@ -31,12 +35,14 @@ def recorded_inputs(
         model: dense.
         ids: ``[B, L]``. first: places of each row that are left out.
         most: numbers of a projection that are kept, about.
+        levels: of every channel by projection, that are subtracted; None: none are.
     """
     inputs: dict[str, list[torch.Tensor]] = {}
 
     def keep(name: str) -> Any:
         def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0][:, first:].flatten(0, 1).float()  # [tokens, channels]
+            x = x if levels is None else x - levels[name]
             inputs.setdefault(name, []).append(x[:: max(1, len(ids) * x.numel() // most)].flatten())
 
         return hook
@@ -50,7 +56,11 @@ def recorded_inputs(
 
 @torch.no_grad()
 def least_error(
-    model: SpikingMambaForCausalLM, ids: torch.Tensor, neuron: dict, first: int = 0
+    model: SpikingMambaForCausalLM,
+    ids: torch.Tensor,
+    neuron: dict,
+    first: int = 0,
+    levels: dict[str, torch.Tensor] | None = None,
 ) -> list[dict[str, float]]:
     """V_th of every projection of a dense model, as ``threshold`` of a configuration takes them.
 
@@ -59,12 +69,13 @@ def least_error(
 
     Args:
         model: dense.
-        ids: ``[B, L]`` on the model's device. neuron: of the student. first: see :func:`recorded_inputs`.
+        ids: ``[B, L]`` on the model's device. neuron: of the student.
+        first, levels: see :func:`recorded_inputs`.
     """
     node = neurons.build(neuron)
     most = int(node.max_spike_count)  # type: ignore[arg-type]
     layers: list[dict[str, float]] = [{} for _ in range(model.config.num_hidden_layers)]
-    for name, x in recorded_inputs(model, ids, first).items():
+    for name, x in recorded_inputs(model, ids, first, levels=levels).items():
         whole = float(x.abs().max()) / most
         steps = [whole * 0.85**k for k in range(_STEPS)]
         errors = [float(((x / v).round().clamp(-most, most) * v - x).square().sum()) for v in steps]
@@ -81,6 +92,7 @@ def uncut(
     tokens: torch.Tensor,
     most: int,
     share: float,
+    levels: dict[str, torch.Tensor] | None = None,
 ) -> list[dict[str, float]]:
     """V_th of every projection, raised to where at most a share of its inputs is cut off at D.
 
@@ -93,12 +105,14 @@ def uncut(
         tokens: ``[B, L]`` on the model's device.
         most: D.
         share: of a projection's inputs; of 0 none is cut off.
+        levels: at which inputs rest, see :func:`recorded_inputs`.
     """
     counted, largest = tokens != END, {}
 
     def look(name: str) -> Any:
         def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0][counted].abs().flatten().float()
+            x = args[0][counted].float()
+            x = (x if levels is None else x - levels[name]).abs().flatten()
             largest[name] = float(x.topk(min(len(x), 1 + int(share * len(x)))).values[-1])
 
         return hook

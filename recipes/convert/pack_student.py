@@ -19,6 +19,7 @@ from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Name, Positive, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.converted import STUDENT, is_converted, read_index
+from spiking_mamba.model.pretrained import OWN_IN_FLOAT32
 
 FILE = "student.safetensors"
 
@@ -51,7 +52,7 @@ def own_tensors(student: SpikingMambaForCausalLM, mlps: LowRankParameters) -> di
                 tensors[f"backbone.layers.{k}.{name}:{part}"] = tensor[row].half().contiguous()
     for row, k in enumerate(numbers):
         for name, parameter in mlps.modules[row].named_parameters():
-            if name.endswith("log_threshold"):
+            if name.endswith(OWN_IN_FLOAT32):
                 tensors[f"backbone.layers.{k}.{name}"] = parameter.data.clone()
     return tensors
 

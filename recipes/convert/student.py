@@ -25,7 +25,7 @@ from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.source import PACKAGES, load_source
-from spiking_mamba.training.calibration import calibrate_thresholds
+from spiking_mamba.training.calibration import calibrate_levels, calibrate_thresholds
 from spiking_mamba.training.student import Neuron
 
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -48,7 +48,9 @@ class StudentSettings(StageSettings):
         size_weight, zeros_weight: of the penalties.
         cut: share of a projection's inputs, ends of text left out, that may be cut off at the neuron's
             largest count: thresholds calibrated lower are raised; null: as many as come.
-        calibration: rows that thresholds are calibrated on.
+        calibration: rows that thresholds and levels are calibrated on.
+        shift_inputs: let every input channel rest at a level of its own, at first its median, see
+            ``SpikingMambaConfig``.
         rank: of what is added to the MLPs' matrices, so that a small file holds it; 0: they stay as they are;
             null: they are trained whole.
         weight_decay: of matrices; of factors of a low rank none.
@@ -63,6 +65,7 @@ class StudentSettings(StageSettings):
     zeros_weight: NotNegative = 1.0
     cut: Fraction | None = None
     calibration: Count = 8
+    shift_inputs: bool = False
     rank: Natural | None = None
     # where a student differs from a stage
     bits: Annotated[int, Field(ge=0, le=8)] = 4
@@ -73,26 +76,46 @@ class StudentSettings(StageSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.neuron is None and (self.mean_abs or self.nonzero):
+        if self.neuron is None and (self.mean_abs or self.nonzero or self.shift_inputs):
             raise ValueError(
-                "neuron: a dense control has no spikes to ask for: mean_abs and nonzero are null."
+                "neuron: a dense control has no spikes to ask for: mean_abs and nonzero are null, and "
+                "shift_inputs is false."
             )
 
 
-def thresholds(settings: StudentSettings, dense: SpikingMambaForCausalLM, ids: torch.Tensor) -> Any:
-    """V_th of every projection, by tokens ``[B, L]`` on the model's device, first ones left out."""
+Levels = dict[str, torch.Tensor]
+
+
+def thresholds(
+    settings: StudentSettings, dense: SpikingMambaForCausalLM, ids: torch.Tensor
+) -> tuple[Any, Levels | None]:
+    """V_th of every projection, and the levels of its inputs, None where they are not shifted.
+
+    By tokens ``[B, L]`` on the model's device, first ones left out.
+    """
     if settings.neuron is None:
-        return 1.0
+        return 1.0, None
     with autocast(ids):  # as in training, for which a GPU's kernels are tuned
+        levels = calibrate_levels(dense, ids, first=1) if settings.shift_inputs else None
         if settings.mean_abs is None and settings.nonzero is None:
-            return least_error(dense, ids, settings.neuron, first=1)
-        layers = calibrate_thresholds(
-            dense, ids, settings.mean_abs, settings.neuron, nonzero=settings.nonzero, first=1
-        )
-        if settings.cut is None:
-            return layers
-        most: Any = neurons.build(settings.neuron).max_spike_count
-        return uncut(layers, dense, ids, int(most), settings.cut)
+            return least_error(dense, ids, settings.neuron, first=1, levels=levels), levels
+        targets = settings.mean_abs, settings.neuron
+        layers = calibrate_thresholds(dense, ids, *targets, nonzero=settings.nonzero, first=1, levels=levels)
+        if settings.cut is not None:
+            most: Any = neurons.build(settings.neuron).max_spike_count
+            layers = uncut(layers, dense, ids, int(most), settings.cut, levels)
+        return layers, levels
+
+
+def make_student(settings: StudentSettings, dense: Any, threshold: Any = 1.0) -> SpikingMambaForCausalLM:
+    """A student of a dense model as it is before training."""
+    return SpikingMambaForCausalLM.from_dense(
+        dense,
+        neuron=settings.neuron,
+        threshold=threshold,
+        learn_threshold=settings.neuron is not None,
+        shift_inputs=settings.shift_inputs,
+    )
 
 
 def trained_parts(student: SpikingMambaForCausalLM, settings: StudentSettings, compiles: bool) -> Together:
@@ -137,13 +160,14 @@ class StudentStage(Stage):
         self.vocabulary = dense.config.vocab_size
         self.batches = self._batches()
         threshold: Any = 1.0
+        levels: Levels | None = None
         state = self.folder / STATE
         if not state.is_file():
-            threshold = thresholds(settings, dense, self._calibration())
+            threshold, levels = thresholds(settings, dense, self._calibration())
             self.say("calibrated")
-        student = SpikingMambaForCausalLM.from_dense(
-            dense, neuron=settings.neuron, threshold=threshold, learn_threshold=settings.neuron is not None
-        )
+        student = make_student(settings, dense, threshold)
+        for name, level in (levels or {}).items():
+            student.projections()[name].rest_at(level)
         self.student = student.requires_grad_(False).train()
         for block in self.student.backbone.layers:
             block.requires_grad_(True)
@@ -176,9 +200,7 @@ def restored_student(path: str | Path) -> tuple[SpikingMambaForCausalLM, Togethe
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
     settings = StudentSettings(**state["progress"]["settings"] | {"output": "-", "piece": 1})
-    student = SpikingMambaForCausalLM.from_dense(
-        load_dense(settings.start), neuron=settings.neuron, learn_threshold=settings.neuron is not None
-    )
+    student = make_student(settings, load_dense(settings.start))
     parts = trained_parts(student.requires_grad_(False), settings, False)
     parts.restore(state)
     return student.eval(), parts, state["progress"]

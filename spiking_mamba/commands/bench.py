@@ -27,6 +27,7 @@ from spiking_mamba.model.configuration import FOLDED, SpikingMambaConfig, own_fi
 from spiking_mamba.model.converted import is_converted
 from spiking_mamba.model.event_driven import STATES, WEIGHTS, EventDrivenMambaForCausalLM, event_driven
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.pretrained import OWN_IN_FLOAT32
 from spiking_mamba.model.tokenizer import check_vocabulary, has_tokenizer, load_tokenizer
 from spiking_mamba.reports.decoding import draw_speeds, speed_table
 from spiking_mamba.spikes.joules import NoEnergyCounter, ProcessorJoules
@@ -158,9 +159,9 @@ class Makers:
 
 def without_neurons(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
     """A dense model of a spiking one's weights: V_th divides before a neuron and multiplies behind it."""
-    fields = own_fields(model.config) | FOLDED | {"neuron": None, "membrane": "token"}
+    fields = own_fields(model.config) | FOLDED | {"neuron": None, "membrane": "token", "shift_inputs": False}
     dense = SpikingMambaForCausalLM(SpikingMambaConfig(**fields))
-    dense.load_state_dict({k: w for k, w in model.state_dict().items() if not k.endswith("log_threshold")})
+    dense.load_state_dict({k: w for k, w in model.state_dict().items() if not k.endswith(OWN_IN_FLOAT32)})
     return dense.eval()
 
 

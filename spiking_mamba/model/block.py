@@ -90,15 +90,15 @@ class SpikingMambaMixer(SpikeFed):
         self.time_step_limit = (low, high)
 
         self.conv1d = CausalConv1d(self.conv_dim, config.conv_kernel, config.use_conv_bias, config.hidden_act)
-        self.in_spikes = self._encoder(config, "in_proj")
         width = self.intermediate_size + self.conv_dim + config.num_heads
+        self.in_spikes = self._encoder(config, "in_proj", (config.hidden_size, width))
         self.in_proj = nn.Linear(config.hidden_size, width, bias=config.use_bias)
         self.dt_bias = nn.Parameter(torch.empty(config.num_heads))
         self.A_log = nn.Parameter(torch.empty(config.num_heads))
         self.D = nn.Parameter(torch.empty(config.num_heads))
         self.initialise(config, torch.linspace(0.0, 1.0, config.num_heads))
         self.norm = GatedRMSNorm(self.intermediate_size, config.n_groups, config.layer_norm_epsilon)
-        self.out_spikes = self._encoder(config, "out_proj")
+        self.out_spikes = self._encoder(config, "out_proj", (self.intermediate_size, config.hidden_size))
         self.out_proj = nn.Linear(self.intermediate_size, config.hidden_size, bias=config.use_bias)
 
     @torch.no_grad()
@@ -120,9 +120,9 @@ class SpikingMambaMixer(SpikeFed):
         for name, value in values.items():
             init.copy_(getattr(self, name), value)
 
-    def before_out_proj(self) -> torch.Tensor:
-        """The weight that scales what ``out_proj``'s neuron gets."""
-        return self.norm.weight
+    def before_out_proj(self) -> list[torch.Tensor]:
+        """The gated norm's weight."""
+        return [self.norm.weight]
 
     @takes_any_cache_name
     def forward(
@@ -284,12 +284,10 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
             return hidden_states
         return hidden_states, sum(accumulations, torch.zeros(2, device=residual.device))
 
-    def weight_before(self, name: str) -> torch.Tensor:
-        """The weight that scales what the neuron before ``in_proj`` or ``out_proj`` gets.
-
-        1 / V_th folds into it.
-        """
-        return self.norm.weight if name == "in_proj" else self.mixer.before_out_proj()
+    def divide_before(self, name: str, threshold: float | torch.Tensor) -> None:
+        """Let the neuron before ``in_proj`` or ``out_proj`` get its input over V_th, by what scales it."""
+        for tensor in [self.norm.weight] if name == "in_proj" else self.mixer.before_out_proj():
+            tensor.div_(threshold)
 
     def _normalise(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The mixer's input and the residual stream, each ``[B, L, hidden_size]``."""

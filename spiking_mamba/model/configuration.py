@@ -66,6 +66,9 @@ class SpikingMambaConfig(PretrainedConfig):
         threshold: V_th, the quantum that one spike stands for: a number > 0, or ``{"in_proj": ..,
             "out_proj": ..}``, or a list with one such entry per layer.
         learn_threshold: make every V_th a trained parameter (its logarithm, float32).
+        shift_inputs: let every input channel of a projection rest at a level of its own, a trained parameter,
+            at which it is silent; what the levels mean to the outputs is added to them (see
+            :mod:`spiking_mamba.model.projection`).
         spike_driven: feed every projection ternary micro-steps and sum them, instead of integers.
         layers_block_type: ``None`` for Mamba2 alone, or a list of "mamba" and "mlp", one a layer, as
             transformers' Nemotron-H names them.
@@ -111,6 +114,7 @@ class SpikingMambaConfig(PretrainedConfig):
     membrane: str = "token"
     threshold: Any = 1.0
     learn_threshold: bool = False
+    shift_inputs: bool = False
     spike_driven: bool = False
     layers_block_type: list[str] | None = None
     intermediate_size: int | None = None
@@ -179,8 +183,8 @@ class SpikingMambaConfig(PretrainedConfig):
 
     def _check_neuron(self) -> None:
         if self.neuron is None:
-            if self.learn_threshold or self.sgc is not None:
-                raise ValueError("learn_threshold and sgc need a neuron.")
+            if self.learn_threshold or self.shift_inputs or self.sgc is not None:
+                raise ValueError("learn_threshold, shift_inputs and sgc need a neuron.")
             return
         node = neurons.build(self.neuron)
         if not isinstance(node, MemoryModule):

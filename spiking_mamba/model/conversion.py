@@ -47,7 +47,7 @@ def fold_thresholds(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
     for block in folded.backbone.blocks:
         for name, projection in spike_fed(block.mixer):
             threshold = projection.spikes.threshold
-            block.weight_before(name).div_(threshold)
+            block.divide_before(name, threshold)
             projection.weight.mul_(threshold)
             projection.spikes.fix_threshold(1.0)
     folded.config.threshold = 1.0

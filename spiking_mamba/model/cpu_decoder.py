@@ -150,6 +150,7 @@ class CpuDecoder:
             bits=self._bits,
             head_bits=self._head_bits,
             spiking=spiking,
+            shifted=spiking and config.shift_inputs,
             layouts=layouts,  # type: ignore[arg-type]
             mlps=config.layers_block_type is not None and "mlp" in config.layers_block_type,
             states=config.states,

@@ -25,7 +25,7 @@ class Kind(NamedTuple):
     """What is compiled in: everything that models of one shape and layout share.
 
     Attributes:
-        instructions: of :mod:`neurons.cpu.instructions`. spiking: or dense.
+        instructions: of :mod:`neurons.cpu.instructions`. spiking: or dense. shifted: whether inputs are.
         bits: of the projections' weights, two numbers where layers differ. head_bits: of the head's.
         layouts: of input projection and output projection, and of those of MLP blocks, 'rows' or 'tiles'.
         mlps: whether there are MLP blocks.
@@ -38,6 +38,7 @@ class Kind(NamedTuple):
     bits: tuple[int, ...]
     head_bits: int
     spiking: bool
+    shifted: bool
     layouts: tuple[str, str, str, str]
     mlps: bool
     states: str
@@ -70,6 +71,7 @@ class Weights(NamedTuple):
     embeddings: np.ndarray  # float32 [V, d]
     place: np.ndarray  # int64 [L], a mixer's place among mixers; an MLP's among MLPs, as -1, -2, ...
     norm: np.ndarray  # float32 [L, d], over V_th
+    shift: np.ndarray  # float32 [L, d], where inputs are shifted, else [0, 0], as the two below
     in_proj: Matrices
     conv: np.ndarray  # float32 [M, taps, C]
     conv_bias: np.ndarray  # float32 [M, C]
@@ -77,10 +79,12 @@ class Weights(NamedTuple):
     A: np.ndarray  # float32 [M, H], negative
     D: np.ndarray  # float32 [M, H]
     gated_norm: np.ndarray  # float32 [M, I], over V_th
+    gated_shift: np.ndarray  # float32 [M, I]
     out_proj: Matrices
     mlp_in: Matrices
     mlp_out: Matrices
     ones: np.ndarray  # float32 [F]
+    mlp_shift: np.ndarray  # float32 [L - M, F]
     last_norm: np.ndarray  # float32 [d]
     head: Matrices
     eps: f32
@@ -137,11 +141,13 @@ def read(model: SpikingMambaForCausalLM, kind: Kind, arena: Arena) -> tuple[Weig
     none = torch.zeros(mixers[0].conv_dim)
     low, high = config.time_step_limit
     stack = lambda tensors: arena.copy(np.stack([_array(tensor) for tensor in tensors]))  # noqa: E731
+    shifts = lambda encoders: _shifts(encoders, kind, arena)  # noqa: E731
     matrices = lambda layers, layout: _matrices(layers, layout, kind, arena, keep)  # noqa: E731
     weights = Weights(
         embeddings=_array(model.backbone.embeddings.weight),
         place=place,
         norm=stack([block.norm.weight for block in blocks]),
+        shift=shifts([block.mixer.in_spikes for block in blocks]),
         in_proj=matrices([m.in_proj for m in mixers], kind.layouts[0]),
         conv=stack([m.conv1d.weight[:, 0].t() for m in mixers]),
         conv_bias=stack([none if m.conv1d.bias is None else m.conv1d.bias for m in mixers]),
@@ -149,10 +155,12 @@ def read(model: SpikingMambaForCausalLM, kind: Kind, arena: Arena) -> tuple[Weig
         A=stack([-torch.exp(m.A_log.float()) for m in mixers]),
         D=stack([m.D for m in mixers]),
         gated_norm=stack([m.norm.weight for m in mixers]),
+        gated_shift=shifts([m.out_spikes for m in mixers]),
         out_proj=matrices([m.out_proj for m in mixers], kind.layouts[1]),
         mlp_in=matrices([m.in_proj for m in mlps], kind.layouts[2]),
         mlp_out=matrices([m.out_proj for m in mlps], kind.layouts[3]),
         ones=np.ones((config.intermediate_size or 0) if mlps else 0, f32),
+        mlp_shift=shifts([m.out_spikes for m in mlps]),
         last_norm=arena.copy(_array(model.backbone.norm_f.weight)),
         head=matrices([model.lm_head], "tiles"),
         eps=f32(config.layer_norm_epsilon),
@@ -161,6 +169,12 @@ def read(model: SpikingMambaForCausalLM, kind: Kind, arena: Arena) -> tuple[Weig
         dt_high=f32(min(high, float(np.finfo(f32).max))),  # compiled code knows no infinity
     )
     return weights, keep
+
+
+def _shifts(encoders: list[Any], kind: Kind, arena: Arena) -> np.ndarray:
+    if not kind.shifted or not encoders:
+        return np.zeros((0, 0), f32)
+    return arena.copy(np.stack([_array(encoder.shift) for encoder in encoders]))
 
 
 def _matrices(

@@ -73,6 +73,15 @@ def _spikes(x, weight, scale, most, out):
 
 
 @internal
+def _shifted_spikes(x, weight, shift, scale, most, out):
+    """The same on ``x * scale * weight - shift``."""
+    for i in range(x.size):
+        u = x[i] * scale * weight[i] - shift[i]
+        count = max(min(np.ceil(abs(u) - f32(0.5)), most), f32(0.0))
+        out[i] = i8(count if u > f32(0.0) else -count)
+
+
+@internal
 def _rounded(x, weight, scale, out, factors):
     """``x * scale * weight`` as int8 times a factor for every 32."""
     for block in range((x.size + BLOCK - 1) // BLOCK):
@@ -177,11 +186,14 @@ def _lap(kind: Kind) -> Any:
 def _projection(kind: Kind, layout: str, bits: tuple[int, ...], spiking: bool, adds: bool, part: int) -> Any:
     """Norm, neuron or rounding, and one thread's part of a projection; its time goes to the ``part``."""
     run = program_of_either(kind.instructions, layout, bits, not spiking)
+    shifted = spiking and kind.shifted
     lap = _lap(kind)
 
     @internal
-    def project(s, m, layer, x, weight, scale, most, me, threads, local, sums, out):
-        if spiking:
+    def project(s, m, layer, x, weight, shifts, place, scale, most, me, threads, local, sums, out):
+        if shifted:
+            _shifted_spikes(x, weight, shifts[place], scale, most, local.integers)
+        elif spiking:
             _spikes(x, weight, scale, most, local.integers)
         else:
             _rounded(x, weight, scale, local.integers, local.factors)
@@ -273,7 +285,7 @@ def _mixer_block(kind: Kind) -> Any:
         place, d, bar = w.place[layer], x.size, s.barrier.ctypes.data
         channels, inner = local.xbc.size, s.y.size
         input_projection(
-            s, w.in_proj, place, x, w.norm[layer], scale, w.max_spike_count,
+            s, w.in_proj, place, x, w.norm[layer], w.shift, layer, scale, w.max_spike_count,
             me, threads, local, local.sums, s.projected,
         )  # fmt: skip
         if me == 0:
@@ -290,8 +302,8 @@ def _mixer_block(kind: Kind) -> Any:
         gated = local.gated[:inner]
         normalise_groups(w, s, gated)
         output_projection(
-            s, w.out_proj, place, gated, w.gated_norm[place], f32(1.0), w.max_spike_count,
-            me, threads, local, local.sums, s.x,
+            s, w.out_proj, place, gated, w.gated_norm[place], w.gated_shift, place, f32(1.0),
+            w.max_spike_count, me, threads, local, local.sums, s.x,
         )  # fmt: skip
         if me == 0:
             s.fired[1] += _firing(local.integers[:inner])
@@ -311,7 +323,7 @@ def _mlp_block(kind: Kind) -> Any:
     def block(me, threads, layer, x, scale, w, s, local):
         place, d, width = -1 - w.place[layer], x.size, w.ones.size
         input_projection(
-            s, w.mlp_in, place, x, w.norm[layer], scale, w.max_spike_count,
+            s, w.mlp_in, place, x, w.norm[layer], w.shift, layer, scale, w.max_spike_count,
             me, threads, local, local.sums, s.projected,
         )  # fmt: skip
         if me == 0:
@@ -323,7 +335,7 @@ def _mlp_block(kind: Kind) -> Any:
         for i in range(width):
             gated[i] = _silu(s.projected[i]) * s.projected[width + i]
         output_projection(
-            s, w.mlp_out, place, gated, w.ones, f32(1.0), w.max_spike_count,
+            s, w.mlp_out, place, gated, w.ones, w.mlp_shift, place, f32(1.0), w.max_spike_count,
             me, threads, local, local.sums, s.x,
         )  # fmt: skip
         if me == 0:
@@ -368,7 +380,20 @@ def token_functions(kind: Kind) -> tuple[Any, Any]:
             barrier(bar, threads)
         scale = f32(1.0) / np.sqrt(_mean_square(x) + w.eps)
         head_projection(
-            s, w.head, 0, x, w.last_norm, scale, w.max_spike_count, me, threads, local, s.logits, s.logits
+            s,
+            w.head,
+            0,
+            x,
+            w.last_norm,
+            w.shift,
+            0,
+            scale,
+            w.max_spike_count,
+            me,
+            threads,
+            local,
+            s.logits,
+            s.logits,
         )
         barrier(bar, threads)
 

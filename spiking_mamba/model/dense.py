@@ -14,7 +14,7 @@ from spiking_mamba.common.checkpoint_files import locate, one_line, read_weights
 from spiking_mamba.common.errors import CheckpointError, DataError
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.converted import is_converted, is_spiking, read_converted
-from spiking_mamba.model.pretrained import SpikingMambaPreTrainedModel
+from spiking_mamba.model.pretrained import OWN_IN_FLOAT32, SpikingMambaPreTrainedModel
 from spiking_mamba.model.state_spaces import from_state_spaces
 
 __all__ = ["read_dense", "student_of"]
@@ -98,11 +98,12 @@ def student_of(dense: PreTrainedModel, cls: type[Model], **choices: Any) -> Mode
     with dense.device:  # where there is a GPU, what is drawn before the weights replace it takes no time
         model = cls(SpikingMambaConfig.from_dict(fields | choices)).to(dense.device)
     for name, parameter in model.named_parameters():
-        if not name.endswith("log_threshold"):
+        if not name.endswith(OWN_IN_FLOAT32):
             parameter.data = parameter.data.to(dense.dtype)
     incompatible = model.load_state_dict(dense.state_dict(), strict=False)
-    own = (".log_threshold", ".neuron.")  # what a student has and a dense model has not
-    missing = [key for key in incompatible.missing_keys if not any(part in key for part in own)]
+    missing = [
+        key for key in incompatible.missing_keys if ".neuron." not in key and not key.endswith(OWN_IN_FLOAT32)
+    ]
     if missing or incompatible.unexpected_keys:
         raise ValueError(f"Weights do not fit: missing {missing}, unexpected {incompatible.unexpected_keys}.")
     model.generation_config = copy.deepcopy(dense.generation_config)

@@ -1,8 +1,9 @@
 """A copy of a model for inference with integer weights, fetched where a spike asks for them.
 
 1 / V_th moves into the norm before each neuron, V_th and the weights' scale become one float an output, and
-what is left of a projection is ``y = scale * sum of integers``. A dense model goes the same way with its
-activations rounded to int8 in blocks of 32.
+what is left of a projection is ``y = scale * sum of integers``, and a bias. Where inputs are shifted, the
+levels are subtracted before the neuron, and what they mean to the outputs is in the bias. A dense model goes
+the same way with its activations rounded to int8 in blocks of 32.
 """
 
 import copy
@@ -100,7 +101,9 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
         for name, projection in list(spike_fed(self)):
             linear = cast(nn.Linear, projection.linear)
             size = linear.in_features, linear.out_features
-            made = layer(*size, linear.bias is not None, forms.pop(name, config.weights))
+            projection.spikes.constant = None  # it is in the bias
+            biased = linear.bias is not None or config.shift_inputs
+            made = layer(*size, biased, forms.pop(name, config.weights))
             self.set_submodule(name, made)
         form = forms.pop("lm_head", config.weights)
         self.lm_head = QuantisedLinear(config.hidden_size, config.vocab_size, False, form)
@@ -338,7 +341,7 @@ def event_driven(
         name: tensor.float()
         for name, tensor in model.state_dict().items()
         if not any(f"{projection}." in name for projection in PROJECTIONS)
-        and not name.endswith("log_threshold")
+        and not name.endswith(("log_threshold", "constant"))
         and not name.startswith("lm_head.")
     }
     made.load_state_dict(kept, strict=False)
@@ -347,12 +350,17 @@ def event_driven(
             for name, projection in spike_fed(source.mixer):
                 threshold = torch.as_tensor(projection.threshold).item()
                 layer = getattr(block.mixer, name)
-                _fill(layer, rounded[f"backbone.layers.{k}.mixer.{name}"], threshold)
+                integers = rounded[f"backbone.layers.{k}.mixer.{name}"]
+                if (constant := projection.spikes.constant) is not None:
+                    integers.bias = constant.float() + (0.0 if integers.bias is None else integers.bias)
+                _fill(layer, integers, threshold)
                 if name == "out_proj" and isinstance(block.mixer, SpikingMambaMLP):
                     # what its neuron gets comes straight from the upper half of the input projection
-                    cast(torch.Tensor, block.mixer.in_proj.scale).chunk(2)[1].div_(threshold)
+                    for tensor in (block.mixer.in_proj.scale, block.mixer.in_proj.bias):
+                        if tensor is not None:
+                            cast(torch.Tensor, tensor).chunk(2)[1].div_(threshold)
                 else:
-                    block.weight_before(name).div_(threshold)
+                    block.divide_before(name, threshold)
         _fill(made.lm_head, rounded["lm_head"], 1.0)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval()

@@ -28,14 +28,16 @@ class SpikingMambaMLP(SpikeFed):
         super().__init__(config, layer_idx)
         assert config.intermediate_size is not None, "the configuration has checked it"
         width = config.intermediate_size
-        self.in_spikes = self._encoder(config, "in_proj")
+        self.in_spikes = self._encoder(config, "in_proj", (config.hidden_size, 2 * width))
         self.in_proj = nn.Linear(config.hidden_size, 2 * width, bias=False)
-        self.out_spikes = self._encoder(config, "out_proj")
+        self.out_spikes = self._encoder(config, "out_proj", (width, config.hidden_size))
         self.out_proj = nn.Linear(width, config.hidden_size, bias=False)
 
-    def before_out_proj(self) -> torch.Tensor:
-        """The weight that scales what ``out_proj``'s neuron gets, a view of ``in_proj``'s lower half."""
-        return self.in_proj.weight.chunk(2)[1]
+    def before_out_proj(self) -> list[torch.Tensor]:
+        """Lower halves of ``in_proj``'s weight and of the constant that is added behind it."""
+        constant = self.in_spikes.constant
+        both = [self.in_proj.weight] if constant is None else [self.in_proj.weight, constant]
+        return [tensor.chunk(2)[1] for tensor in both]
 
     @takes_any_cache_name
     def forward(

@@ -299,6 +299,7 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         membrane: str = "token",
         threshold: Any = 1.0,
         learn_threshold: bool = False,
+        shift_inputs: bool = False,
     ) -> "SpikingMambaForCausalLM":
         """A student with the weights of a dense Mamba2 and neurons in front of its projections.
 
@@ -306,7 +307,8 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
             dense: a model of this class or transformers' ``Mamba2ForCausalLM``, or the folder or hub name
                 of a checkpoint of transformers or of state-spaces.
             neuron: a spec or a node as an example; ``None`` gives a dense copy.
-            sgc, membrane, threshold, learn_threshold: see :class:`SpikingMambaConfig`.
+            sgc, membrane, threshold, learn_threshold, shift_inputs: see :class:`SpikingMambaConfig`; levels
+                start at 0, see ``SpikingProjection.rest_at``.
 
         Returns:
             A new model in training mode, on the device and in the dtype of ``dense``.
@@ -321,6 +323,7 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
             membrane=membrane,
             threshold=threshold,
             learn_threshold=learn_threshold,
+            shift_inputs=shift_inputs,
         )
         if isinstance(neuron, nn.Module):  # an example may have learned something
             for projection in student.projections().values():

@@ -28,7 +28,7 @@ from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.projection import ENDS, SpikeEncoder
 from spiking_mamba.model.spike_fed import FIRST_FORM
 
-__all__ = ["SpikingMambaPreTrainedModel"]
+__all__ = ["OWN_IN_FLOAT32", "SpikingMambaPreTrainedModel"]
 
 _UNFIT = "The checkpoint does not fit its configuration: "
 
@@ -77,6 +77,10 @@ def _check_sizes(cls: type, folder: Path, config: Any, renamed: dict[str, str]) 
             raise CheckpointError(f"{folder}: {key} is of type {header.dtype}, no floating-point weight.")
 
 
+# the parameters that a spiking model has and a dense one has not, but for its neurons'
+OWN_IN_FLOAT32 = ("log_threshold", "shift", "constant")
+
+
 class SpikingMambaPreTrainedModel(PreTrainedModel):
     """Weights, initialisation and loading of the spiking Mamba2."""
 
@@ -85,7 +89,7 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
     base_model_prefix = "backbone"
     supports_gradient_checkpointing = True
     _no_split_modules = ["SpikingMambaBlock"]  # noqa: RUF012
-    _keep_in_fp32_modules_strict = {"log_threshold"}  # noqa: RUF012
+    _keep_in_fp32_modules_strict = set(OWN_IN_FLOAT32)  # noqa: RUF012
     # weights of another head than theirs
     _new_in_checkpoints_of_others: ClassVar[frozenset[str]] = frozenset()
     _is_stateful = True  # no way back from a state: generate() refuses what would crop it

@@ -1,8 +1,13 @@
-"""A linear layer fed by spikes: ``y = V_th * W S(x / V_th) + b``, with compensation (SGC) in training.
+"""A linear layer fed by spikes: ``y = V_th W S(x / V_th - r) + b + c``, with compensation (SGC) in training.
 
 What turns activations into spikes stands in front of a plain ``nn.Linear``, so that whatever wraps, adapts or
 quantises linear layers from outside works here too, and sees spikes. Spikes are never scaled before the
 product, which therefore consists of accumulations; V_th scales its result.
+
+``r`` and ``c`` are there where inputs are shifted, else 0: what a channel has in common at all tokens need
+not be spiked at each of them. It rests at the level ``V_th r``, at which it is silent, and ``c``, at first
+``V_th W r``, carries what all levels together mean to the outputs (channel-wise shifting: Wei et al., arXiv
+2304.09145).
 """
 
 import math
@@ -42,11 +47,13 @@ class Spikes(NamedTuple):
             mixed with SGC's smooth path; where inference is spike-driven, ``[D, B, L, C]`` ternary steps.
         emitted: the neuron's spikes ``[B, L, C]``; None without a neuron.
         threshold: V_th, by which the layer's result is to be multiplied; None for 1.
+        constant: what is to be added to it, ``[out_features]``; None for nothing.
     """
 
     fed: torch.Tensor
     emitted: torch.Tensor | None = None
     threshold: float | torch.Tensor | None = None
+    constant: torch.Tensor | None = None
 
 
 class SpikeEncoder(nn.Module):
@@ -59,6 +66,8 @@ class SpikeEncoder(nn.Module):
         learn_threshold: train ``log V_th`` as the float32 parameter ``log_threshold``.
         sgc: ``None`` or the complete SGC settings of the config; see :mod:`neurons.compensation`.
         spike_driven: make ternary micro-steps of the integers; without SGC.
+        shifts: ``(in_features, out_features)`` of the projection where its inputs are shifted; they are then
+            float32 parameters, at first 0: ``shift``, in units of V_th, and ``constant``.
     """
 
     def __init__(
@@ -69,12 +78,16 @@ class SpikeEncoder(nn.Module):
         learn_threshold: bool = False,
         sgc: dict | None = None,
         spike_driven: bool = False,
+        shifts: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
         self.neuron = neuron
         self.membrane = membrane
         # of shape [1]: FSDP shards no scalars
         self.log_threshold = nn.Parameter(torch.zeros(1)) if learn_threshold else None
+        inputs, outputs = shifts or (0, 0)
+        self.shift = nn.Parameter(torch.zeros(inputs)) if inputs else None
+        self.constant = nn.Parameter(torch.zeros(outputs)) if outputs else None
         self.threshold = threshold
         self.sgc = sgc
         self.sgc_lambda = 0.0 if sgc is None else float(sgc["lam"])
@@ -100,7 +113,8 @@ class SpikeEncoder(nn.Module):
         self._threshold = float(value)
         self._unit = self._threshold == 1.0
         self._compiled_threshold = _scalar(value)
-        self.reset_parameters()
+        if self.log_threshold is not None:
+            init.constant_(self.log_threshold, math.log(self._threshold))
 
     def _factor(self) -> float | torch.Tensor | None:
         """V_th, None for 1; no number that a compiled block would have to be compiled anew for."""
@@ -111,9 +125,11 @@ class SpikeEncoder(nn.Module):
         return self._compiled_threshold if torch.compiler.is_compiling() else self._threshold
 
     def reset_parameters(self) -> None:
-        """Let a learned V_th start again from the number that was given."""
-        if self.log_threshold is not None:
-            init.constant_(self.log_threshold, math.log(self._threshold))
+        """Let a learned V_th start again from the number that was given, and levels from 0."""
+        self.threshold = self._threshold
+        for parameter in (self.shift, self.constant):
+            if parameter is not None:
+                init.zeros_(parameter)
 
     def fix_threshold(self, value: float) -> None:
         """Make V_th this number, learned no more."""
@@ -155,6 +171,8 @@ class SpikeEncoder(nn.Module):
             spike_dtype(x, self.neuron.surrogate_function)
         threshold = self._factor()
         u = x if threshold is None else x.float() / threshold
+        if self.shift is not None:
+            u = u - self.shift
         if self.training and self._compensates and not self.spike_driven:
             emitted, fed = self._compensated(u, states, packing)
         else:
@@ -163,7 +181,7 @@ class SpikeEncoder(nn.Module):
             fed = fed.to(x.dtype)
         if self.spike_driven:
             fed = neurons.SignedCountToTernary(self.max_spike_count)(fed.unsqueeze(0))
-        return Spikes(fed, emitted, threshold)
+        return Spikes(fed, emitted, threshold, self.constant)
 
     def _emit(
         self, u: torch.Tensor, states: list | None = None, packing: Packing | None = None
@@ -203,24 +221,23 @@ class SpikeEncoder(nn.Module):
 
 
 def project(linear: nn.Module, spikes: Spikes) -> torch.Tensor:
-    """``V_th * W s + b``, ``[B, L, out_features]``, by a linear layer with weight ``W`` and bias ``b``.
+    """``V_th * W s + b + c``, ``[B, L, out_features]``, by a linear layer with weight ``W`` and bias ``b``.
 
     The layer is called as it is, for it may be wrapped: where its bias came in scaled or several times, the
     difference is made up for.
     """
-    fed, emitted, threshold = spikes
+    fed, emitted, threshold, constant = spikes
     y, calls = linear(fed), 1
     if emitted is not None and fed.ndim > emitted.ndim:  # micro-steps, each of which met the bias
         calls = fed.shape[0]
         y = neurons.MicroStepSum(calls)(y)[0]
     if threshold is not None:
         y = (y * threshold).to(y.dtype)
-    if threshold is None and calls == 1:
-        return y
-    bias = _bias(linear, fed)
-    if bias is None:
-        return y
-    return (y + (1 - calls * (1.0 if threshold is None else threshold)) * bias).to(y.dtype)
+    if threshold is not None or calls > 1:
+        bias = _bias(linear, fed)
+        if bias is not None:
+            y = (y + (1 - calls * (1.0 if threshold is None else threshold)) * bias).to(y.dtype)
+    return y if constant is None else (y + constant).to(y.dtype)
 
 
 def _bias(linear: nn.Module, fed: torch.Tensor) -> torch.Tensor | None:
@@ -293,6 +310,24 @@ class SpikingProjection(nn.Module):
     def threshold(self) -> float | torch.Tensor:
         """V_th, see :class:`SpikeEncoder`."""
         return self.spikes.threshold
+
+    @torch.no_grad()
+    def rest_at(self, levels: torch.Tensor) -> None:
+        """Let input channels rest at these levels: what rests there fires nothing, and no output changes.
+
+        Up to rounding to spikes, that is. V_th and weights as they are now count.
+
+        Args:
+            levels: ``[in_features]``, in the units of the activations.
+
+        Raises:
+            ValueError: inputs are not shifted here.
+        """
+        if self.spikes.shift is None or self.spikes.constant is None:
+            raise ValueError("This projection's inputs are not shifted (shift_inputs).")
+        levels = levels.to(self.weight.device, torch.float32)
+        self.spikes.shift.copy_(levels / torch.as_tensor(self.threshold).to(levels.device))
+        self.spikes.constant.copy_(self.weight.float() @ levels)
 
     @property
     def in_features(self) -> int:

@@ -29,7 +29,8 @@ class SpikeFed(nn.Module):
         self.states_per_neuron = config.states_per_neuron
         self.register_load_state_dict_pre_hook(_rename_first_form)
 
-    def _encoder(self, config: SpikingMambaConfig, name: str) -> SpikeEncoder:
+    def _encoder(self, config: SpikingMambaConfig, name: str, size: tuple[int, int]) -> SpikeEncoder:
+        """What feeds a projection of that name, of ``(in_features, out_features)``."""
         return SpikeEncoder(
             neuron=None if config.neuron is None else neurons.build(config.neuron),
             membrane=config.membrane,
@@ -37,10 +38,11 @@ class SpikeFed(nn.Module):
             learn_threshold=config.learn_threshold,
             sgc=config.sgc,
             spike_driven=config.spike_driven,
+            shifts=size if config.shift_inputs else None,
         )
 
-    def before_out_proj(self) -> torch.Tensor:
-        """The weight that scales what ``out_proj``'s neuron gets."""
+    def before_out_proj(self) -> list[torch.Tensor]:
+        """What scales that which ``out_proj``'s neuron gets, as views of parameters."""
         raise NotImplementedError
 
     def step(

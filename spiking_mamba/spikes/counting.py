@@ -91,7 +91,13 @@ def count_spikes(model: nn.Module, *, histogram: bool = True) -> Iterator[SpikeC
     projections = {name: p for name, p in spike_fed(model) if p.spikes.neuron is not None}
     counts = SpikeCounts(
         {
-            name: ProjectionSpikes(p.in_features, p.out_features, p.spikes.max_spike_count, histogram)
+            name: ProjectionSpikes(
+                p.in_features,
+                p.out_features,
+                p.spikes.max_spike_count,
+                histogram,
+                p.spikes.shift is not None,
+            )
             for name, p in projections.items()
         }
     )

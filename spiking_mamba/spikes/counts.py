@@ -81,6 +81,7 @@ class ProjectionSpikes:
         in_features, out_features: of the projection.
         max_spike_count: ``D``.
         count_levels: whether to keep a histogram.
+        shifted: whether the projection's inputs are shifted.
         channel_sum: ``sum |s|`` of every input channel, ``[in_features]``.
         channel_nonzero: how many spike counts of every channel were not zero, ``[in_features]``.
         position_sum: ``sum |s|`` over batch and channels at every position, ``[P]``.
@@ -91,6 +92,7 @@ class ProjectionSpikes:
     out_features: int
     max_spike_count: int
     count_levels: bool = True
+    shifted: bool = False
     channel_sum: torch.Tensor = field(init=False, repr=False)
     channel_nonzero: torch.Tensor = field(init=False, repr=False)
     position_sum: torch.Tensor = field(init=False, repr=False)
@@ -159,7 +161,8 @@ class ProjectionSpikes:
         shape = (self.in_features, self.out_features, self.max_spike_count)
         if shape != (other.in_features, other.out_features, other.max_spike_count):
             raise ValueError("Only the spikes of the same projection can be added.")
-        both = ProjectionSpikes(*shape, count_levels=self.count_levels and other.count_levels)
+        levels = self.count_levels and other.count_levels
+        both = ProjectionSpikes(*shape, count_levels=levels, shifted=self.shifted or other.shifted)
         for name in _SUMS:
             one, two = getattr(self, name).cpu(), getattr(other, name).cpu()
             size = max(one.shape[0], two.shape[0])
@@ -251,6 +254,12 @@ class ProjectionSpikes:
         return float(self.tokens) * self.in_features * self.out_features
 
     @property
+    def neuron_steps(self) -> float:
+        """Additions of the neuron, see :attr:`SpikeCounts.neuron_steps`."""
+        shifts = self.in_features + self.out_features if self.shifted else 0
+        return float(self.tokens) * (self.in_features * self.max_spike_count + shifts)
+
+    @property
     def nonzero_macs(self) -> float:
         """Multiply-accumulates of a quantised projection that skips zeros."""
         return float(self.nonzero) * self.out_features
@@ -315,8 +324,11 @@ class SpikeCounts:
 
     @property
     def neuron_steps(self) -> float:
-        """Additions of the neurons, D an input: a comparison and a subtraction a micro-step."""
-        return float(sum(p.tokens * p.in_features * p.max_spike_count for p in self.projections.values()))
+        """Additions of the neurons, D an input: a comparison and a subtraction a micro-step.
+
+        Where inputs are shifted, one more an input, and one an output.
+        """
+        return float(sum(p.neuron_steps for p in self.projections.values()))
 
     @property
     def digit_accumulations(self) -> float | None:

@@ -23,7 +23,7 @@ from typing import Any
 from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
 from spiking_mamba.spikes.costs import COSTS_45NM, Costs, costs_45nm, load_costs
 from spiking_mamba.spikes.counts import SpikeCounts
-from spiking_mamba.spikes.operations import operations, sizes, traffic
+from spiking_mamba.spikes.operations import operations, shifts, sizes, traffic
 
 __all__ = [
     "COSTS_45NM",
@@ -256,7 +256,7 @@ def _energy(
     if batch < 1 or length < 1:
         raise ValueError(f"batch and length must be positive, got {batch} and {length}.")
     counted = operations(config)
-    steps = sum(p.in_features * (p.levels // 2) for p in projections)
+    steps = _steps(projections, config)
     measured_in = _PRECISION.get(measured_in, measured_in)
     sections: dict[str, dict[str, Any]] = {name: {} for name in _SCOPES}
     for name, cost in costs.items():
@@ -298,7 +298,7 @@ def _priced(
     """What goes into each of ``_SCOPES`` by one table of costs."""
     rest_macs = sum(n for name, n in counted.items() if name not in (*PROJECTIONS, "additions"))
     inputs = sum(p.in_features for p in projections)
-    steps = sum(p.in_features * (p.levels // 2) for p in projections)
+    steps = _steps(projections, config)
     compute = _add(*(p.compute(cost) for p in projections))
     with_neurons = _add(compute, _encoders(inputs, steps, config, cost))
     rest = rest_macs * cost.mac + counted["additions"] * cost.ac
@@ -320,6 +320,11 @@ def _priced(
     if batch == 1:  # or other sequences ask for other weights; of decoding, which came last
         priced["event"] = _event_driven(projections, cost, everything["spiking"], everything["dense"])
     return priced
+
+
+def _steps(projections: list[_Projection], config: SpikingMambaConfig) -> int:
+    """The neurons' additions of a token: D an input, and what shifts inputs and makes up for it."""
+    return sum(p.in_features * (p.levels // 2) for p in projections) + shifts(config)
 
 
 def _encoders(inputs: int, steps: int, config: SpikingMambaConfig, cost: Costs) -> dict[str, float]:

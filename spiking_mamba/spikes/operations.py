@@ -2,7 +2,7 @@
 
 from spiking_mamba.model.configuration import SpikingMambaConfig
 
-__all__ = ["operations", "sizes", "traffic"]
+__all__ = ["operations", "shifts", "sizes", "traffic"]
 
 
 def operations(config: SpikingMambaConfig) -> dict[str, int]:
@@ -55,7 +55,7 @@ def traffic(config: SpikingMambaConfig, batch: int, length: int) -> dict[str, fl
     mlps, gated = config.number_of_blocks("mlp"), _gated(config)
     biases = conv * config.use_conv_bias + (_in_proj_width(config) + width) * config.use_bias
     weights = layers * (conv * config.conv_kernel + biases + 3 * heads + width + inner) + (mlps + 1) * width
-    weights += width * config.vocab_size
+    weights += width * config.vocab_size + shifts(config)
     states = layers * (conv * config.conv_kernel + inner * state)
     potentials = (layers * (width + inner) + mlps * (width + gated)) * config.states_per_neuron
     activations = layers * (
@@ -71,6 +71,11 @@ def traffic(config: SpikingMambaConfig, batch: int, length: int) -> dict[str, fl
         "rest": weights / (batch * length) + 2 * states / length + activations,
         "potentials": 2 * potentials / length,
     }
+
+
+def shifts(config: SpikingMambaConfig) -> int:
+    """How many levels shifted inputs have, and constants their outputs: each is added once a token."""
+    return sum(map(sum, sizes(config))) if config.shift_inputs else 0
 
 
 def sizes(config: SpikingMambaConfig) -> list[tuple[int, int]]:

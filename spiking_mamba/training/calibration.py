@@ -5,8 +5,9 @@ Trans. Circuit Theory 3, 1956), which to second order raises the KL divergence f
 a token, with the Fisher information ``F = sum_o E[g_o^2] sum_c W_oc^2``, where g is the gradient of the
 log-probability of a token drawn from the teacher by the projection's output. Its spikes cost ``A / V``
 accumulations, ``A = out_features * sum_c E|u_c|``. The least sum of the first for a given sum of the second
-has ``V = k (A / F)^(1/3)``. Errors are taken as independent, and what is cut off at D or hardly spikes as if
-it were rounded like the rest.
+has ``V = k (A / F)^(1/3)``. Where inputs are shifted, u is what is left of them; of all levels their medians
+make A least. Errors are taken as independent, and what is cut off at D or hardly spikes as if it were rounded
+like the rest.
 """
 
 import math
@@ -20,18 +21,58 @@ from torch import nn
 from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.model.configuration import PROJECTIONS
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
-from spiking_mamba.model.modes import hooked
+from spiking_mamba.model.modes import evaluating, hooked
 from spiking_mamba.model.rounding_cost import squared_gradients
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.training.spike_penalty import mean_spike_size, share_of_nonzero
 
-__all__ = ["asks_for_calibration", "calibrate_thresholds", "resolve_threshold"]
+__all__ = [
+    "asks_for_calibration",
+    "calibrate_levels",
+    "calibrate_thresholds",
+    "first_rows",
+    "resolve_threshold",
+]
 
 TOKENS = 4096  # that a calibration looks at, where a recipe asks for one
 _BATCH = 2048  # tokens at a time
 _HALVINGS = 20
 _CLIPPED = 0.05  # share of the counts at -D and D above which a calibration warns
 _CLOSE = 0.002  # of the mean |s| asked for
+
+
+@torch.no_grad()
+def calibrate_levels(
+    teacher: SpikingMambaForCausalLM, input_ids: torch.Tensor, first: int = 0
+) -> dict[str, torch.Tensor]:
+    """Levels at which input channels are to rest: their medians, at which a sum of sizes is least.
+
+    Args:
+        teacher: dense; it is left as it is.
+        input_ids: text, ``[rows, length]``; its first rows count, some 2048 tokens.
+        first: places at the start of every row that are not looked at, see :func:`calibrate_thresholds`.
+
+    Returns:
+        float32 ``[in_features]`` by the projections' names, for ``SpikingProjection.rest_at``.
+
+    Raises:
+        ValueError: the teacher is not dense.
+    """
+    if teacher.config.neuron is not None:
+        raise ValueError("Levels are calibrated by a dense teacher; this one has neurons.")
+    levels: dict[str, torch.Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[torch.Tensor]) -> None:
+            levels[name] = args[0][:, first:].flatten(0, 1).float().median(0).values
+
+        return hook
+
+    rows = input_ids[: max(1, _BATCH // input_ids.shape[1])].to(teacher.device)
+    handles = [m.register_forward_pre_hook(watch(name)) for name, m in _projections(teacher).items()]
+    with hooked(handles), evaluating(teacher):
+        teacher(input_ids=rows, use_cache=False, logits_to_keep=1)
+    return levels
 
 
 def calibrate_thresholds(
@@ -42,6 +83,7 @@ def calibrate_thresholds(
     *,
     nonzero: float | None = None,
     first: int = 0,
+    levels: dict[str, torch.Tensor] | None = None,
     **student: Any,
 ) -> list[dict[str, float]]:
     """V_th of every projection, so that a student spikes as much as asked and loses least.
@@ -57,6 +99,8 @@ def calibrate_thresholds(
             thresholds is met, the other is undercut; None: it is not asked for.
         first: places at the start of every row that are not looked at, where a model's first token is of
             another size than all others.
+        levels: of :func:`calibrate_levels`, at which the student's inputs will rest; None: they are not
+            shifted.
         student: further arguments of ``SpikingMambaForCausalLM.from_dense``.
 
     Returns:
@@ -72,13 +116,14 @@ def calibrate_thresholds(
         raise ValueError("Thresholds are calibrated by a dense teacher; this one has neurons.")
     input_ids = input_ids.to(teacher.device)
     batches = input_ids.split(max(1, _BATCH // input_ids.shape[1]))
-    cost, information = _cost_and_information(teacher, batches, first)
+    cost, information = _cost_and_information(teacher, batches, first, levels or {})
     shape = {name: (cost[name] / information[name]) ** (1 / 3) for name in cost}
+    student |= {"shift_inputs": levels is not None}
     model = SpikingMambaForCausalLM.from_dense(teacher, neuron=neuron, **student).eval()
     # mean |s| falls about as 1 / V: start where the costs say, then close in
     products = sum(p.in_features * p.out_features for p in model.projections().values())
     start = sum(cost[name] / shape[name] for name in cost) / products / min(targets.values())
-    scale = _close_in(targets, start, lambda scale: _spiking(model, batches, first, scale, shape))
+    scale = _close_in(targets, start, lambda scale: _spiking(model, batches, first, scale, shape, levels))
     _warn_of_clipping(model, batches[0])
     layers: list[dict[str, float]] = [{} for _ in range(teacher.config.num_hidden_layers)]
     for name, value in shape.items():
@@ -123,6 +168,7 @@ def _spiking(
     first: int,
     scale: float,
     shape: dict[str, float],
+    levels: dict[str, torch.Tensor] | None,
 ) -> dict[str, float]:
     """The mean ``|s|`` and the share of non-zero counts at V_th ``scale * shape``.
 
@@ -130,6 +176,8 @@ def _spiking(
     """
     for name, projection in model.projections().items():
         projection.spikes.threshold = scale * shape[name]
+        if levels is not None:
+            projection.rest_at(levels[name])
     sums = {"mean |s|": 0.0, "share of non-zero counts": 0.0}
     with torch.no_grad():
         for ids in batches:
@@ -169,10 +217,14 @@ def resolve_threshold(threshold: Any, teacher: SpikingMambaForCausalLM, rows: An
     if not asks_for_calibration(threshold):
         return threshold
     reject_unknown_keys(threshold, ("mean_abs",), "threshold")
+    return calibrate_thresholds(teacher, first_rows(rows), threshold["mean_abs"], **student)
+
+
+def first_rows(rows: Any) -> torch.Tensor:
+    """Those of a data set with ``input_ids`` of equal length that are calibrated on, some 4096 tokens."""
     length = len(rows[0]["input_ids"])
     first = rows.select(range(min(len(rows), -(-TOKENS // length))))
-    input_ids = torch.as_tensor([list(map(int, row["input_ids"])) for row in first])
-    return calibrate_thresholds(teacher, input_ids, threshold["mean_abs"], **student)
+    return torch.as_tensor([list(map(int, row["input_ids"])) for row in first])
 
 
 def asks_for_calibration(threshold: Any) -> bool:
@@ -180,19 +232,27 @@ def asks_for_calibration(threshold: Any) -> bool:
     return isinstance(threshold, dict) and "mean_abs" in threshold
 
 
+def _projections(teacher: SpikingMambaForCausalLM) -> dict[str, nn.Linear]:
+    return {n: m for n, m in teacher.named_modules() if n.rpartition(".")[2] in PROJECTIONS}
+
+
 def _cost_and_information(
-    teacher: SpikingMambaForCausalLM, batches: tuple[torch.Tensor, ...], first: int
+    teacher: SpikingMambaForCausalLM,
+    batches: tuple[torch.Tensor, ...],
+    first: int,
+    levels: dict[str, torch.Tensor],
 ) -> tuple[dict[str, float], dict[str, float]]:
     """``A`` and ``F`` of :func:`calibrate_thresholds`, by the projections' names, a token.
 
     The ``first`` places of each row are left out.
     """
-    modules = {n: m for n, m in teacher.named_modules() if n.rpartition(".")[2] in PROJECTIONS}
+    modules = _projections(teacher)
     sizes = {name: 0.0 for name in modules}
 
     def watch(name: str):
         def hook(_: nn.Module, args: tuple[torch.Tensor]) -> None:
-            sizes[name] += float(args[0].detach()[:, first:].float().abs().sum())
+            x = args[0].detach()[:, first:].float()
+            sizes[name] += float((x - levels[name] if name in levels else x).abs().sum())
 
         return hook
 

@@ -26,7 +26,12 @@ from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.training.arguments import Training, autocast, compile_blocks, training_arguments
-from spiking_mamba.training.calibration import asks_for_calibration, resolve_threshold
+from spiking_mamba.training.calibration import (
+    asks_for_calibration,
+    calibrate_levels,
+    first_rows,
+    resolve_threshold,
+)
 from spiking_mamba.training.distillation_loss import DistillationLoss
 from spiking_mamba.training.rows import check_rows, collate, training_text
 from spiking_mamba.training.run import finish_run, kept_in, run, run_folder, whole_model
@@ -122,6 +127,8 @@ class DistillationSettings:
         threshold: V_th: a number, or per projection, or a list per layer; or ``{"mean_abs": number}``, which
             calibrates one for each projection on the first rows, see ``spiking_mamba.training.calibration``.
         learn_threshold: train V_th.
+        shift_inputs: let every input channel rest at a level of its own, at first its median on the first
+            rows, and train the levels, see ``spiking_mamba.model.projection``.
         loss: fields of ``DistillationLoss``.
         freeze_embeddings: keep the teacher's embeddings.
         training: fields of transformers' ``TrainingArguments``; ``bf16: auto`` where it pays.
@@ -147,6 +154,7 @@ class DistillationSettings:
     membrane: Membrane = "token"
     threshold: Threshold = 1.0
     learn_threshold: bool = False
+    shift_inputs: bool = False
     loss: Annotated[dict[str, Any], Keys(DistillationLoss)] = field(default_factory=dict)
     freeze_embeddings: bool = True
     training: Training = field(default_factory=dict)
@@ -157,7 +165,8 @@ class DistillationSettings:
     dry_run: Annotated[bool | Literal["full"], Words("true, false or 'full'")] = False
 
     def __post_init__(self) -> None:
-        check_student(self.neuron, self.sgc, self.membrane, self.threshold, self.learn_threshold)
+        asked = self.neuron, self.sgc, self.membrane, self.threshold, self.learn_threshold
+        check_student(*asked, self.shift_inputs)
 
     def make_loss(self) -> DistillationLoss:
         return DistillationLoss(**self.loss)
@@ -174,7 +183,7 @@ class DistillationSettings:
 
     def check_student(self, teacher: SpikingMambaConfig) -> None:
         """Raise what a student of such a teacher would raise."""
-        names = ["neuron", "sgc", "membrane", "threshold", "learn_threshold"]
+        names = ["neuron", "sgc", "membrane", "threshold", "learn_threshold", "shift_inputs"]
         if asks_for_calibration(self.threshold):
             names.remove("threshold")
         SpikingMambaConfig.from_dict(teacher.to_dict() | {name: getattr(self, name) for name in names})
@@ -212,14 +221,18 @@ def distill(
     rows = _tokenized(settings, tokenizer) if rows is None else rows
     check_rows(rows, arguments, teacher.config.vocab_size)
     end = _end_of_text(settings, teacher.config if tokenizer is None else tokenizer)
+    threshold, levels = _calibrated(settings, teacher, rows, arguments.device)
     student = SpikingMambaForCausalLM.from_dense(
         teacher,
         neuron=settings.neuron,
         sgc=settings.sgc,
         membrane=settings.membrane,
-        threshold=_threshold(settings, teacher, rows, arguments.device),
+        threshold=threshold,
         learn_threshold=settings.learn_threshold,
+        shift_inputs=settings.shift_inputs,
     )
+    for name, level in levels.items():
+        student.projections()[name].rest_at(level)
     compile_blocks(settings.compile, student, teacher)
     with (
         interruptible(lambda: kept_in(Path(settings.output))),
@@ -256,15 +269,22 @@ def _end_of_text(
     return end
 
 
-def _threshold(
+def _calibrated(
     settings: DistillationSettings, teacher: SpikingMambaForCausalLM, rows: Dataset, device: torch.device
-) -> Any:
-    """What the settings say, calibrated if they ask for it: by the first process, for all."""
-    if not asks_for_calibration(settings.threshold):
-        return settings.threshold
-    resolved, home = [None], teacher.device
+) -> tuple[Any, dict[str, torch.Tensor]]:
+    """V_th, calibrated if the settings ask for it, and levels of inputs that are shifted.
+
+    By the first process, for all.
+    """
+    if not (settings.shift_inputs or asks_for_calibration(settings.threshold)):
+        return settings.threshold, {}
+    resolved: list[Any] = [None]
     if PartialState().is_main_process:
-        about = {"neuron": settings.neuron, "membrane": settings.membrane}
-        resolved = [resolve_threshold(settings.threshold, teacher.to(device), rows, **about)]
+        home, teacher = teacher.device, teacher.to(device)
+        levels = calibrate_levels(teacher, first_rows(rows)) if settings.shift_inputs else None
+        about = {"neuron": settings.neuron, "membrane": settings.membrane, "levels": levels}
+        threshold = resolve_threshold(settings.threshold, teacher, rows, **about)
         teacher.to(home)
-    return broadcast_object_list(resolved)[0]
+        resolved = [(threshold, {name: level.cpu() for name, level in (levels or {}).items()})]
+    threshold, levels = broadcast_object_list(resolved)[0]
+    return threshold, levels

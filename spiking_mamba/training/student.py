@@ -43,14 +43,16 @@ Threshold = Annotated[
 ]
 
 
-def check_student(neuron: Any, sgc: Any, membrane: str, threshold: Any, learn_threshold: bool) -> None:
+def check_student(
+    neuron: Any, sgc: Any, membrane: str, threshold: Any, learn_threshold: bool, shift_inputs: bool
+) -> None:
     """Raise a ValueError for what no student can be, whatever its teacher."""
-    _check_student(json.dumps([neuron, sgc, membrane, threshold, learn_threshold]))
+    _check_student(json.dumps([neuron, sgc, membrane, threshold, learn_threshold, shift_inputs]))
 
 
 @functools.lru_cache(maxsize=256)  # of a study's rows many are alike
 def _check_student(asked: str) -> None:
-    neuron, sgc, membrane, threshold, learn_threshold = json.loads(asked)
+    neuron, sgc, membrane, threshold, learn_threshold, shift_inputs = json.loads(asked)
     if isinstance(threshold, dict) and "mean_abs" in threshold:
         try:
             _Calibration(**threshold)
@@ -76,6 +78,7 @@ def _check_student(asked: str) -> None:
             membrane=membrane,
             threshold=threshold,
             learn_threshold=learn_threshold,
+            shift_inputs=shift_inputs,
         )
     except TypeError as error:
         raise ValueError(str(error)) from error

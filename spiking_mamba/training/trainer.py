@@ -7,6 +7,7 @@ import torch
 from transformers import Trainer, TrainerCallback
 
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
+from spiking_mamba.model.pretrained import OWN_IN_FLOAT32
 from spiking_mamba.spikes.counts import SpikeCounts
 
 __all__ = ["SpikingTrainer", "sgc_lambda"]
@@ -51,8 +52,8 @@ class SpikingTrainer(Trainer):
         self.add_callback(_SGCSchedule(model))
 
     def get_decay_parameter_names(self, model) -> list[str]:
-        """No weight decay on thresholds, nor on what Mamba2 exempts (A_log, D, dt_bias)."""
-        exempt = ("log_threshold", "A_log", "dt_bias", ".D")
+        """No weight decay on thresholds and levels, nor on what Mamba2 exempts (A_log, D, dt_bias)."""
+        exempt = (*OWN_IN_FLOAT32, "A_log", "dt_bias", ".D")
         return [name for name in super().get_decay_parameter_names(model) if not name.endswith(exempt)]
 
     def _log_due(self) -> bool:

@@ -47,6 +47,8 @@ def ids_of(rows, length, seed=0):
         (INTEGER, "int8", {}),
         (INTEGER, "int8", {"n_groups": 2, "use_bias": True}),
         (INTEGER, "int4", MLPS),
+        (INTEGER, "int4", MLPS | {"shift_inputs": True}),
+        (INTEGER, "int8", {"n_groups": 2, "shift_inputs": True}),
         (None, "int8", {}),
         (None, "int4", {"n_groups": 2}),
         (INTEGER, "int8", {"state_size": 16}),  # a lane has one state, or two

@@ -58,6 +58,7 @@ def settings(convert, folder, **changed):
         "compiles": False,
         "learning_rate": 5e-3,
     }
+    defaults |= {"shift_inputs": changed.get("neuron", NEURON) is not None}
     return convert.student.StudentSettings(**defaults | changed)
 
 

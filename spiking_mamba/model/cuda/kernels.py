@@ -22,10 +22,11 @@ _ROWS = 8  # of a head's channels that a warp has, at most where they can be div
 
 @functools.cache
 def project_options(
-    found: Plan, bits: int, floats: bool, after: str, groups: int | None, taps: int
+    found: Plan, bits: int, floats: bool, after: str, groups: int | None, taps: int, shifted: bool = False
 ) -> tuple[str, ...]:
     """The compiler's options of an instantiation; no groups: an MLP's gate is before it."""
     names: dict[str, object] = {"FLOATS": int(floats), "NORMED": int(groups is not None)}
+    names |= {"SHIFTED": int(shifted)}
     names |= {"GROUPS": groups or 1, "AFTER": after, "TAPS": taps}
     return launcher.defines(layout_names(bits, found) | names)
 
@@ -65,16 +66,15 @@ def project(
     parts = 0 if given.squares is None else given.squares.shape[1] // given.groups
     addresses, _ = launcher.pointers(
         (
-            given.x, given.weight, given.squares, matrix.weight, matrix.group_scale, matrix.factor,
-            matrix.bias, y, squares, *conv, *((None, None) if kept is None else kept),
+            given.x, given.weight, given.shift, given.squares, matrix.weight, matrix.group_scale,
+            matrix.factor, matrix.bias, y, squares, *conv, *((None, None) if kept is None else kept),
         )
     )  # fmt: skip
     counts = [np.int32(n) for n in (inputs, rows, parts, first, last)]
     sizes = np.int64(outputs), np.int64(matrix.weight.shape[1])
     numbers = launcher.float32s((given.eps, most or 0))
-    options = project_options(
-        found, matrix.bits, floats, after, None if given.weight is None else given.groups, taps
-    )
+    groups = None if given.weight is None else given.groups
+    options = project_options(found, matrix.bits, floats, after, groups, taps, given.shift is not None)
     launcher.launch(
         PROJECT, "project", device, options, found.grid, (found.threads,),
         (*addresses, *sizes, *counts, *numbers), overlap=True,

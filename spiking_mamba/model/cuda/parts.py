@@ -55,6 +55,7 @@ class Given(NamedTuple):
         squares: sums of squares of ``x`` in pieces, float32 ``[B, pieces]``, those of a group side by side.
         groups: equal parts of a row, each with a norm of its own.
         eps: the norm's.
+        shift: levels that are subtracted before the neuron, float32 ``[K]``; None: none are.
     """
 
     x: torch.Tensor
@@ -62,6 +63,7 @@ class Given(NamedTuple):
     squares: torch.Tensor | None = None
     groups: int = 1
     eps: float = 0.0
+    shift: torch.Tensor | None = None
 
 
 class Convolution(NamedTuple):

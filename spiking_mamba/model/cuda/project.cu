@@ -2,6 +2,7 @@
 //
 //   before:  NORMED 1: u = x * rms * weight, the root mean square of each of GROUPS parts of a row from sums of squares
 //            that the kernel before left in `parts` pieces. 0: u = SiLU(x[:K]) * x[K:], an MLP's gate.
+//            SHIFTED 1: u - shift is what the neuron gets
 //            FLOATS 0: spikes, sign(u) min(most, ceil(|u| - 1/2)). 1: u rounded to int8, a factor for every 32
 //   behind:  y = sum * factor + bias. AFTER PLAIN: stored. CONVOLVE: columns [from, upto) also pass the causal
 //            convolution of TAPS taps, whose last inputs move on in place, and SiLU. RESIDUAL: added to y, the residual
@@ -21,7 +22,8 @@
 #define PIECES (SLAB / PIECE)                                     // of them in a cluster
 
 #define PROJECT_PARAMETERS                                                                                \
-  const float *x, const float *weight, const float *squares, const u1 *W, const u1 *scale,                \
+  const float *x, const float *weight, const float *shift, const float *squares, const u1 *W,             \
+      const u1 *scale,                                                                                    \
       const float *factor, const float *bias, float *y, float *squares_out, float *conv_state,            \
       const float *conv_weight, const float *conv_bias, i1 *kept_inputs, Sum *kept_sums, i64 N, i64 row,  \
       int inputs, int rows, int parts, int from, int upto, float eps, float most
@@ -56,15 +58,22 @@ DEV int spike(float u, float most) {
   return (int)(u > 0.0f ? count : -count);
 }
 
-// What a warp's lane has of a run, before the neuron: x and, behind a norm, its weight; of an MLP, gate and upper half.
+// What a warp's lane has of a run, before the neuron: x and, behind a norm, its weight; of an MLP, gate and upper half;
+// and its level.
 struct Raw {
   float x[BATCH];
   float other[NORMED ? 1 : BATCH];
+#if SHIFTED
+  float shift;
+#endif
 };
 
-DEV void load_weight(Raw& raw, const float* weight, int k, int inputs) {
+DEV void load_constants(Raw& raw, const float* weight, const float* shift, int k, int inputs) {
 #if NORMED
   raw.other[0] = k < inputs ? weight[k] : 0.0f;
+#endif
+#if SHIFTED
+  raw.shift = k < inputs ? shift[k] : 0.0f;
 #endif
 }
 
@@ -170,7 +179,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS project(PROJE
   const int first = first_run(t);
   // no launch writes it
   Raw raw = {};
-  load_weight(raw, weight, first + t.lane, inputs);
+  load_constants(raw, weight, shift, first + t.lane, inputs);
   cluster_arrive();                                               // the block has begun
   wait_for_previous();
   load_inputs(raw, x, first + t.lane, inputs, rows);
@@ -185,7 +194,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS project(PROJE
   for (int k0 = first; k0 < inputs; k0 += RUN_STEP) {
     const int k = k0 + t.lane;
     if (k0 > first) {
-      load_weight(raw, weight, k, inputs);
+      load_constants(raw, weight, shift, k, inputs);
       load_inputs(raw, x, k, inputs, rows);
     }
     int value[BATCH];
@@ -203,6 +212,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS project(PROJE
         u = mul(mul(raw.x[b], own_inverse), raw.other[0]);
 #else
         u = mul(silu(raw.x[b]), raw.other[b]);
+#endif
+#if SHIFTED
+        u = sub(u, raw.shift);
 #endif
       }
 #if FLOATS

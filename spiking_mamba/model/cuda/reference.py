@@ -53,6 +53,11 @@ def project(
 
 
 def _before(given: Given) -> torch.Tensor:
+    u = _activations(given)
+    return u if given.shift is None else u - given.shift
+
+
+def _activations(given: Given) -> torch.Tensor:
     if given.weight is None:
         gate, up = given.x.chunk(2, -1)
         return F.silu(gate) * up

@@ -47,6 +47,7 @@ def own_cache(cache: Cache, states: torch.dtype) -> Cache:
 
 class _Layer(NamedTuple):
     norm: torch.Tensor
+    shifts: tuple[torch.Tensor | None, torch.Tensor | None]  # of in_proj, of out_proj
     in_proj: Matrix
     out_proj: Matrix
     mixer: Any  # None of an MLP
@@ -77,6 +78,7 @@ class FusedToken:
         self._layers = [
             _Layer(
                 block.norm.weight,
+                (block.mixer.in_spikes.shift, block.mixer.out_spikes.shift),
                 matrix_of(block.mixer.in_proj),
                 matrix_of(block.mixer.out_proj),
                 None if isinstance(block.mixer, SpikingMambaMLP) else block.mixer,
@@ -107,9 +109,9 @@ class FusedToken:
         self.kept = []
         stream = self._functions.embed(input_ids[:, 0].contiguous(), self._table)
         for number, layer in enumerate(self._layers):
-            given = Given(stream.x, layer.norm, stream.squares, eps=eps)
+            given = Given(stream.x, layer.norm, stream.squares, eps=eps, shift=layer.shifts[0])
             if layer.mixer is None:
-                gated = Given(self._project(given, layer.in_proj)[0])
+                gated = Given(self._project(given, layer.in_proj)[0], shift=layer.shifts[1])
             else:
                 gated = self._mix(given, layer, number, cache)
             stream = Stream(*self._project(gated, layer.out_proj, onto=stream.x))
@@ -128,7 +130,8 @@ class FusedToken:
         low, high = config.time_step_limit
         scan = Scan(mixer.dt_bias, mixer.A_log, mixer.D, state, config.n_groups, (low, high))
         y, squares = self._functions.scan(projected, scan)
-        return Given(y, mixer.norm.weight, squares, config.n_groups, config.layer_norm_epsilon)
+        eps, shift = config.layer_norm_epsilon, layer.shifts[1]
+        return Given(y, mixer.norm.weight, squares, config.n_groups, eps, shift)
 
 
 class FusedTokens:

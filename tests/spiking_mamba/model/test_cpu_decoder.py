@@ -54,10 +54,10 @@ def test_logits_of_a_spiking_model(weights, shares):
             assert torch.allclose(decoded(decoder, ids), wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize("spec", [INTEGER, None])
+@pytest.mark.parametrize(("spec", "shifted"), [(INTEGER, False), (INTEGER, True), (None, False)])
 @pytest.mark.parametrize("shares", [(0.1, 0.9, 0.9, 0.1), (0.9, 0.1)])
-def test_logits_with_mlp_blocks(spec, shares):
-    made = made_of(spec, "int4", **MLPS)
+def test_logits_with_mlp_blocks(spec, shifted, shares):
+    made = made_of(spec, "int4", **MLPS, shift_inputs=shifted)
     ids = tokens(1, 12)
     with torch.no_grad():
         wanted = made(ids).logits[0]
@@ -73,7 +73,9 @@ def test_logits_of_a_dense_model_in_mixed_forms():
     assert (decoded(CpuDecoder(made), ids) - wanted).norm() < 0.02 * wanted.norm()
 
 
-@pytest.mark.parametrize("fields", [{}, MLPS], ids=["mixers", "mlps"])
+@pytest.mark.parametrize(
+    "fields", [{}, MLPS, MLPS | {"shift_inputs": True}], ids=["mixers", "mlps", "shifted"]
+)
 @pytest.mark.parametrize("weights", ["int8", "int4", "mixed"])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_integers_equal_the_oracle(weights, threads, fields):

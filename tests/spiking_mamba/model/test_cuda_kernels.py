@@ -75,7 +75,9 @@ def test_an_input_projection_and_its_convolution(weights: str, rows: int) -> Non
     matrix = random_matrix(70, 150, weights)  # rows of no sixteen bytes
     for bias in (torch.randn(60), None):
         convolution = Convolution(torch.randn(60, 1, 4), bias, torch.randn(rows, 60, 4), 50)
-        check(normed(rows, 70), matrix, 4, convolution=convolution)
+        given = normed(rows, 70)
+        check(given, matrix, 4, convolution=convolution)
+        check(given._replace(shift=torch.randn(70)), matrix, 4, convolution=convolution)
 
 
 @pytest.mark.usefixtures("host")
@@ -93,6 +95,7 @@ def test_a_head_and_a_gate(weights: str) -> None:
     check(normed(2, 100), random_matrix(100, 64, weights, bias=False), None)
     gate = Given(torch.randn(2, 144))
     check(gate, random_matrix(72, 64, weights), 127, onto=torch.randn(2, 64))
+    check(gate._replace(shift=torch.randn(72)), random_matrix(72, 64, weights), 127, onto=torch.randn(2, 64))
     check(gate, random_matrix(72, 64, weights), None)
 
 
@@ -165,11 +168,11 @@ def bytes_of_states(options: tuple[str, ...]) -> set[int]:
 def test_compiles_to_ptx(nvrtc, arch: int, largest: int) -> None:
     cases = list(itertools.product((1, 8) if arch == 90 else (2,), (8, 4), SIZES))
     options = []
-    for (rows, bits, (inputs, outputs, after, floats)), groups in zip(
-        cases, itertools.cycle((1, 2, None)), strict=False
+    for (rows, bits, (inputs, outputs, after, floats)), groups, shifted in zip(
+        cases, itertools.cycle((1, 2, None)), itertools.cycle((True, False)), strict=False
     ):
         found = plan(bits, rows, inputs, outputs * bits // 8, largest=largest, floats=floats)
-        named = kernels.project_options(found, bits, floats, after, groups, 4)
+        named = kernels.project_options(found, bits, floats, after, groups, 4, shifted and not floats)
         options.append((kernels.PROJECT, named, "project"))
     for state, (heads, channels) in itertools.product(
         (torch.float32, torch.bfloat16), ((64, 64), (24, 64), (4, 6))

@@ -23,6 +23,7 @@ KINDS = {
     "plain": {},
     "groups, biases": {"n_groups": 2, "use_bias": True},
     "mlps": MLPS,
+    "shifted": MLPS | {"shift_inputs": True},
     "no bias, limits": {"use_conv_bias": False, "time_step_limit": (0.02, 0.05), "conv_kernel": 3},
     "wide": {"vocab_size": 100, "hidden_size": 40, "num_heads": 5, "head_dim": 16, "state_size": 24},
 }
@@ -30,6 +31,8 @@ KINDS = {
 
 def made_of(spec, weights="int8", states="float32", **fields):
     threshold = {"threshold": 1.0 if spec is None else 0.25}
+    if spec is None:
+        fields = fields | {"shift_inputs": False}
     model = tiny_model(neuron=spec, **threshold | fields)
     if weights == "mixed":  # 4 bits may cost so much that some layers stay int8
         return event_driven(model, "int4", states, calibration=tokens(4, 40), tolerance=0.0015)
@@ -62,10 +65,11 @@ def test_the_reference_is_the_model(spec, weights, fields):
     [
         (INTEGER, "int8", "float32", KINDS["groups, biases"]),
         (INTEGER, "int4", "bfloat16", MLPS),
+        (INTEGER, "int8", "bfloat16", KINDS["shifted"]),
         (INTEGER, "mixed", "float32", {}),
         (None, "int8", "float32", {}),
     ],
-    ids=["spiking", "4-bit with MLPs", "mixed", "dense"],
+    ids=["spiking", "4-bit with MLPs", "shifted", "mixed", "dense"],
 )
 def test_the_kernels_integers_equal_the_oracle(spec, weights, states, fields):
     made, ids = made_of(spec, weights, **fields), tokens(3, 7)

@@ -36,7 +36,9 @@ def rounded(model, weights):
 
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize(
-    "fields", [{"learn_threshold": False}, {"learn_threshold": True}, MLPS], ids=["fixed", "learned", "mlps"]
+    "fields",
+    [{"learn_threshold": False}, {"learn_threshold": True}, MLPS, MLPS | {"shift_inputs": True}],
+    ids=["fixed", "learned", "mlps", "shifted"],
 )
 def test_hidden_states_are_those_of_the_rounded_model(weights, fields):
     model = tiny_model(neuron=INTEGER, threshold=THRESHOLDS, use_bias=True, **fields)

@@ -32,10 +32,12 @@ def test_a_dense_block_by_hand():
     torch.testing.assert_close(block(x), expected)
 
 
-@pytest.mark.parametrize("neuron", [None, INTEGER, LEAKY])
-def test_full_cached_streamed_and_captured_agree(neuron):
-    membrane = "sequence" if neuron is LEAKY else "token"
-    model, ids = mixed(neuron=neuron, membrane=membrane, threshold=0.5), tokens(2, 12)
+@pytest.mark.parametrize(
+    ("neuron", "shifted"), [(None, False), (INTEGER, False), (INTEGER, True), (LEAKY, False), (LEAKY, True)]
+)
+def test_full_cached_streamed_and_captured_agree(neuron, shifted):
+    fields = {"membrane": "sequence" if neuron is LEAKY else "token", "shift_inputs": shifted}
+    model, ids = mixed(neuron=neuron, threshold=0.5, **fields), tokens(2, 12)
     with torch.no_grad():
         expected = model(ids, use_cache=False).logits
         first = model(ids[:, :7], use_cache=True)
@@ -69,9 +71,10 @@ def test_a_stream_whose_batch_changes():
             model(tokens(3, 1))
 
 
-def test_counted_driven_folded_saved(tmp_path):
+@pytest.mark.parametrize("shifted", [False, True])
+def test_counted_driven_folded_saved(tmp_path, shifted):
     threshold = {"in_proj": 0.5, "out_proj": 0.25}
-    model, ids = mixed(neuron=INTEGER, threshold=threshold), tokens(2, 12)
+    model, ids = mixed(neuron=INTEGER, threshold=threshold, shift_inputs=shifted), tokens(2, 12)
     with torch.no_grad():
         with count_spikes(model) as counts:
             expected = model(ids).logits
@@ -103,7 +106,8 @@ def test_energy_by_hand():
 
 
 def test_gradients_reach_everything():
-    model, ids = mixed(neuron=INTEGER, threshold=0.5, learn_threshold=True).train(), tokens(2, 12)
+    fields = {"learn_threshold": True, "shift_inputs": True}
+    model, ids = mixed(neuron=INTEGER, threshold=0.5, **fields).train(), tokens(2, 12)
     model(ids, labels=ids).loss.backward()
     plain = {name: p.grad.clone() for name, p in model.named_parameters()}
     assert all(gradient.abs().max() > 0 for gradient in plain.values())

@@ -14,7 +14,9 @@ from transformers import AutoTokenizer, TrainerCallback
 
 from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.common.errors import CheckpointError, DataError, RunError
+from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.training.arguments import training_arguments
+from spiking_mamba.training.calibration import calibrate_levels
 from spiking_mamba.training.distillation import DistillationSettings, DistillationTrainer, distill
 from spiking_mamba.training.distillation_loss import (
     TERMS,
@@ -645,3 +647,26 @@ def test_two_processes(settings, tmp_path):
     assert not any(name.endswith(".part") for name in names)
     student = SpikingMambaForCausalLM.from_pretrained(tmp_path / "run" / "model")
     assert all(p.isfinite().all() for p in student.parameters())
+
+
+@pytest.mark.parametrize("threshold", [0.5, {"mean_abs": 1.0}])
+def test_inputs_rest_at_their_medians_at_first(tmp_path, threshold):
+    """Trained at next to no rate: the levels are those of the first rows, and they are exported."""
+    teacher, rows = tiny_model(), datasets.Dataset.from_dict({"input_ids": tokens(8, 32).tolist()})
+    settings = DistillationSettings(
+        teacher="none",
+        output=str(tmp_path / "run"),
+        threshold=threshold,
+        shift_inputs=True,
+        training={"max_steps": 1, "learning_rate": 1e-12, "per_device_train_batch_size": 2},
+    )
+    folder, _ = distill(settings, teacher, rows=rows)
+    levels = calibrate_levels(teacher, tokens(8, 32))
+    student = load_model(folder)
+    assert student.config.shift_inputs
+    for name, projection in student.projections().items():
+        product = dict(teacher.named_modules())[name].weight @ levels[name]
+        torch.testing.assert_close(projection.spikes.constant, product, rtol=1e-4, atol=1e-5)
+        assert projection.spikes.shift.count_nonzero() > 0
+    with pytest.raises(ValueError, match="shift_inputs"):
+        DistillationSettings(teacher="none", output="x", neuron=None, shift_inputs=True)
