@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from decoding import copy_bytes_per_second
+from gpu_tables import projections_table
 from shares import projection_sizes
 
 from neurons import EventDrivenLinear
@@ -25,7 +26,6 @@ from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.provenance import provenance
 from spiking_mamba.model.state_spaces import published_config
-from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.spikes.joules import JouleMeter, NoEnergyCounter
 
 Way = Callable[[], None]
@@ -133,22 +133,18 @@ def main() -> None:
             ways[name] = event_driven_way(config, weights, args.batch, share)
     graphs = {name: captured(way) for name, (way, _) in ways.items()}
     times, copy = milliseconds(graphs, args.repeats), copy_bytes_per_second()
-    rows, records, base = [], [], times["dense, bf16, cuBLAS"]
+    records = []
     for name, graph in graphs.items():
         speed = ways[name][1] / (times[name] / 1e3)
         record = {"way": name, "ms": times[name], "bytes": ways[name][1], "of_copy": speed / copy}
         record |= millijoules(graph, times[name], args.seconds) if args.seconds else {}
         records.append(record)
-        energy = [f"{record[key]:.0f}" if key in record else "-" for key in ("mJ", "mJ_net")]
-        rows.append([name, f"{times[name]:.3f}", f"{base / times[name]:.2f}", f"{speed / copy:.0%}", *energy])
-    head = [f"projections, {args.size}, batch {args.batch}", "ms a token", "speed / bf16"]
-    table = markdown_table([*head, "of copy bandwidth", "mJ a token", "idle taken off"], rows)
-    print(f"{device_name()}, copy {copy / 1e12:.2f} TB/s\n\n{table}")
+    about = {"provenance": provenance(make_dataclass("Arguments", vars(args))(**vars(args)))}
+    about |= {"copy_bytes_per_second": copy, "rows": records}
+    print(f"{device_name()}, copy {copy / 1e12:.2f} TB/s\n\n{projections_table(about)}")
     if args.out:
         folder = Path(args.out)
         folder.mkdir(parents=True, exist_ok=True)
-        settings = make_dataclass("Arguments", vars(args))(**vars(args))
-        about = {"provenance": provenance(settings), "copy_bytes_per_second": copy, "rows": records}
         (folder / f"projections-{args.size}-{args.batch}.json").write_text(json.dumps(about, indent=1))
 
 

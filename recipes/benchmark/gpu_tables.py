@@ -1,4 +1,4 @@
-"""Tables and pictures of gpu_decoding.py's records."""
+"""Tables and pictures of the records of gpu_decoding.py and gpu_projections.py."""
 
 from pathlib import Path
 from typing import Any
@@ -50,6 +50,20 @@ def table(records: list[dict[str, Any]]) -> str:
             each = ", ".join(f"{w.removeprefix('event-driven, ')}: {over(w, EVERY)}" for w in rest)
             text += f" Zeros, over the same kernels where all inputs fire: {each}."
     return text
+
+
+def projections_table(record: dict[str, Any], weights: tuple[str, ...] = ("int8", "int4")) -> str:
+    """A record of gpu_projections.py: cuBLAS, and event-driven with these weights."""
+    rows, base = [], record["rows"][0]
+    for r in record["rows"]:
+        if r is base or r["way"].startswith(weights):
+            joules = [f"{r[key]:.0f}" if key in r else "-" for key in ("mJ", "mJ_net")]
+            rows.append(
+                [r["way"], f"{r['ms']:.3f}", f"{base['ms'] / r['ms']:.2f}", f"{r['of_copy']:.0%}", *joules]
+            )
+    asked = record["provenance"]["settings"]
+    head = [f"projections, {asked['size']}, batch {asked['batch']}", "ms a token", "speed / bf16"]
+    return markdown_table([*head, "of copy bandwidth", "mJ a token", "idle taken off"], rows)
 
 
 def draw(records: list[dict[str, Any]], path: Path) -> None:

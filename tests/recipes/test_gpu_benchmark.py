@@ -87,30 +87,75 @@ def test_what_cannot_run_is_said(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("table", "size", "commit"),
-    [
-        ("On a GPU#1", "1.3b", "22f4f99"),
-        ("On a GPU, an earlier run#1", "1.3b", "35c2b38"),
-        ("On a GPU#2", "130m", "35c2b38"),
-    ],
-)
-def test_the_pages_tables_are_those_of_their_records(table, size, commit):
-    results = ROOT / "docs/results"
-    records = [
-        json.loads(line) for line in (results / "gpu_decoding.jsonl").read_text().splitlines()
-    ]  # of a way, two runs
-    own = [r for r in records if r["size"] == size and r["provenance"]["commit"].startswith(commit)]
-    (printed,) = [r for r in read_records(results / "speeds.jsonl") if r["table"] == table]
-    text = gpu_tables.table(own).split("\n\n")[0]
+RESULTS = ROOT / "docs/results"
+
+
+def kept(size, commit, bits=""):
+    """Records of one run; of a way, the file has several."""
+    lines = (RESULTS / "gpu_decoding.jsonl").read_text().splitlines()
+    own = [r for r in map(json.loads, lines) if (r["size"], r["provenance"]["commit"][:7]) == (size, commit)]
+    return [
+        r for r in own if not bits or r["way"] == "dense bf16" or ("int4" in r["way"]) == (bits == "int4")
+    ]
+
+
+def equal_cells(name, text):
+    (printed,) = [r for r in read_records(RESULTS / "speeds.jsonl") if r["table"] == name]
     cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
     header, *rows = [row for row in cells if set("".join(row)) - set("-: ")]
     assert printed["rows"] == rows
     assert printed["header"][1:] == header[1:]
     assert printed["header"][0].startswith(header[0])
+    return printed
+
+
+@pytest.mark.parametrize(
+    ("table", "size", "commit", "bits"),
+    [
+        ("On a GPU#1", "1.3b", "4d6e0e8", "int8"),
+        ("On a GPU, scales fetched early#1", "1.3b", "4d6e0e8", "int4"),
+        ("On a GPU, with 4 bits#1", "1.3b", "22f4f99", ""),
+        ("On a GPU, an earlier run#1", "1.3b", "35c2b38", ""),
+        ("On a GPU#2", "130m", "35c2b38", ""),
+    ],
+)
+def test_the_pages_tables_are_those_of_their_records(table, size, commit, bits):
+    text = gpu_tables.table(kept(size, commit, bits)).split("\n\n")[0]
+    printed = equal_cells(table, text)
+    assert f"commit {commit}" in printed["record"]
+    assert size == "130m" or printed["header"][0].endswith(f"at {commit}")
+
+
+@pytest.mark.parametrize(("number", "bits"), [(1, "int8"), (2, "int4")])
+def test_projections_alone_are_those_of_their_record(number, bits):
+    record = json.loads((RESULTS / "gpu_projections.json").read_text())
+    printed = equal_cells(f"On a GPU, projections#{number}", gpu_tables.projections_table(record, (bits,)))
+    commit = record["provenance"]["commit"][:7]
+    assert printed["header"][0].endswith(f"at {commit}")
+    assert f"commit {commit}" in printed["record"]
+
+
+def test_early_scales_were_slower():
+    def rates(commit):
+        return {r["way"]: 1 / r["seconds"] for r in kept("1.3b", commit)}
+
+    early, late = rates("4d6e0e8"), rates("22f4f99")
+    lost = [1 - early[way] / late[way] for way in ("event-driven int4, 63%", "event-driven int4, 42%")]
+    assert lost == pytest.approx([0.065, 0.065], abs=0.002)
+    gained = [early[way] / late[way] for way in ("event-driven, 63%", "event-driven, 42%")]
+    assert gained == pytest.approx([1.01, 1.01], abs=0.005)
+
+
+def test_how_much_generate_scatters():
+    own = {r["way"]: r for r in kept("1.3b", "4d6e0e8")}
+    for share, low, high in (("63%", "0.60", "0.97"), ("42%", "0.64", "1.14")):
+        times = [1e3 * seconds for seconds in own[f"event-driven, {share}, generate()"]["times"]]
+        assert (f"{min(times):.2f}", f"{max(times):.2f}") == (low, high)
+    graph = own["event-driven, 63%"]["replay_ms"]
+    assert sum(1e3 * t < 0.95 * graph for t in own["event-driven, 63%, generate()"]["times"]) == 2
 
 
 def test_every_record_is_on_the_page():
-    records = (ROOT / "docs/results/gpu_decoding.jsonl").read_text().splitlines()
+    records = (RESULTS / "gpu_decoding.jsonl").read_text().splitlines()
     runs = {(r["size"], r["provenance"]["commit"][:7]) for r in map(json.loads, records)}
-    assert runs == {("1.3b", "22f4f99"), ("1.3b", "35c2b38"), ("130m", "35c2b38")}
+    assert runs == {("1.3b", "4d6e0e8"), ("1.3b", "22f4f99"), ("1.3b", "35c2b38"), ("130m", "35c2b38")}

@@ -74,26 +74,6 @@ DEV Thread thread_of(const Matrix& m) {
   return t;
 }
 
-struct alignas(COLUMNS < 4 ? 4 : COLUMNS) Scales {                // of a lane's columns, for one run; four a word
-  unsigned word[(COLUMNS + 3) / 4];
-};
-
-// On their way before the run's rows are asked for; nothing looks at them before those are.
-DEV Scales load_scales(const Matrix& m, const Thread& t, int k0) {
-  Scales scales = {};
-  if (BITS == 8 || !t.owns) return scales;
-  const i64 first = 2 * t.byte;
-  const u1* from = m.scale + (i64)(k0 / 32) * m.N + first;
-  if (COLUMNS >= 4 && m.N % COLUMNS == 0 && (unsigned long long)m.scale % COLUMNS == 0)
-    return load_once(reinterpret_cast<const Scales*>(from));
-#pragma unroll
-  for (int c = 0; c < COLUMNS; ++c)
-    if (first + c < m.N) scales.word[c / 4] |= (unsigned)from[c] << 8 * (c % 4);
-  return scales;
-}
-
-DEV int scale_of(const Scales& scales, int c) { return (int)(scales.word[c / 4] >> 8 * (c % 4) & 255u); }
-
 DEV void fetch(unsigned (&to)[WORDS], const u1* from, bool fires) {
   Piece piece = {};
   if (fires) piece = load_once(reinterpret_cast<const Piece*>(from));
@@ -164,7 +144,6 @@ DEV void rows_of_run(int (&sum)[BATCH][COLUMNS], int (&all)[BATCH], const Shared
 // One run: every lane brings what its input k0 + lane is, and the run's factors.
 DEV void gather_run(Sum (&sum)[BATCH][COLUMNS], Shared& shared, const Matrix& m, const Thread& t, int k0,
                     const int (&value)[BATCH], const float (&factor)[BATCH]) {
-  const Scales scales = load_scales(m, t, k0);
   bool fires = false;
 #pragma unroll
   for (int b = 0; b < BATCH; ++b) fires |= value[b] != 0;
@@ -190,9 +169,14 @@ DEV void gather_run(Sum (&sum)[BATCH][COLUMNS], Shared& shared, const Matrix& m,
   rows_of_run(own, all, shared, m, t, k0, count);
 #pragma unroll
   for (int c = 0; c < COLUMNS; ++c) {
+    int scale = 1;
+    if (BITS == 4) {
+      const i64 n = 2 * t.byte + c;
+      scale = n < m.N ? m.scale[(i64)(k0 / 32) * m.N + n] : 0;
+    }
 #pragma unroll
     for (int b = 0; b < BATCH; ++b) {
-      const int one = BITS == 4 ? scale_of(scales, c) * (own[b][c] - 8 * all[b]) : own[b][c];
+      const int one = BITS == 4 ? scale * (own[b][c] - 8 * all[b]) : own[b][c];
 #if FLOATS
       sum[b][c] = add(sum[b][c], mul(factor[b], (float)one));
 #else
