@@ -222,8 +222,8 @@ def of_file(path: Path, config: str, logs: Mapping[str, str] | None = None) -> d
     """
     records = {record["name"]: record for record in read_records(path)}
     for name, log in (logs or {}).items():
-        if name in records and "progress" not in records[name]:
-            records[name]["progress"] = list(read_records(Path(log)))[-1]
+        if name in records and (lines := read_records(Path(log))):
+            records[name].setdefault("progress", lines[-1])
     source = next((record for record in records.values() if "model" not in record), None)
     whole = [r for r in records.values() if r.get("model") == config and r.get("weights") is None]
     teacher = whole[0] if whole else None

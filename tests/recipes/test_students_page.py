@@ -119,6 +119,8 @@ def test_a_packed_student_s_tokens_are_those_of_its_log(tmp_path):
     log.write_text('{"tokens": 1000000, "seconds": 2.0}\n{"tokens": 3000000, "seconds": 6.5}\n')
     found = students.of_file(path, CONFIG, {"packed": str(log), "missing": str(log)})["packed"]
     assert [students.measure(found, name) for name in ("tokens", "seconds")] == [3, 6.5]
+    without = students.of_file(path, CONFIG, {"packed": str(tmp_path / "none.jsonl")})["packed"]
+    assert students.measure(without, "tokens") is None
 
 
 def test_pages_may_name_a_student(about):
