@@ -14,6 +14,7 @@ be typed. Besides those of ``placeholders.py``, with ``table::row``, placeholder
     {cost 32 fp32 mac:.1f}                         of ``costs_45nm(32)``; gain: mac over ac
     {run table::row / 0 / after.perplexity:.2f}    of the run of a row with that seed
     {task student / piqa / acc:.3f}                of a zero-shot set; also: acc error, items, chance
+    {student s63 / kept.low:.1f}                   of a student, see ``students.MEASURES``
 """
 
 import json
@@ -28,7 +29,9 @@ from typing import Annotated, Any
 import placeholders
 import recorded
 from documents import perplexity_ratio
+from placeholders import PLACEHOLDER
 from pydantic import Field
+from students import Student, measure, of_file
 from table import Table
 
 from spiking_mamba import SpikingMambaConfig
@@ -40,7 +43,6 @@ from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.spikes.costs import costs_45nm
 from spiking_mamba.spikes.energy import energy_of_rates
 
-PLACEHOLDER = re.compile(r"{([^{}]+?)(?::([+,]*\.\df))?}")
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d(?:[\d,]*\d)?(?:\.\d+)?")
 FENCED = re.compile(r"^```(\w*)\n.*?^```$|^    \S.*$", re.DOTALL | re.MULTILINE)  # or indented
 TABLE = re.compile(r"^\|(.*)\|\n\| ?-.*\n((?:\|.*\|\n?)+)", re.MULTILINE)
@@ -97,24 +99,34 @@ class FigureSettings:
         tables: the YAML files of the study's tables.
         pages: by their paths.
         results: folder of the records.
+        students: file of what ``score_student.py`` has logged of the converted model's students; null: none.
+        teacher: folder of the converted model.
         renew: write the records' numbers into the pages.
     """
 
     tables: Annotated[Names, Field(min_length=1)]
     pages: dict[str, mapping_of(Page)]
     results: Name = "docs/results"
+    students: Name | None = None
+    teacher: Name = "weights/smollm2-mamba2"
     renew: bool = False
 
 
 class NotRecordedError(ValueError):
-    """A placeholder names a text of which there is no record."""
+    """A placeholder names a text or a student of which there is no record."""
 
 
 class Records:
     """What a placeholder may name."""
 
-    def __init__(self, rows: Mapping[str, Sequence[recorded.Row]], folder: Path) -> None:
-        """Take the rows of the study's tables by the tables' names, and the folder of the other records."""
+    def __init__(
+        self,
+        rows: Mapping[str, Sequence[recorded.Row]],
+        folder: Path,
+        students: Mapping[str, Student] | None = None,
+    ) -> None:
+        """Take the rows of the study's tables by their names, the folder of other records, and students."""
+        self.students = students or {}
         self.rows = {(table, row.name): row for table, found in rows.items() for row in found}
         self.documents = {
             f"{Path(r['text']).stem.split('-')[0]}_{r['length']}": of_documents(r)
@@ -132,7 +144,7 @@ class Records:
         return PLACEHOLDER.sub(lambda match: self.value(*match.groups()), text)
 
     def filled_if_recorded(self, text: str) -> str:
-        """The same; nothing where it names a text that no student was measured on."""
+        """The same; nothing where it names a text or a student of which there is no record."""
         try:
             return self.filled(text)
         except NotRecordedError:
@@ -159,6 +171,14 @@ class Records:
         for key in path.split("."):
             value = value[key]
         return value
+
+    def of_student(self, name: str, what: str) -> float:
+        """A number of a student of the converted model, or of a model beside it."""
+        if name not in self.students:
+            raise NotRecordedError(f"There is no student {name!r}: {', '.join(self.students)} were scored.")
+        if (number := measure(self.students[name], what)) is None:
+            raise ValueError(f"{name} has no {what}.")
+        return number
 
     def score(self, model: str, task: str, what: str) -> float:
         """A number of a zero-shot set: a metric, its standard error, the number of items, or chance."""
@@ -196,6 +216,8 @@ class Records:
                 number = cost.mac / cost.ac if attribute == "gain" else getattr(cost, attribute)
             case "run":
                 number = self.of_run(*rest.split(" / "))
+            case "student":
+                number = self.of_student(*rest.split(" / "))
             case "task":
                 number = self.score(*rest.split(" / "))
             case _:
@@ -325,7 +347,8 @@ def main_of(settings: FigureSettings) -> list[str]:
     """What is wrong, each with its page."""
     tables = [parse_settings(Table, [path]) for path in settings.tables]
     rows = {table.name: recorded.read(table) for table in tables}
-    records, wrong = Records(rows, Path(settings.results)), []
+    students = of_file(Path(settings.students), settings.teacher) if settings.students else {}
+    records, wrong = Records(rows, Path(settings.results), students), []
     for page, about in settings.pages.items():
         try:
             text, found = examine(Path(page).read_text(), Page(**about), records.value, records.speeds)

@@ -67,6 +67,9 @@ def _over_dense_fp32(energy: dict[str, Any], machine: str) -> float:
     return scope["fp32"]["dense_pj_per_token"] / scope["int8"][f"{machine}_pj_per_token"]
 
 
+# of records, by a name and a form: {held_out_512.over:+.2f}
+PLACEHOLDER = re.compile(r"{([^{}]+?)(?::([+,]*\.\df))?}")
+# of rows
 _PLACEHOLDER = re.compile(r"{(?:(\w+) )?(\w+)(?:\.(\w+))?\[([^][]*)\](?::(\+?,?\.\df))?}")
 
 

@@ -15,7 +15,7 @@ from frontier import answer, draw
 from pydantic import Field
 from recorded import PERPLEXITY, Row, read
 from sections import section
-from students import About
+from students import About, of_file
 from students import section as of_students
 from table import Table
 
@@ -108,7 +108,11 @@ def write(settings: ResultsSettings) -> None:
 
 def referee(settings: ResultsSettings, rows: Mapping[str, Sequence[Row]]) -> list[Block]:
     """The table of what a referee would ask."""
-    records = Records(rows, Path(settings.records))
+    students = {}
+    if settings.students is not None:
+        about = About(**settings.students)
+        students = of_file(Path(about.records), about.config, about.logs)
+    records = Records(rows, Path(settings.records), students)
     body = []
     for number, line in enumerate(settings.referee, 1):
         measured = records.filled_if_recorded(line.get("measured", ""))

@@ -10,8 +10,7 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
-from figures import PLACEHOLDER
-from placeholders import ENERGIES
+from placeholders import ENERGIES, PLACEHOLDER
 from recorded import energy_of
 
 from spiking_mamba.common.keys import reject_unknown_keys
@@ -33,10 +32,19 @@ class Student:
     Args:
         record: a line of the log.
         config: folder of the teacher's configuration, of which energies are calculated.
+        source: the record of the Transformer that everything was converted from, if it was scored.
+        teacher: that of the dense model of `config`, if it was.
     """
 
-    def __init__(self, record: Mapping[str, Any], config: str) -> None:
+    def __init__(
+        self,
+        record: Mapping[str, Any],
+        config: str,
+        source: Mapping[str, Any] | None = None,
+        teacher: Mapping[str, Any] | None = None,
+    ) -> None:
         self.record, self.config, self.name = record, config, record["name"]
+        self.source, self.teacher = source, teacher
 
     @property
     def clean(self) -> bool:
@@ -52,6 +60,25 @@ class Student:
         return sum(map(self.score, SOURCE_TASKS)) / len(SOURCE_TASKS)
 
     @property
+    def all(self) -> float:
+        """The same over all sets that were asked."""
+        return sum(map(self.score, self.record["tasks"])) / len(self.record["tasks"])
+
+    @property
+    def of_source(self) -> float | None:
+        """Its ability as a share of the source's, per cent."""
+        if self.source is None or self.source["sets"] != self.record.get("sets"):
+            return None
+        return 100 * self.record["ability"] / self.source["ability"]
+
+    @property
+    def below_all(self) -> float | None:
+        """By how many points it lies below its teacher over all sets, if the teacher was scored on them."""
+        if self.teacher is None or self.teacher["tasks"].keys() != self.record["tasks"].keys():
+            return None
+        return Student(self.teacher, self.config).all - self.all
+
+    @property
     def rates(self) -> dict[str, float] | None:
         """Mean |s| and share of non-zero counts over the sets, first tokens included; None if dense."""
         return None if "spikes" not in self.record else self.record["spikes"]["both"]
@@ -63,13 +90,20 @@ class Student:
         rates = self.rates or {"mean_abs": 1.0, "nonzero": 1.0}
         return energy_of(self.config, json.dumps(neuron), "token", rates["mean_abs"], rates["nonzero"])
 
-    def microjoules(self, scope: Sequence[str]) -> float:
-        """Of a token at int8, spiking or, of a dense model, multiplied."""
+    def microjoules(self, table: str, scope: Sequence[str]) -> float | None:
+        """Of a token, spiking or multiplied; None where a dense model was not scored in such a precision.
+
+        At int8 it was if it was rounded to 8 bits. The source is no model of this configuration.
+        """
+        bits = (self.record.get("weights"), self.record.get("activations"))
+        dense = {"fp32": (None, None), "int8": (8, 8)}
+        if "model" not in self.record or (self.rates is None and bits != dense[table]):
+            return None
         found: Any = self.energy
         for key in scope:
             found = found[key]
         machine = "dense" if self.rates is None else "spiking"
-        return found["int8"][f"{machine}_pj_per_token"] / 1e6
+        return found[table][f"{machine}_pj_per_token"] / 1e6
 
 
 def _of(*keys: str, scale: float = 1.0) -> Callable[[Student], float | None]:
@@ -81,18 +115,30 @@ def _of(*keys: str, scale: float = 1.0) -> Callable[[Student], float | None]:
             if key not in found:
                 return None
             found = found[key]
-        return scale * found
+        return round(scale * found, 9)  # 100 * 0.8915 is 89.15, not a little less
 
     return get
+
+
+def _task(name: str) -> Callable[[Student], float | None]:
+    return lambda s: s.score(name) if name in s.record["tasks"] else None
 
 
 def _gain(name: str) -> Callable[[Student], float | None]:
     return lambda s: None if s.rates is None else ENERGIES[name](s.energy)
 
 
+GAINS = (
+    *("with_neurons", "whole_model", "decoding", "multiplied"),
+    *("quantised_with_neurons", "whole_quantised", "rival_fp32"),
+)
 # What a text or a table may say of a student, each None where it has no such number.
 MEASURES: dict[str, Callable[[Student], float | None]] = {
+    **{name: _task(name) for name in BENCHMARK_SETS},
+    **{f"{name}.guessing": _of("guessing", name, scale=100) for name in BENCHMARK_SETS},
     "six": lambda s: s.six,
+    "all": lambda s: s.all,
+    "below_all": lambda s: s.below_all,
     "gap": _of("gap", "gap"),
     "gap.low": _of("gap", "low"),
     "gap.high": _of("gap", "high"),
@@ -100,24 +146,39 @@ MEASURES: dict[str, Callable[[Student], float | None]] = {
     "kept.low": _of("kept", "low", scale=100),
     "kept.high": _of("kept", "high", scale=100),
     "ability": _of("ability"),
+    "of_source": lambda s: s.of_source,
     "kl": _of("teacher_kl_web"),
+    "kl.wiki": _of("teacher_kl_wiki"),
+    "source_kl": _of("kl_web"),
+    "source_kl.wiki": _of("kl_wiki"),
     "agreement": _of("teacher_agreement_web", scale=100),
     "perplexity": _of("perplexity_web"),
     "tokens": _of("progress", "tokens", scale=1e-6),
+    "seconds": _of("progress", "seconds"),
     "mean_abs": lambda s: None if s.rates is None else s.rates["mean_abs"],
     "nonzero": lambda s: None if s.rates is None else s.rates["nonzero"],
+    "mean_abs.text": _of("spikes", "text", "mean_abs"),
+    "nonzero.text": _of("spikes", "text", "nonzero"),
     "projections": lambda s: None if s.rates is None else s.energy["projections"]["fp32"]["gain"],
-    **{name: _gain(name) for name in ("with_neurons", "whole_model", "decoding", "quantised_with_neurons")},
-    "int8": lambda s: s.microjoules(("model",)),
-    "int8_decoding": lambda s: s.microjoules(("with_memory", "decode")),
+    **{name: _gain(name) for name in GAINS},
+    "fp32": lambda s: s.microjoules("fp32", ("model",)),
+    "int8": lambda s: s.microjoules("int8", ("model",)),
+    "int8_decoding": lambda s: s.microjoules("int8", ("with_memory", "decode")),
 }
 ACCURACY = {
     "six sets, %": "{six:.2f}",
-    "below its teacher, points": "{gap:.2f} [{gap.low:.2f}, {gap.high:.2f}]",
+    "below the teacher there, points": "{gap:.2f} [{gap.low:.2f}, {gap.high:.2f}]",
+    "all sets, %": "{all:.2f}",
     "ability kept, %": "{kept:.1f} [{kept.low:.1f}, {kept.high:.1f}]",
-    "KL, nats a token": "{kl:.3f}",
-    "same likeliest token, %": "{agreement:.1f}",
-    "perplexity": "{perplexity:.2f}",
+    "of the Transformer's, %": "{of_source:.1f}",
+}
+TEXTS = {
+    "KL to the teacher, web": "{kl:.3f}",
+    "the teacher, wiki": "{kl.wiki:.3f}",
+    "KL to the Transformer, web": "{source_kl:.3f}",
+    "the Transformer, wiki": "{source_kl.wiki:.3f}",
+    "the teacher's likeliest token, web, %": "{agreement:.1f}",
+    "perplexity, web": "{perplexity:.2f}",
 }
 COST = {
     "mean abs s": "{mean_abs:.3f}",
@@ -127,8 +188,9 @@ COST = {
     "whole model": "{whole_model:.2f}",
     "decoding": "{decoding:.2f}",
     "over quantised, sparse, int8": "{quantised_with_neurons:.2f}",
-    "µJ a token, int8": "{int8:.1f}",
-    "the same, decoding": "{int8_decoding:.0f}",
+    "µJ a token, fp32": "{fp32:.1f}",
+    "int8": "{int8:.1f}",
+    "int8, decoding": "{int8_decoding:.0f}",
 }
 
 
@@ -150,9 +212,22 @@ def measure(student: Student, name: str) -> float | None:
     return MEASURES[name](student)
 
 
-def of_file(path: Path, config: str) -> dict[str, Student]:
-    """The students of a file by their names; of a name that is there twice, the later one."""
-    return {record["name"]: Student(record, config) for record in read_records(path)}
+def of_file(path: Path, config: str, logs: Mapping[str, str] | None = None) -> dict[str, Student]:
+    """The students of a file by their names; of a name that is there twice, the later one.
+
+    Args:
+        path: of the file.
+        config: folder of the teacher.
+        logs: of trainings, whose last lines are the progress of records that have none, as packed students'.
+    """
+    records = {record["name"]: record for record in read_records(path)}
+    for name, log in (logs or {}).items():
+        if name in records and (lines := read_records(Path(log))):
+            records[name].setdefault("progress", lines[-1])
+    source = next((record for record in records.values() if "model" not in record), None)
+    whole = [r for r in records.values() if r.get("model") == config and r.get("weights") is None]
+    teacher = whole[0] if whole else None
+    return {name: Student(record, config, source, teacher) for name, record in records.items()}
 
 
 @schema
@@ -164,26 +239,28 @@ class About:
         text: before the tables.
         records: file of what ``score_student.py`` has logged.
         config: folder of the teacher.
+        logs: of trainings, by the names of records that do not say how far it went.
         labels: what the tables call a record, by its name, in the tables' order.
         findings: behind the tables, with ``{name.measure:.2f}``; one without a number is left out.
     """
 
     title: Name
-    text: Name
+    text: str
     records: Name
     config: Name
     labels: dict[str, str]
-    findings: list[Name] = field(default_factory=list)
+    findings: list[str] = field(default_factory=list)
+    logs: dict[str, Name] = field(default_factory=dict)
 
 
 def section(about: About) -> list[Block]:
     """The section; nothing where nothing was scored."""
-    students = of_file(Path(about.records), about.config)
+    students = of_file(Path(about.records), about.config, about.logs)
     found = [(label, students[name]) for name, label in about.labels.items() if name in students]
     if not found:
         return []
     blocks: list[Block] = [Heading(about.title), Paragraph(about.text), Code(COMMAND)]
-    for columns in (ACCURACY, COST):
+    for columns in (ACCURACY, TEXTS, COST):
         blocks.append(Cells(["model", *columns], [cells(label, s, columns) for label, s in found]))
 
     def find(name: str) -> float | None:
@@ -196,7 +273,8 @@ def section(about: About) -> list[Block]:
     runs = [student.record["provenance"] for _, student in found]
     devices = sorted({run["hardware"]["device"] for run in runs})
     commits, dates = (sorted({str(run[key]) for run in runs}) for key in ("commit", "date"))
-    text = f"Scored on {', '.join(devices)}, {dates[0][:10]}; commit {', '.join(c[:7] for c in commits)}."
+    when = " to ".join(sorted({dates[0][:10], dates[-1][:10]}))
+    text = f"Scored on {', '.join(devices)}, {when}; commit {', '.join(c[:7] for c in commits)}."
     blocks.append(Paragraph(text))
     return blocks
 

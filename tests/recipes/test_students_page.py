@@ -4,11 +4,15 @@ import json
 import re
 from pathlib import Path
 
+import figures
+import numpy as np
 import pytest
 import results
 import students
 from pydantic import ValidationError
 
+from spiking_mamba.common.records import read_records
+from spiking_mamba.evaluation.statistics import kept_share, paired_gap
 from spiking_mamba.reports.document import to_markdown
 from tests.helpers.commands import ROOT
 
@@ -25,7 +29,8 @@ def record(name, shift=0.0, commit="a" * 40, **others):
         for number, (task, metric) in enumerate(MAIN.items())
     }
     about = {"commit": commit, "date": "2026-12-01T10:00:00+00:00", "hardware": {"device": "one H200"}}
-    return {"name": name, "tasks": tasks, "perplexity_web": 40.0, "provenance": about} | others
+    base = {"name": name, "model": CONFIG, "tasks": tasks, "perplexity_web": 40.0, "provenance": about}
+    return base | others
 
 
 def spiking(name, mean_abs, nonzero, **others):
@@ -49,7 +54,7 @@ def about(tmp_path):
     records = [
         record("teacher"),
         spiking("s63", 1.05, 0.62),
-        record("w8a8", -0.001, commit="b" * 40 + "-dirty"),
+        record("w8a8", -0.001, commit="b" * 40 + "-dirty", weights=8, activations=8),
     ]
     path = tmp_path / "students.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in records))
@@ -80,9 +85,53 @@ def test_numbers_are_those_of_the_records():
     )
     dense = students.Student(record("teacher"), CONFIG)
     assert students.MEASURES["projections"](dense) is None
-    assert students.MEASURES["int8"](dense) > 0
+    assert students.MEASURES["int8"](dense) is None  # it was not scored in 8 bits
+    assert students.MEASURES["fp32"](dense) == pytest.approx(measures["whole_model"] * measures["fp32"])
+    rounded = students.Student(record("w8a8", weights=8, activations=8), CONFIG)
+    assert students.MEASURES["fp32"](rounded) is None
+    assert (
+        students.MEASURES["int8"](students.Student(record("w4a8", weights=4, activations=8), CONFIG)) is None
+    )
     # at int8 a multiplication and addition takes 0.3 pJ, an addition of 32 bits 0.1: a count of 1 is cheaper
-    assert measures["int8"] < students.MEASURES["int8"](dense)
+    assert measures["int8"] < students.MEASURES["int8"](rounded)
+
+
+def test_the_source_is_no_model_of_the_teacher_s_configuration(tmp_path):
+    source = record("transformer", 0.1, ability=1.25, sets=["piqa"])
+    del source["model"]
+    rows = [source, record("teacher"), spiking("s63", 1.05, 0.62, ability=1.0, sets=["piqa"])]
+    rows.append(spiking("others", 1.05, 0.62, ability=1.0, sets=["boolq"]))
+    path = tmp_path / "students.jsonl"
+    path.write_text("".join(json.dumps(each) + "\n" for each in rows))
+    found = students.of_file(path, CONFIG)
+    assert students.measure(found["transformer"], "fp32") is None
+    assert students.measure(found["transformer"], "of_source") == 100
+    assert students.measure(found["s63"], "of_source") == pytest.approx(80)
+    assert students.measure(found["others"], "of_source") is None  # its ability is another sum
+    assert students.measure(found["s63"], "below_all") == pytest.approx(2)  # points
+
+
+def test_a_packed_student_s_tokens_are_those_of_its_log(tmp_path):
+    packed = spiking("packed", 1.05, 0.62)
+    del packed["progress"]
+    path, log = tmp_path / "students.jsonl", tmp_path / "log.jsonl"
+    path.write_text(json.dumps(packed) + "\n")
+    log.write_text('{"tokens": 1000000, "seconds": 2.0}\n{"tokens": 3000000, "seconds": 6.5}\n')
+    found = students.of_file(path, CONFIG, {"packed": str(log), "missing": str(log)})["packed"]
+    assert [students.measure(found, name) for name in ("tokens", "seconds")] == [3, 6.5]
+    without = students.of_file(path, CONFIG, {"packed": str(tmp_path / "none.jsonl")})["packed"]
+    assert students.measure(without, "tokens") is None
+
+
+def test_pages_may_name_a_student(about):
+    found = figures.Records({}, ROOT / "docs/results", students.of_file(Path(about.records), CONFIG))
+    text = "{student s63 / kept:.1f} of {student s63 / kept.high:.1f}"
+    assert found.filled(text) == "93.0 of 95.0"
+    assert found.filled_if_recorded("{student s41 / kept:.1f}") == ""
+    with pytest.raises(ValueError, match="teacher has no kept"):
+        found.filled("{student teacher / kept:.1f}")
+    with pytest.raises(ValueError, match="keptt"):
+        found.filled("{student s63 / keptt:.1f}")
 
 
 def test_the_section(about):
@@ -96,7 +145,9 @@ def test_the_section(about):
     assert "one H200, 2026-12-01; commit aaaaaaa, bbbbbbb" in text
     accuracy = next(line for line in text.splitlines() if line.startswith("| student, 63%"))
     cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", accuracy)[2:-1]]
-    assert cells == ["40.50", "2.00 \\[1.50, 2.50\\]", "93.0 \\[91.0, 95.0\\]", "0.100", "80.0", "40.00"]
+    assert cells == ["40.50", "2.00 \\[1.50, 2.50\\]", "40.50", "93.0 \\[91.0, 95.0\\]", ""]
+    texts = [line for line in text.splitlines() if line.startswith("| student, 63%")][1]
+    assert [cell.strip() for cell in texts.split("|")[2:-1]] == ["0.100", "", "", "", "80.0", "40.00"]
 
 
 def test_without_records_there_is_no_section(about, tmp_path):
@@ -125,3 +176,65 @@ def test_the_page_takes_it(about, tmp_path):
     with pytest.raises((ValidationError, ValueError, TypeError)):
         results.ResultsSettings(tables=[str(table)], students=fields | {"lables": {}})
     assert Path(page).is_file()
+
+
+RECORDS = ROOT / "docs/results/smollm2"
+ITEMS = {"source": "source", "teacher": "packed", "w8a8": "w8a8", "s63-packed": "s63-packed"}
+
+
+def items(name):
+    """What was right, by set, of the metric that counts."""
+    with np.load(RECORDS / f"{ITEMS[name]}.npz") as held:
+        return {
+            task: np.unpackbits(held[f"{task}/{benchmark.main}"])[: int(held[f"{task}/items"])]
+            for task, benchmark in students.BENCHMARK_SETS.items()
+            if f"{task}/items" in held
+        }
+
+
+@pytest.mark.parametrize("name", ITEMS)
+def test_recorded_scores_are_those_of_their_items(name):
+    (found,) = [record for record in read_records(RECORDS / "students.jsonl") if record["name"] == name]
+    right, teacher = items(name), items("teacher")
+    assert set(right) == set(found["tasks"])
+    assert found["limit"] == 0
+    for task, outcomes in right.items():
+        scores = found["tasks"][task]
+        assert scores[students.BENCHMARK_SETS[task].main] == pytest.approx(outcomes.mean(), abs=5.1e-5)
+        assert scores["items"] == len(outcomes)
+    guess, sets = found["guessing"], found["sets"]
+    ability = sum(right[task].mean() - guess[task] for task in sets)
+    assert found["ability"] == pytest.approx(ability, abs=5e-4)
+    if name == "teacher":
+        errors = {task: (right[task].mean() - guess[task]) / found["tasks"][task]["stderr"] for task in right}
+        assert sorted(sets) == sorted(task for task, beyond in errors.items() if beyond >= 3)
+        return
+    kept = kept_share(*({task: side[task] for task in sets} for side in (teacher, right)), guess)
+    assert found["kept"] == pytest.approx(kept, abs=2e-3)  # the ends: by another numpy's random numbers
+    gap = paired_gap(*({task: side[task] for task in students.SOURCE_TASKS} for side in (teacher, right)))
+    assert found["gap"]["gap"] == pytest.approx(100 * gap["gap"], abs=1e-4)
+    for end in ("low", "high"):
+        assert found["gap"][end] == pytest.approx(100 * gap[end], abs=0.05)
+
+
+def test_older_records_are_in_the_table_as_they_were():
+    found = {record["name"]: record for record in read_records(RECORDS / "students.jsonl")}
+    source, packed = read_records(RECORDS / "scores.jsonl")
+    for name, old in (("source", source), ("teacher", packed)):
+        same = [key for key in old if key in ("tasks", "limit", "mean") or key.endswith(("_web", "_wiki"))]
+        assert {key: found[name][key] for key in same} == {key: old[key] for key in same}
+        assert found[name]["provenance"]["commit"] == old["commit"]
+
+
+def test_the_shipped_page_has_the_section_of_its_records(monkeypatch):
+    """As results.yaml words it: every number, and nothing that was typed."""
+    monkeypatch.chdir(ROOT)
+    settings = results.parse_settings(results.ResultsSettings, ["recipes/ablate/results.yaml"])
+    text = to_markdown(students.section(students.About(**settings.students)))
+    assert text.strip() in Path("docs/results.md").read_text()
+    assert "is missed: 89.2 % (86.8 to 91.6)" in text
+
+
+def test_no_record_has_a_path_of_a_machine():
+    for path in RECORDS.glob("*.json*"):
+        assert not re.search(r'"/|\s/[a-z]+/|=/', path.read_text()), path.name
