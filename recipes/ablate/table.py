@@ -33,7 +33,7 @@ _OWN = ("name", "seeds", "checks", "lever")  # of a row; its other keys are sett
 # Of the settings, what the runner fills in or a number does not depend on.
 OUTSIDE = ("teacher", "output", "data", "seed", "resume", "overwrite", "dry_run", "compile")
 # Settings younger than the first records, and what those had: left out of a record where they are that.
-YOUNGER = {"separate_documents": False, "decontaminate": False}
+YOUNGER = {"separate_documents": False, "decontaminate": False, "shift_inputs": False}
 
 
 def _check_file_name(name: str) -> str:
