@@ -25,9 +25,9 @@ from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Count, Fraction, Name, Names, Seed, Words, schema
 from spiking_mamba.common.settings import parse_settings
-from spiking_mamba.evaluation.outliers import SCOPES, number_of_outliers, replace_outliers
+from spiking_mamba.evaluation.outliers import SCOPES, number_of_outliers, replace_outliers, width_of
 from spiking_mamba.model.checkpoint import load_model
-from spiking_mamba.model.configuration import PROJECTIONS
+from spiking_mamba.model.configuration import BLOCK_TYPES, PROJECTIONS
 from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
 from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.reports.figures import COLOURS, picture
@@ -56,6 +56,7 @@ class OutlierSettings:
             spiking.
         tokenizer: folder or hub name; null: the checkpoint's own.
         sites: whose inputs are changed: in_proj (the source's u), out_proj (its y).
+        block: in blocks of which kind, mamba or mlp.
         values: what the largest activations become.
         fractions: how many of them, as shares of 1. A run without any, the control, is always made.
         per: 'token': of the channels of every token; 'tensor': of a whole batch, which depends on batch_size.
@@ -76,6 +77,7 @@ class OutlierSettings:
     sites: Annotated[list[Literal[PROJECTIONS]], BeforeValidator(_several), Field(min_length=1)] = field(
         default_factory=lambda: list(PROJECTIONS)
     )
+    block: Literal[BLOCK_TYPES] = "mamba"
     values: Annotated[list[Value], BeforeValidator(_several), Field(min_length=1), NUMBERS] = field(
         default_factory=lambda: [0.0, 1.0]
     )
@@ -160,10 +162,13 @@ def run(settings: OutlierSettings) -> dict[str, Any]:
         "model": settings.model,
         "weights_sha256": weights,
         "per": settings.per,
+        "block": settings.block,
         "device": device_name(),
         "versions": {name: version(name) for name in VERSIONS},
     }
-    widths = {name: getattr(model.backbone.layers[0].mixer, name).in_features for name in PROJECTIONS}
+    if not model.config.number_of_blocks(settings.block):
+        raise RunError(f"block={settings.block}: {settings.model} has no such block.")
+    widths = {name: width_of(model, name, settings.block) for name in PROJECTIONS}
     todo = conditions(settings)
     keeps = f"rows are kept in {folder}; resume=true goes on."
     with interruptible(lambda: f"{len(results['rows'])} of {len(todo)} {keeps}"):
@@ -179,9 +184,8 @@ def run(settings: OutlierSettings) -> dict[str, Any]:
                 row |= {key: same[key] for key in ("perplexity", "zero_shot")} | {"seconds": 0.0}
             else:
                 start = time.time()
-                with replace_outliers(
-                    model, site or PROJECTIONS[0], row["value"] or 0.0, row["fraction"], settings.per
-                ):
+                change = site or PROJECTIONS[0], row["value"] or 0.0, row["fraction"]
+                with replace_outliers(model, *change, settings.per, settings.block):
                     try:
                         row |= measure(model, tokenizer, texts, tasks, settings)
                     except FloatingPointError as error:
@@ -293,7 +297,8 @@ def report(folder: Path, results: dict[str, Any], settings: OutlierSettings) -> 
     )
     tokens = [f"{r['tokens']:,} of {name}" for name, r in results["rows"][0]["perplexity"].items()]
     lines.append(
-        f"In every block, {scope}, rounded up, become the value given. Held-out tokens: {', '.join(tokens)}. "
+        f"In every {settings.block} block, {scope}, rounded up, become the value given. "
+        f"Held-out tokens: {', '.join(tokens)}. "
         f"{results['device']}; {', '.join(f'{name} {v}' for name, v in results['versions'].items())}."
     )
     write_whole(folder / "report.md", "\n\n".join(lines) + "\n")

@@ -11,11 +11,12 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from spiking_mamba.model.configuration import PROJECTIONS
+from spiking_mamba.model.configuration import BLOCK_TYPES, PROJECTIONS
+from spiking_mamba.model.mlp import SpikingMambaMLP as MLP
 from spiking_mamba.model.modes import hooked
-from spiking_mamba.model.projection import spike_fed
+from spiking_mamba.model.spike_fed import SpikeFed
 
-__all__ = ["number_of_outliers", "overwrite_largest", "replace_outliers"]
+__all__ = ["number_of_outliers", "overwrite_largest", "replace_outliers", "width_of"]
 
 SCOPES = ("token", "tensor")
 
@@ -44,15 +45,25 @@ def overwrite_largest(x: torch.Tensor, fraction: float, value: float, per: str =
     return x.flatten().index_fill(0, largest, value).view_as(x)
 
 
+def _layers(model: nn.Module, block: str) -> list[SpikeFed]:
+    return [m for m in model.modules() if isinstance(m, SpikeFed) and (block == "mlp") == isinstance(m, MLP)]
+
+
+def width_of(model: nn.Module, site: str, block: str = "mamba") -> int:
+    """How many channels a projection of :func:`replace_outliers` has."""
+    return int(getattr(_layers(model, block)[0], site).in_features)
+
+
 @contextmanager
 def replace_outliers(
-    model: nn.Module, site: str, value: float, fraction: float, per: str = "token"
+    model: nn.Module, site: str, value: float, fraction: float, per: str = "token", block: str = "mamba"
 ) -> Iterator[None]:
     """Within the block, every forward pass of ``model`` feeds its projections :func:`overwrite_largest`.
 
     Args:
         model: dense or spiking; in a spiking one the activations are those in front of the neuron.
-        site: 'in_proj' (u in arXiv 2510.04595) or 'out_proj' (y there), in every block.
+        site: 'in_proj' (u in arXiv 2510.04595) or 'out_proj' (y there), in every block of a kind.
+        block: that kind, 'mamba', whose are u and y, or 'mlp'.
         value, fraction, per: see :func:`overwrite_largest`. A fraction of 0 changes nothing.
 
     Raises:
@@ -66,10 +77,13 @@ def replace_outliers(
         raise ValueError(f"fraction is {fraction}; it is a share, from 0 to 1.")
     if not math.isfinite(value):
         raise ValueError(f"value is {value}; it must be finite.")
-    encoders = [p.spikes for name, p in spike_fed(model) if name.rpartition(".")[2] == site]
+    if block not in BLOCK_TYPES:
+        raise ValueError(f"block is {block!r}; it must be one of {', '.join(BLOCK_TYPES)}.")
+    encoders = [getattr(layer, layer.encoders[site]) for layer in _layers(model, block)]
     if not encoders:
         raise ValueError(
-            f"The model has no projection {site} that spikes could feed; load it with load_model."
+            f"The model has no {block} block with a projection {site} that spikes could feed; load it with "
+            "load_model."
         )
 
     def overwrite(module: nn.Module, arguments: tuple) -> tuple:

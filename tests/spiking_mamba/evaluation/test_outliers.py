@@ -7,7 +7,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from spiking_mamba.evaluation.outliers import number_of_outliers, overwrite_largest, replace_outliers
+from spiking_mamba.evaluation.outliers import (
+    number_of_outliers,
+    overwrite_largest,
+    replace_outliers,
+    width_of,
+)
 from tests.helpers.tiny import INTEGER, tiny_model, tokens
 
 
@@ -96,6 +101,40 @@ def test_projections_get_the_changed_input(neuron, site, per):
         with torch.no_grad():
             encoder = getattr(mixers[layer], mixers[layer].encoders[name])
             torch.testing.assert_close(encoder(expected).fed, y, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("block", ["mamba", "mlp"])
+@pytest.mark.parametrize("site", ["in_proj", "out_proj"])
+@torch.no_grad()
+def test_blocks_of_one_kind_alone(block, site):
+    """What is written is found in front of the projections of that kind, and of no other."""
+    kinds = ["mamba", "mlp", "mamba", "mlp"]
+    model = tiny_model(num_hidden_layers=4, layers_block_type=kinds, intermediate_size=48)
+    changed, fed = [], {}
+    for k, layer in enumerate(model.backbone.layers):
+        for name in ("in_proj", "out_proj"):
+            linear = getattr(layer.mixer, name)
+            linear.register_forward_pre_hook(lambda m, args, key=(k, name): fed.update({key: args[0]}))
+            if kinds[k] == block and name == site:
+                changed.append((k, name))
+    with replace_outliers(model, site, 5.0, 0.1, block=block):
+        model(tokens(2, 7))
+    fives = {key for key, x in fed.items() if (x == 5.0).any()}
+    assert fives == set(changed)
+    assert width_of(model, site, block) == fed[changed[0]].shape[-1]
+    assert all(
+        int((fed[key] == 5.0).sum()) == 14 * number_of_outliers(0.1, fed[key].shape[-1]) for key in fives
+    )
+    with (
+        pytest.raises(ValueError, match="block is 'attention'"),
+        replace_outliers(model, site, 0.0, 0.1, block="attention"),
+    ):
+        pass
+    with (
+        pytest.raises(ValueError, match="no mlp block"),
+        replace_outliers(tiny_model(), site, 0.0, 0.1, block="mlp"),
+    ):
+        pass
 
 
 @torch.no_grad()
