@@ -17,9 +17,10 @@ export GPUS=$gpus
 each() { python3 -m torch.distributed.run --nnodes 1 --nproc-per-node "$gpus" --rdzv-backend static \
   --master-addr 127.0.0.1 --master-port $((29500 + RANDOM % 400)) "$@"; }
 
-keep() { # what this call carried: parts of kit and wheel, autotune.tar, packed mixers of the stage before
+keep() { # what this call carried: parts of kit and wheel, autotune.tar, own text, packed mixers of the stage before
   cp "$here"/*.part* "$base/parts/" 2>/dev/null
   cp "$here"/autotune.tar "$base/" 2>/dev/null
+  cp "$here"/own*.bin "$here"/own*.json "$base/run/" 2>/dev/null
   mkdir -p "$base/start"; cp "$here"/packed/* "$base/start/" 2>/dev/null
   ls -la "$base" "$base/parts" "$base/start"
 }
@@ -83,8 +84,12 @@ results() { # NAME [key=value ...]: mixers in 4 bits, logs and scores, to OUT; w
   cp "$base/run/$1/packed4"/* "$OUT/" && small
 }
 
-small() {
+tuned() { # which kernels were fastest, for later calls on such a GPU
   (cd "$base/triton" 2>/dev/null && find . -name '*.autotune.json' | tar -cf "$base/autotune.tar" -T -)
+}
+
+small() {
+  tuned
   (cd "$base" && tar -cf "$OUT/small.tar" autotune.tar $(ls run/*.json run/*.jsonl run/*.npz run/*/log.jsonl 2>/dev/null))
 }
 

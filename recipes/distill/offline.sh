@@ -72,8 +72,9 @@ packed() { # NAME [key=value ...]: scored as it is packed
   score "$1-packed" model="$run/$1/packed" "${@:2}"
 }
 
-results() { # logs, scores and outcomes to OUT, as one file
-  (cd "$base" && tar -cf "$OUT/students.tar" $(ls run/*.json run/*.txt run/*/log.jsonl run/scores/* 2>/dev/null))
+results() { # logs, scores and outcomes to OUT, as one file, and which kernels were fastest
+  tuned
+  (cd "$base" && tar -cf "$OUT/students.tar" $(ls autotune.tar run/*.json run/*.txt run/*/log.jsonl run/scores/* 2>/dev/null))
   ls -la "$OUT"
 }
 

@@ -137,6 +137,26 @@ def test_what_is_compiled_on_a_gpu_of_its_own_stays_timed(tmp_path, monkeypatch,
     assert {"k.cubin", "k.autotune.json", "k.best_config"} <= kept
 
 
+def test_text_and_tuning_are_carried_on(tmp_path, monkeypatch, fake):
+    carried = tmp_path / "carry"
+    carried.mkdir()
+    with tarfile.open(carried / "autotune.tar", "w") as tar:
+        tar.addfile(tarfile.TarInfo("a/k.autotune.json"))
+    for name in ("own0-0.bin", "own0-0.json"):
+        (carried / name).write_text(name)
+    offline(tmp_path, CONVERT, "keep")
+    result, calls = fake("student", "s63", "smollm2-63", "0", "30")
+    assert result.returncode == 0, result.stderr
+    assert f"own_text=[{tmp_path}/base/run/own0-0.bin]" in calls[-1]
+    (tmp_path / "out").mkdir()
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    fake("results")
+    with tarfile.open(tmp_path / "out" / "students.tar") as tar:
+        assert {"autotune.tar", "run/own0-0.json", "run/s63.txt"} <= set(tar.getnames())
+        with tarfile.open(fileobj=tar.extractfile("autotune.tar")) as kept:
+            assert "./a/k.autotune.json" in kept.getnames()
+
+
 @pytest.mark.parametrize("broken", [None, 0, 1])
 def test_two_students_have_a_gpu_each(fake, broken):
     names = ["broken" if broken == k else name for k, name in enumerate(("one", "two"))]
