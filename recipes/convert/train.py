@@ -157,8 +157,11 @@ class Stage:
 
     def _resume(self) -> None:
         state = torch.load(self.folder / STATE, map_location=self.device, weights_only=True)
-        changed = sorted(
-            key for key, value in self._lasting().items() if state["progress"]["settings"].get(key) != value
+        before = state["progress"]["settings"]
+        changed = sorted(  # a key that is younger than the stage, and false, changes nothing
+            key
+            for key, value in self._lasting().items()
+            if before.get(key) != value and (key in before or value is not False)
         )
         if changed:
             raise RunError(f"{self.folder} holds a stage with other settings of {', '.join(changed)}.")

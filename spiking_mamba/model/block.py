@@ -301,8 +301,6 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         """
         conv_state = caches.conv_state(cache, self.layer_idx)
         scan_state = caches.scan_state(cache, self.layer_idx)
-        assert conv_state is not None, "the cache has states"
-        assert scan_state is not None
         if self.mixer.states_per_neuron:
             return self._step(hidden_states, conv_state, scan_state, cache)
         return _compiled_step()(self, hidden_states, conv_state, scan_state)
@@ -310,12 +308,13 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
     def _step(
         self,
         hidden_states: torch.Tensor,
-        conv_state: torch.Tensor,
-        scan_state: torch.Tensor,
+        conv_state: torch.Tensor | None,  # None of an MLP
+        scan_state: torch.Tensor | None,
         cache: Cache | None = None,
     ) -> torch.Tensor:
         normalised, residual = self._normalise(hidden_states)
-        return residual + self.mixer.step(normalised, conv_state, scan_state, cache)
+        mixer: Any = self.mixer
+        return residual + mixer.step(normalised, conv_state, scan_state, cache)
 
     def _is_watched(self) -> bool:
         """Whether somebody looks into the block, at its spikes, say: a compiled one is opaque."""

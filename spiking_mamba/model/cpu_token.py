@@ -380,21 +380,9 @@ def token_functions(kind: Kind) -> tuple[Any, Any]:
             barrier(bar, threads)
         scale = f32(1.0) / np.sqrt(_mean_square(x) + w.eps)
         head_projection(
-            s,
-            w.head,
-            0,
-            x,
-            w.last_norm,
-            w.shift,
-            0,
-            scale,
-            w.max_spike_count,
-            me,
-            threads,
-            local,
-            s.logits,
-            s.logits,
-        )
+            s, w.head, 0, x, w.last_norm, w.shift, 0, scale, w.max_spike_count,
+            me, threads, local, s.logits, s.logits,
+        )  # fmt: skip
         barrier(bar, threads)
 
     @compiled

@@ -349,16 +349,10 @@ def event_driven(
         for k, (block, source) in enumerate(zip(made.backbone.blocks, model.backbone.blocks, strict=True)):
             for name, projection in spike_fed(source.mixer):
                 threshold = torch.as_tensor(projection.threshold).item()
-                layer = getattr(block.mixer, name)
                 integers = rounded[f"backbone.layers.{k}.mixer.{name}"]
-                if (constant := projection.spikes.constant) is not None:
-                    integers.bias = constant.float() + (0.0 if integers.bias is None else integers.bias)
-                _fill(layer, integers, threshold)
+                _fill(getattr(block.mixer, name), integers, threshold, projection.spikes.constant)
                 if name == "out_proj" and isinstance(block.mixer, SpikingMambaMLP):
-                    # what its neuron gets comes straight from the upper half of the input projection
-                    for tensor in (block.mixer.in_proj.scale, block.mixer.in_proj.bias):
-                        if tensor is not None:
-                            cast(torch.Tensor, tensor).chunk(2)[1].div_(threshold)
+                    _divide_upper_half(block.mixer.in_proj, threshold)
                 else:
                     block.divide_before(name, threshold)
         _fill(made.lm_head, rounded["lm_head"], 1.0)
@@ -378,9 +372,23 @@ def _check_source(model: Any) -> None:
         raise ValueError(f"The model is event-driven already, with weights={model.config.weights!r}.")
 
 
-def _fill(layer: EventDrivenLinear, rounded: EventDrivenLinear, threshold: float) -> None:
-    """Put rounded weights into a layer of their form; V_th goes into their scale."""
+def _divide_upper_half(in_proj: nn.Module, threshold: float) -> None:
+    """Bring V_th into an MLP's input projection, of which what its second neuron gets comes straight."""
+    for tensor in (in_proj.scale, in_proj.bias):
+        if tensor is not None:
+            cast(torch.Tensor, tensor).chunk(2)[1].div_(threshold)
+
+
+def _fill(
+    layer: EventDrivenLinear,
+    rounded: EventDrivenLinear,
+    threshold: float,
+    constant: torch.Tensor | None = None,
+) -> None:
+    """Put rounded weights into a layer of their form; V_th goes into the scale, a constant into the bias."""
     if not 0 < threshold < math.inf:
         raise ValueError(f"A threshold must be finite and positive, got {threshold}.")
     rounded.scale *= threshold
+    if constant is not None:
+        rounded.bias = constant.float() + (0.0 if rounded.bias is None else rounded.bias)
     layer.load_state_dict(rounded.state_dict())

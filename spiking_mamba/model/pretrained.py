@@ -132,7 +132,8 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
         """As in transformers; a neuron that was swapped by hand goes into the configuration first.
 
         Raises:
-            ValueError: the projections have different neurons, for which the configuration has one place.
+            ValueError: the projections have different neurons, for which the configuration has one place, or
+                none where thresholds are learned or inputs shifted.
             TypeError: the neuron cannot be described, see ``neurons.spec_of``.
         """
         nodes = [module.neuron for module in self.modules() if isinstance(module, SpikeEncoder)]
@@ -140,6 +141,8 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
             own = None if self.config.neuron is None else neurons.build(self.config.neuron)
             if any(type(node) is not type(nodes[0]) or not _same(node, nodes[0]) for node in nodes):
                 raise ValueError("The projections have different neurons; a configuration holds one for all.")
+            if nodes[0] is None and (self.config.learn_threshold or self.config.shift_inputs):
+                raise ValueError("Its neurons are gone, but learn_threshold and shift_inputs need them.")
             if type(nodes[0]) is not type(own) or not _same(nodes[0], own):
                 self.config.neuron = None if nodes[0] is None else neurons.spec_of(nodes[0])
         # or names of the first form, if it was loaded from them

@@ -314,7 +314,7 @@ def _priced(
         moved = _add(*(p.memory(cost, batch * tokens) for p in projections))
         other = {key: n * cost.width * cost.byte for key, n in traffic(config, batch, tokens).items()}
         everything = _add(model, moved, dict.fromkeys(MACHINES, other["rest"]))
-        everything["spiking"] += other["potentials"]
+        everything["spiking"] += other["neurons"]
         priced[prefix] = _compare(_add(compute, moved))
         priced[prefix + "_model"] = _compare(everything)
     if batch == 1:  # or other sequences ask for other weights; of decoding, which came last

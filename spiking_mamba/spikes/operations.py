@@ -55,7 +55,7 @@ def traffic(config: SpikingMambaConfig, batch: int, length: int) -> dict[str, fl
     mlps, gated = config.number_of_blocks("mlp"), _gated(config)
     biases = conv * config.use_conv_bias + (_in_proj_width(config) + width) * config.use_bias
     weights = layers * (conv * config.conv_kernel + biases + 3 * heads + width + inner) + (mlps + 1) * width
-    weights += width * config.vocab_size + shifts(config)
+    weights += width * config.vocab_size
     states = layers * (conv * config.conv_kernel + inner * state)
     potentials = (layers * (width + inner) + mlps * (width + gated)) * config.states_per_neuron
     activations = layers * (
@@ -69,7 +69,7 @@ def traffic(config: SpikingMambaConfig, batch: int, length: int) -> dict[str, fl
     activations += 2 * width + 2 * width + width + config.vocab_size  # embedding, last norm, head
     return {
         "rest": weights / (batch * length) + 2 * states / length + activations,
-        "potentials": 2 * potentials / length,
+        "neurons": shifts(config) / (batch * length) + 2 * potentials / length,  # what only a spiking one has
     }
 
 

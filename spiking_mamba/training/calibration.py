@@ -56,15 +56,21 @@ def calibrate_levels(
         float32 ``[in_features]`` by the projections' names, for ``SpikingProjection.rest_at``.
 
     Raises:
-        ValueError: the teacher is not dense.
+        ValueError: the teacher is not dense, no place is looked at, or an input is not finite.
     """
     if teacher.config.neuron is not None:
         raise ValueError("Levels are calibrated by a dense teacher; this one has neurons.")
+    if first >= input_ids.shape[1]:
+        raise ValueError(f"Of rows of {input_ids.shape[1]} tokens nothing is left without the first {first}.")
     levels: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[torch.Tensor]) -> None:
-            levels[name] = args[0][:, first:].flatten(0, 1).float().median(0).values
+            x = args[0][:, first:].flatten(0, 1).float()
+            x = x.sort(0).values  # on CUDA, median() is refused where all is to be deterministic
+            if not x[[0, -1]].isfinite().all():  # what is no number comes last
+                raise ValueError(f"{name} has inputs on this text that are not finite.")
+            levels[name] = x[(len(x) - 1) // 2].clone()
 
         return hook
 

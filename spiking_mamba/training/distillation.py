@@ -221,18 +221,7 @@ def distill(
     rows = _tokenized(settings, tokenizer) if rows is None else rows
     check_rows(rows, arguments, teacher.config.vocab_size)
     end = _end_of_text(settings, teacher.config if tokenizer is None else tokenizer)
-    threshold, levels = _calibrated(settings, teacher, rows, arguments.device)
-    student = SpikingMambaForCausalLM.from_dense(
-        teacher,
-        neuron=settings.neuron,
-        sgc=settings.sgc,
-        membrane=settings.membrane,
-        threshold=threshold,
-        learn_threshold=settings.learn_threshold,
-        shift_inputs=settings.shift_inputs,
-    )
-    for name, level in levels.items():
-        student.projections()[name].rest_at(level)
+    student = _student(settings, teacher, rows, arguments.device)
     compile_blocks(settings.compile, student, teacher)
     with (
         interruptible(lambda: kept_in(Path(settings.output))),
@@ -250,6 +239,25 @@ def distill(
         )
         history = run(trainer, settings.resume)
         return finish_run(whole_model(trainer), tokenizer, folder), history
+
+
+def _student(
+    settings: DistillationSettings, teacher: SpikingMambaForCausalLM, rows: Dataset, device: torch.device
+) -> SpikingMambaForCausalLM:
+    """The student before distillation, the same on every process."""
+    threshold, levels = _calibrated(settings, teacher, rows, device)
+    student = SpikingMambaForCausalLM.from_dense(
+        teacher,
+        neuron=settings.neuron,
+        sgc=settings.sgc,
+        membrane=settings.membrane,
+        threshold=threshold,
+        learn_threshold=settings.learn_threshold,
+        shift_inputs=settings.shift_inputs,
+    )
+    for name, level in levels.items():
+        student.projections()[name].rest_at(level)
+    return student
 
 
 def _tokenized(settings: DistillationSettings, tokenizer: PreTrainedTokenizerBase | None) -> Dataset:

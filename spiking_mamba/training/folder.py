@@ -139,9 +139,14 @@ def _check_same(folder: Path, plain: dict[str, Any]) -> None:
 
 
 def _changed(before: dict[str, Any], now: dict[str, Any]) -> Iterator[str]:
-    """The keys that differ, of mappings those below them, and what a single value was: 'a.b (it was 3)'."""
+    """The keys that differ, of mappings those below them, and what a single value was: 'a.b (it was 3)'.
+
+    A key that is younger than the run, and false, changes nothing.
+    """
     for key in {str(key) for key in before.keys() | now.keys()}:
         old, new = before.get(key), now.get(key)
+        if key not in before and new is False:
+            continue
         if isinstance(old, dict) and isinstance(new, dict):
             yield from (f"{key}.{below}" for below in _changed(old, new))
         elif old != new:

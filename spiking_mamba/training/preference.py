@@ -152,7 +152,7 @@ class PreferenceSettings:
     def __post_init__(self) -> None:
         check_objective(self.method, METHODS[self.method].config, self.objective)
         if self.sgc is not None:
-            check_student({"class": "neurons.SILIFNode"}, self.sgc, "token", 1.0, False)
+            check_student({"class": "neurons.SILIFNode"}, self.sgc, "token", 1.0, False, False)
 
     def read(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[Preference], RowReport]:
         """The rows to train on."""

@@ -100,7 +100,7 @@ _MODEL: dict[str, Any] = {
 }
 _OTHERS = (
     *("use_bias", "use_conv_bias", "residual_in_fp32", "rescale_prenorm_residual"),
-    *("tie_word_embeddings", "learn_threshold", "layers_block_type"),
+    *("tie_word_embeddings", "learn_threshold", "shift_inputs", "layers_block_type"),
 )
 _Model = schema_of(SpikingMambaConfig, (*_MODEL, *_OTHERS), _MODEL, "model")
 

@@ -198,6 +198,17 @@ def test_a_student_goes_on_as_if_never_stopped(convert, folder, tmp_path, monkey
         convert.student.StudentStage(settings(convert, folder, output=halves.output, nonzero=0.4))
 
 
+def test_a_student_that_is_older_than_shift_inputs_goes_on_without(convert, folder, tmp_path):
+    about = {"output": str(tmp_path / "run"), "steps": 1}
+    run(convert, settings(convert, folder, **about, shift_inputs=False))
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    del state["progress"]["settings"]["shift_inputs"]
+    torch.save(state, tmp_path / "run" / "state.pt")
+    assert run(convert, settings(convert, folder, **about, shift_inputs=False)).progress.step == 1
+    with pytest.raises(convert.train.RunError, match="other settings of shift_inputs"):
+        convert.student.StudentStage(settings(convert, folder, **about))
+
+
 def test_a_packed_student_is_what_was_trained(convert, folder, tmp_path):
     stage = run(convert, settings(convert, folder, output=str(tmp_path / "run")))
     files = convert.pack_student.pack_student(tmp_path / "run" / "state.pt", tmp_path / "packed")

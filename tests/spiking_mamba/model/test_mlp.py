@@ -58,6 +58,9 @@ def test_full_cached_streamed_and_captured_agree(neuron, shifted):
         with torch.no_grad():
             again = torch.cat([again, model(again, use_cache=False).logits[:, -1:].argmax(-1)], 1)
     assert torch.equal(text, again)
+    model.capture_decoding()
+    assert torch.equal(model.generate(ids, max_new_tokens=6, **settings), text)
+    assert len(model.graphs) == 1
     assert beams.shape[1] <= ids.shape[1] + 4
 
 

@@ -543,3 +543,13 @@ def test_a_neuron_swapped_by_hand_is_saved(tmp_path):
     with pytest.raises(ValueError, match="different neurons"):
         model.save_pretrained(tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("field", ["learn_threshold", "shift_inputs"])
+def test_what_needs_neurons_is_not_saved_without_them(tmp_path, field):
+    model = tiny_model(neuron=INTEGER, **{field: True})
+    for projection in model.projections().values():
+        projection.neuron = None
+    with pytest.raises(ValueError, match="neurons are gone"):
+        model.save_pretrained(tmp_path / "model")
+    assert not (tmp_path / "model").exists()

@@ -9,7 +9,7 @@ from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.model.checkpoint import export, load_model
 from spiking_mamba.model.projection import SpikeEncoder, SpikingProjection, spike_fed
 from spiking_mamba.spikes.counting import count_spikes
-from spiking_mamba.spikes.energy import model_energy
+from spiking_mamba.spikes.energy import COSTS_45NM, energy_of_rates, model_energy
 from spiking_mamba.training.calibration import calibrate_levels, calibrate_thresholds
 from tests.helpers.tiny import INTEGER, tiny_model, tokens
 
@@ -107,6 +107,20 @@ def test_additions_are_counted():
     assert energies[1] - energies[0] == numbers
 
 
+def test_levels_are_moved_by_the_spiking_model_alone():
+    """They are weights that no dense model and no rival reads, once a pass."""
+    plain, shifted = (tiny_model(neuron=INTEGER, **MLPS, shift_inputs=shift) for shift in (False, True))
+    numbers = sum(p.in_features + p.out_features for p in shifted.projections().values())
+    one, two = (
+        energy_of_rates(m.config, 1.0, 0.5)["with_memory"]["decode"]["fp32"] for m in (plain, shifted)
+    )
+    fp32 = COSTS_45NM["fp32"]
+    more = numbers * (fp32.width * fp32.byte + fp32.ac)
+    assert two["spiking_pj_per_token"] - one["spiking_pj_per_token"] == pytest.approx(more)
+    for rival in ("dense", "quantised", "quantised_sparse"):
+        assert two[f"{rival}_pj_per_token"] == one[f"{rival}_pj_per_token"]
+
+
 def teacher_of_offsets():
     """A dense model whose channels lie off zero, embeddings first."""
     teacher = tiny_model(**MLPS)
@@ -131,6 +145,12 @@ def test_levels_are_medians():
         np.testing.assert_array_equal(levels[name].numpy(), ordered[29])
     with pytest.raises(ValueError, match="dense"):
         calibrate_levels(tiny_model(neuron=INTEGER), ids)
+    with pytest.raises(ValueError, match="nothing is left"):
+        calibrate_levels(teacher, ids[:, :1], first=1)
+    with torch.no_grad():
+        teacher.backbone.embeddings.weight[ids[1, 7]] = torch.nan
+    with pytest.raises(ValueError, match=r"layers\.0\.mixer\.in_proj has inputs .* not finite"):
+        calibrate_levels(teacher, ids)
 
 
 def test_shifted_inputs_lose_less_for_as_many_spikes():

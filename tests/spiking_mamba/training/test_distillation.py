@@ -635,7 +635,7 @@ def test_two_processes(settings, tmp_path):
         "    print('ended', folder)\n"
     )
     fields = {**settings.__dict__, "training": TRAINING | {"ddp_backend": "gloo", "max_steps": 2}}
-    fields["threshold"] = {"mean_abs": 0.5}
+    fields |= {"threshold": {"mean_abs": 0.5}, "shift_inputs": True}
     done = torchrun(script, json.dumps(fields))
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("ended") == 2

@@ -411,3 +411,10 @@ def test_trls_own_trainer(loaded, tokenizer, tmp_path):
     assert losses[0] == pytest.approx(math.log(2), abs=1e-4)  # the model is its own reference at first
     assert losses[-1] < losses[0]
     assert trainer.model.config.neuron == INTEGER
+
+
+def test_compensation_may_be_asked_for():
+    settings = PreferenceSettings(model="none", output="none", method="dpo", sgc={"mode": "blend"})
+    assert settings.sgc == {"mode": "blend"}
+    with pytest.raises(ValueError, match="mode"):
+        PreferenceSettings(model="none", output="none", method="dpo", sgc={"mode": "none"})

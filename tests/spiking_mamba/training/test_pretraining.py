@@ -1,5 +1,6 @@
 """Pretraining with held-out text, its record, and the teacher that comes with the quickstart."""
 
+import dataclasses
 import hashlib
 import json
 import math
@@ -78,6 +79,13 @@ def test_what_is_held_out_must_not_be_trained_on(settings):
     with pytest.raises(data.DataError, match="held_out"):
         pretrain(settings)
     assert not Path(settings.output).exists()
+
+
+def test_a_model_takes_what_every_choice_of_neurons_takes(settings):
+    neuron = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
+    chosen = {"neuron": neuron, "learn_threshold": True, "shift_inputs": True}
+    changed = dataclasses.replace(settings, model=MODEL | chosen)
+    assert changed.model["shift_inputs"]
 
 
 def test_an_unknown_dtype(settings):

@@ -4,7 +4,8 @@ import json
 import math
 import os
 import shutil
-from dataclasses import dataclass, replace
+from contextlib import nullcontext
+from dataclasses import dataclass, make_dataclass, replace
 
 import datasets
 import pytest
@@ -156,6 +157,16 @@ def test_a_run_whose_folder_was_moved_is_gone_on_with(tmp_path):
         pass
     with pytest.raises(RunError, match=r"other settings of number \(it was 1\)\.$"):
         start_run(Other(str(tmp_path / "b"), 2), True, False)
+
+
+@pytest.mark.parametrize(("off", "changed"), [(False, False), (True, True), (0, True), (None, False)])
+def test_a_key_that_is_younger_than_a_run_is_off_in_it(tmp_path, off, changed):
+    """Off is what the run did when there was no such key; on is another run."""
+    with run_folder(Other(str(tmp_path)), False, False):
+        pass
+    younger = make_dataclass("Other", [("output", str), ("number", int, 1), ("younger", object, off)])
+    with pytest.raises(RunError, match="settings of younger") if changed else nullcontext():
+        start_run(younger(str(tmp_path)), True, False)
 
 
 def test_a_run_that_begins_where_one_was_to_be_gone_on_with_says_so(tmp_path, capsys):
