@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from spiking_mamba.common.errors import RunError
+from spiking_mamba.common.errors import CheckpointError, RunError
 from spiking_mamba.common.files import file_sha256
 from spiking_mamba.common.progress import Share, Stage, say
 from spiking_mamba.common.provenance import code_state, package_versions
@@ -23,6 +23,7 @@ from spiking_mamba.evaluation.scoring import perplexity, score
 from spiking_mamba.evaluation.settings import Checkpoint, EvaluationSettings
 from spiking_mamba.evaluation.tasks import describe
 from spiking_mamba.model.checkpoint import load_model
+from spiking_mamba.model.converted import STUDENT, is_converted, read_index
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.spikes.counts import ProjectionSpikes, SpikeCounts
 from spiking_mamba.spikes.energy import Costs, model_energy
@@ -250,9 +251,23 @@ def reference_of(checkpoint: Checkpoint, checkpoints: Sequence[Checkpoint]) -> C
 
 
 def weights_sha256(folder: Path) -> str:
-    """sha256 of the file of weights, or of the sums of several in the order of their names."""
+    """sha256 of the file of weights, or of the sums of several in the order of their names.
+
+    Of a converted model the files are those of its mixers and of what a student has of its own; the name of
+    the source, which everything else is from, counts too.
+
+    Raises:
+        CheckpointError: there is no file of weights.
+    """
     files = sorted({*folder.glob("model*.safetensors"), *folder.glob("pytorch_model*.bin")})
     sums = [file_sha256(path) for path in files]
+    if is_converted(folder):
+        index = read_index(folder)
+        own = [index[STUDENT]] if index.get(STUDENT) else []
+        sums += [file_sha256(folder / name) for name in sorted([*index["files"], *own])]
+        sums.append(hashlib.sha256(index["source"].encode()).hexdigest())
+    if not sums:
+        raise CheckpointError(f"{folder} holds no weights.")
     return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
 
