@@ -23,7 +23,7 @@ from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.progress import quiet
-from spiking_mamba.common.schema import Count, Fraction, Name, Names, Seed, Words, schema
+from spiking_mamba.common.schema import Count, Fraction, Name, Names, Natural, Seed, Words, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.evaluation.outliers import SCOPES, number_of_outliers, replace_outliers, width_of
 from spiking_mamba.model.checkpoint import load_model
@@ -57,6 +57,7 @@ class OutlierSettings:
         tokenizer: folder or hub name; null: the checkpoint's own.
         sites: whose inputs are changed: in_proj (the source's u), out_proj (its y).
         block: in blocks of which kind, mamba or mlp.
+        first: places at the start of every row that stay as they are, such as an attention sink.
         values: what the largest activations become.
         fractions: how many of them, as shares of 1. A run without any, the control, is always made.
         per: 'token': of the channels of every token; 'tensor': of a whole batch, which depends on batch_size.
@@ -78,6 +79,7 @@ class OutlierSettings:
         default_factory=lambda: list(PROJECTIONS)
     )
     block: Literal[BLOCK_TYPES] = "mamba"
+    first: Natural = 0
     values: Annotated[list[Value], BeforeValidator(_several), Field(min_length=1), NUMBERS] = field(
         default_factory=lambda: [0.0, 1.0]
     )
@@ -163,6 +165,7 @@ def run(settings: OutlierSettings) -> dict[str, Any]:
         "weights_sha256": weights,
         "per": settings.per,
         "block": settings.block,
+        "first": settings.first,
         "device": device_name(),
         "versions": {name: version(name) for name in VERSIONS},
     }
@@ -185,7 +188,7 @@ def run(settings: OutlierSettings) -> dict[str, Any]:
             else:
                 start = time.time()
                 change = site or PROJECTIONS[0], row["value"] or 0.0, row["fraction"]
-                with replace_outliers(model, *change, settings.per, settings.block):
+                with replace_outliers(model, *change, settings.per, settings.block, settings.first):
                     try:
                         row |= measure(model, tokenizer, texts, tasks, settings)
                     except FloatingPointError as error:
@@ -295,9 +298,10 @@ def report(folder: Path, results: dict[str, Any], settings: OutlierSettings) -> 
         if settings.per == "token"
         else f"in every batch of {settings.batch_size} the entries of largest magnitude"
     )
+    kept = f", but for each row's first {settings.first}" if settings.first else ""
     tokens = [f"{r['tokens']:,} of {name}" for name, r in results["rows"][0]["perplexity"].items()]
     lines.append(
-        f"In every {settings.block} block, {scope}, rounded up, become the value given. "
+        f"In every {settings.block} block, {scope}, rounded up, become the value given{kept}. "
         f"Held-out tokens: {', '.join(tokens)}. "
         f"{results['device']}; {', '.join(f'{name} {v}' for name, v in results['versions'].items())}."
     )

@@ -56,7 +56,13 @@ def width_of(model: nn.Module, site: str, block: str = "mamba") -> int:
 
 @contextmanager
 def replace_outliers(
-    model: nn.Module, site: str, value: float, fraction: float, per: str = "token", block: str = "mamba"
+    model: nn.Module,
+    site: str,
+    value: float,
+    fraction: float,
+    per: str = "token",
+    block: str = "mamba",
+    first: int = 0,
 ) -> Iterator[None]:
     """Within the block, every forward pass of ``model`` feeds its projections :func:`overwrite_largest`.
 
@@ -64,6 +70,8 @@ def replace_outliers(
         model: dense or spiking; in a spiking one the activations are those in front of the neuron.
         site: 'in_proj' (u in arXiv 2510.04595) or 'out_proj' (y there), in every block of a kind.
         block: that kind, 'mamba', whose are u and y, or 'mlp'.
+        first: places at the start of every row that are left as they are: a converted Transformer's first
+            token, an attention sink, is larger than all others. Passes are of whole rows, not of a cache.
         value, fraction, per: see :func:`overwrite_largest`. A fraction of 0 changes nothing.
 
     Raises:
@@ -88,7 +96,8 @@ def replace_outliers(
 
     def overwrite(module: nn.Module, arguments: tuple) -> tuple:
         x, *others = arguments
-        return overwrite_largest(x, fraction, value, per), *others
+        changed = overwrite_largest(x[:, first:], fraction, value, per)
+        return torch.cat([x[:, :first], changed], 1), *others
 
     hooks = [encoder.register_forward_pre_hook(overwrite) for encoder in encoders if fraction > 0.0]
     with hooked(hooks):

@@ -138,6 +138,19 @@ def test_blocks_of_one_kind_alone(block, site):
 
 
 @torch.no_grad()
+def test_first_places_stay():
+    model, ids = tiny_model(), tokens(2, 7)
+    fed = []
+    model.backbone.layers[0].mixer.in_proj.register_forward_pre_hook(lambda m, args: fed.append(args[0]))
+    with replace_outliers(model, "in_proj", 5.0, 0.1, first=2):
+        model(ids)
+    model(ids)
+    changed, plain = fed
+    assert torch.equal(changed[:, :2], plain[:, :2])
+    assert torch.equal(changed[:, 2:], naive(plain[:, 2:].contiguous(), 0.1, 5.0, "token"))
+
+
+@torch.no_grad()
 def test_hooks_are_gone_afterwards_even_after_an_error():
     model, ids = tiny_model(neuron=INTEGER), tokens(1, 5)
     before = model(ids).logits
