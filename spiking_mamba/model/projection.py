@@ -98,7 +98,8 @@ class SpikeEncoder(nn.Module):
         if self.neuron is None:
             return ""
         threshold = torch.as_tensor(self.threshold).item()
-        return f"membrane={self.membrane}, threshold={threshold:.4g}, sgc={self.sgc}"
+        shifted = ", shifted" if self.shift is not None else ""
+        return f"membrane={self.membrane}, threshold={threshold:.4g}, sgc={self.sgc}{shifted}"
 
     @property
     def threshold(self) -> float | torch.Tensor:
@@ -321,10 +322,12 @@ class SpikingProjection(nn.Module):
             levels: ``[in_features]``, in the units of the activations.
 
         Raises:
-            ValueError: inputs are not shifted here.
+            ValueError: inputs are not shifted here, or a level is not finite.
         """
         if self.spikes.shift is None or self.spikes.constant is None:
             raise ValueError("This projection's inputs are not shifted (shift_inputs).")
+        if not levels.isfinite().all():
+            raise ValueError("Levels must be finite.")
         levels = levels.to(self.weight.device, torch.float32)
         self.spikes.shift.copy_(levels / torch.as_tensor(self.threshold).to(levels.device))
         self.spikes.constant.copy_(self.weight.float() @ levels)

@@ -59,7 +59,7 @@ def test_what_rests_fires_nothing_and_changes_no_output(learned):
     torch.testing.assert_close(fine(near), dense, rtol=0, atol=5e-3)
 
 
-def test_levels_stay_when_a_threshold_is_set():
+def test_shifts_stay_when_a_threshold_is_set():
     layer = projection()
     layer.rest_at(torch.ones(10))
     layer.spikes.fix_threshold(0.25)
@@ -74,6 +74,9 @@ def test_only_where_inputs_are_shifted():
         next(iter(plain.projections().values())).rest_at(torch.zeros(32))
     with pytest.raises(ValueError, match="shift_inputs"):
         tiny_model(shift_inputs=True)
+    with pytest.raises(ValueError, match="finite"):
+        projection().rest_at(torch.full((10,), float("nan")))
+    assert "shifted" in repr(projection())
     assert not any("shift" in name for name in plain.state_dict())
 
 
