@@ -14,6 +14,7 @@ be typed. Besides those of ``placeholders.py``, with ``table::row``, placeholder
     {cost 32 fp32 mac:.1f}                         of ``costs_45nm(32)``; gain: mac over ac
     {run table::row / 0 / after.perplexity:.2f}    of the run of a row with that seed
     {task student / piqa / acc:.3f}                of a zero-shot set; also: acc error, items, chance
+    {outliers NAME / in_proj / 0 / 0.001 / wikipedia-leads:.1f}  how many times the control's perplexity
     {student s63 / kept.low:.1f}                   of a student, see ``students.MEASURES``
 """
 
@@ -132,6 +133,10 @@ class Records:
             f"{Path(r['text']).stem.split('-')[0]}_{r['length']}": of_documents(r)
             for r in read_records(folder / "documents.jsonl")
         }
+        self.outliers = {
+            path.stem.removeprefix("outliers-"): json.loads(path.read_text())["rows"]
+            for path in sorted(folder.glob("*/outliers-*.json"))
+        }
         self.speeds = {record["table"]: record for record in read_records(folder / "speeds.jsonl")}
         self.counts = counts([run for row in self.rows.values() for run in row.runs], folder)
         self.tasks: dict[str, dict[str, Any]] = {}  # by model; of what two files have, the later one counts
@@ -171,6 +176,17 @@ class Records:
         for key in path.split("."):
             value = value[key]
         return value
+
+    def of_outliers(self, name: str, site: str, value: str, fraction: str, text: str) -> float:
+        """How many times the perplexity of a text is where the largest activations are replaced."""
+        control, *others = self.outliers.get(name, [{}])
+        wanted = site, float(value), float(fraction)
+        rows = [r for r in others if (r["site"], r["value"], r["fraction"]) == wanted]
+        if not rows or text not in control["perplexity"]:
+            known = ", ".join(self.outliers)
+            raise ValueError(f"No such row of outliers {name!r} on {text!r}: {known} were measured.")
+        one, other = (r["perplexity"][text]["perplexity"] for r in (rows[0], control))
+        return float(one / other)
 
     def of_student(self, name: str, what: str) -> float:
         """A number of a student of the converted model, or of a model beside it."""
@@ -216,6 +232,8 @@ class Records:
                 number = cost.mac / cost.ac if attribute == "gain" else getattr(cost, attribute)
             case "run":
                 number = self.of_run(*rest.split(" / "))
+            case "outliers":
+                number = self.of_outliers(*rest.split(" / "))
             case "student":
                 number = self.of_student(*rest.split(" / "))
             case "task":

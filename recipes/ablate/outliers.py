@@ -23,6 +23,7 @@ from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.schema import Count, Fraction, Name, Names, Natural, Seed, Words, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.evaluation.outliers import SCOPES, number_of_outliers, replace_outliers, width_of
@@ -168,6 +169,7 @@ def run(settings: OutlierSettings) -> dict[str, Any]:
         "first": settings.first,
         "device": device_name(),
         "versions": {name: version(name) for name in VERSIONS},
+        "provenance": provenance(settings),
     }
     if not model.config.number_of_blocks(settings.block):
         raise RunError(f"block={settings.block}: {settings.model} has no such block.")

@@ -111,6 +111,11 @@ def records(tmp_path):
     (tmp_path / "speeds.jsonl").write_text(json.dumps(speed) + "\n")
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher/tasks.json").write_text(json.dumps({"models": [{"tasks": tasks}]}))
+    rows = [
+        {"site": None, "value": None, "fraction": 0.0, "perplexity": {"sotu": {"perplexity": 20.0}}},
+        {"site": "out_proj", "value": 1.0, "fraction": 0.001, "perplexity": {"sotu": {"perplexity": 50.0}}},
+    ]
+    (tmp_path / "teacher/outliers-all.json").write_text(json.dumps({"rows": rows}))
     return figures.Records({}, tmp_path)
 
 
@@ -130,6 +135,7 @@ def records(tmp_path):
         ),
         ("{task teacher / hellaswag / acc_norm error:.3f}", "0.030"),
         ("{task teacher / hellaswag / chance:.2f}", "0.25"),
+        ("{outliers all / out_proj / 1 / 0.001 / sotu:.1f} times", "2.5 times"),
         ("{cost 32 int8 mac:.1f} and {cost 8 int8 ac:.2f}, {cost 32 fp32 gain:.2f}", "0.3 and 0.03, 5.11"),
     ],
 )
@@ -146,6 +152,8 @@ def test_what_records_say(records, text, told):
         ("{speed Neurons#1 / T=2 / ours:.2f}", "has no 'T=2'"),
         ("{gain[frontier::none]:.2f}", "no row 'frontier::none'"),
         ("{task student / hellaswag / acc:.2f}", "no 'hellaswag' of 'student': teacher"),
+        ("{outliers all / in_proj / 1 / 0.001 / sotu:.1f}", "No such row of outliers 'all' on 'sotu': all"),
+        ("{outliers none / out_proj / 1 / 0.001 / sotu:.1f}", "No such row of outliers 'none'"),
         ("{held_out_512.over}", "must have a form"),
     ],
 )
