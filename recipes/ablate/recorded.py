@@ -99,6 +99,7 @@ class Row:
                 energy = energy_of(
                     self.table.teacher, json.dumps(run["settings"]["neuron"]), run["settings"]["membrane"],
                     run["after"]["mean_abs"], run["after"]["nonzero_share"],
+                    run["settings"].get("shift_inputs", False),
                 )  # fmt: skip
                 collected.append(ENERGIES[name](energy))
         return collected
@@ -183,11 +184,16 @@ def change(row: Row, against: Row) -> dict[str, Any]:
 
 
 @functools.cache
-def energy_of(teacher: str, neuron: str, membrane: str, mean_abs: float, nonzero: float) -> dict[str, Any]:
-    """Energy of a student of a teacher, decoding at batch 1 included; the neuron as JSON."""
+def energy_of(
+    teacher: str, neuron: str, membrane: str, mean_abs: float, nonzero: float, shifted: bool = False
+) -> dict[str, Any]:
+    """Energy of a student of a teacher, decoding at batch 1 included; the neuron as JSON.
+
+    ``shifted``: its inputs are, which costs additions.
+    """
     spec = json.loads(neuron)
     node = neurons.build(spec)
     surrogate = getattr(node, "surrogate_function", None)
     count = getattr(node, "max_spike_count", getattr(surrogate, "max_spike_count", 1))
-    config = SpikingMambaConfig.from_pretrained(teacher, neuron=spec, membrane=membrane)
+    config = SpikingMambaConfig.from_pretrained(teacher, neuron=spec, membrane=membrane, shift_inputs=shifted)
     return energy_of_rates(config, mean_abs, nonzero, max_spike_count=int(count))

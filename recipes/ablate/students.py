@@ -88,7 +88,10 @@ class Student:
         """What its spikes stand for; of a dense model none counts."""
         neuron = self.record.get("neuron") or {"class": "neurons.SILIFNode", "args": {"max_spike_count": 1}}
         rates = self.rates or {"mean_abs": 1.0, "nonzero": 1.0}
-        return energy_of(self.config, json.dumps(neuron), "token", rates["mean_abs"], rates["nonzero"])
+        shifted = self.record.get("shift_inputs", False)
+        return energy_of(
+            self.config, json.dumps(neuron), "token", rates["mean_abs"], rates["nonzero"], shifted
+        )
 
     def microjoules(self, table: str, scope: Sequence[str]) -> float | None:
         """Of a token, spiking or multiplied; None where a dense model was not scored in such a precision.

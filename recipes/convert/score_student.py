@@ -173,7 +173,8 @@ def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any
         entry |= relative_ability(right, read_items(settings.against), guess, sets)
     if isinstance(scored, CountedScored):  # of the tasks alone
         assert scored.student is not None
-        entry["neuron"], entry["spikes"] = scored.student.config.neuron, scored.spikes()
+        config = scored.student.config
+        entry |= {"neuron": config.neuron, "shift_inputs": config.shift_inputs, "spikes": scored.spikes()}
         entry["projections"] = by_projection(scored, data)
     entry |= passages(scored, data, settings.passages, settings.tokens)
     if settings.teacher is not None and settings.model is not None:

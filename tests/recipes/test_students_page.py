@@ -238,3 +238,17 @@ def test_the_shipped_page_has_the_section_of_its_records(monkeypatch):
 def test_no_record_has_a_path_of_a_machine():
     for path in RECORDS.glob("*.json*"):
         assert not re.search(r'"/|\s/[a-z]+/|=/', path.read_text()), path.name
+
+
+def test_levels_cost_their_additions():
+    """An input more and an output more of every projection, at 0.1 pJ an addition of int8."""
+    plain, shifted = (
+        students.Student(spiking("s63", 1.05, 0.62, **fields), CONFIG)
+        for fields in ({}, {"shift_inputs": True})
+    )
+    config = json.loads(Path(CONFIG, "config.json").read_text())
+    width, gated, inner = config["hidden_size"], config["intermediate_size"], 2 * config["hidden_size"]
+    projected = 2 * inner + 2 * config["n_groups"] * config["state_size"] + config["num_heads"]
+    numbers = 30 * ((width + projected) + (inner + width) + (width + 2 * gated) + (gated + width))
+    more = students.measure(shifted, "int8") - students.measure(plain, "int8")
+    assert more == pytest.approx(numbers * 0.1 / 1e6, rel=1e-3)
