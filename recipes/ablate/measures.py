@@ -154,8 +154,7 @@ class Measures:
         """The student before distillation."""
         about = {name: getattr(settings, name) for name in _STUDENT}
         student = SpikingMambaForCausalLM.from_dense(self.teacher, **about).eval()
-        for name, level in self.levels(settings).items():
-            student.projections()[name].rest_at(level)
+        student.rest_at(self.levels(settings))
         return student
 
     def levels(self, settings: DistillationSettings) -> dict[str, torch.Tensor]:

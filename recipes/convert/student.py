@@ -166,8 +166,7 @@ class StudentStage(Stage):
             threshold, levels = thresholds(settings, dense, self._calibration())
             self.say("calibrated")
         student = make_student(settings, dense, threshold)
-        for name, level in (levels or {}).items():
-            student.projections()[name].rest_at(level)
+        student.rest_at(levels or {})
         self.student = student.requires_grad_(False).train()
         for block in self.student.backbone.layers:
             block.requires_grad_(True)

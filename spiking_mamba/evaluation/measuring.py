@@ -23,7 +23,7 @@ from spiking_mamba.evaluation.scoring import perplexity, score
 from spiking_mamba.evaluation.settings import Checkpoint, EvaluationSettings
 from spiking_mamba.evaluation.tasks import describe
 from spiking_mamba.model.checkpoint import load_model
-from spiking_mamba.model.converted import STUDENT, is_converted, read_index
+from spiking_mamba.model.converted import files_of, is_converted, read_index
 from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.spikes.counts import ProjectionSpikes, SpikeCounts
 from spiking_mamba.spikes.energy import Costs, model_energy
@@ -263,8 +263,7 @@ def weights_sha256(folder: Path) -> str:
     sums = [file_sha256(path) for path in files]
     if is_converted(folder):
         index = read_index(folder)
-        own = [index[STUDENT]] if index.get(STUDENT) else []
-        sums += [file_sha256(folder / name) for name in sorted([*index["files"], *own])]
+        sums += [file_sha256(folder / name) for name in sorted(files_of(index))]
         sums.append(hashlib.sha256(index["source"].encode()).hexdigest())
     if not sums:
         raise CheckpointError(f"{folder} holds no weights.")

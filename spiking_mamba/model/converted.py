@@ -21,6 +21,7 @@ from spiking_mamba.model.source import load_source
 
 __all__ = [
     "STUDENT",
+    "files_of",
     "is_converted",
     "is_spiking",
     "kept_weights",
@@ -68,10 +69,16 @@ def read_index(folder: Path) -> dict[str, Any]:
         or not (own is None or is_file_name(own))
     ):
         raise CheckpointError(f"{folder / MIXERS} does not name a source, and files beside it.")
-    for name in (*files, own) if own else files:
+    for name in files_of(index):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} is incomplete: it lacks {name}.")
     return index
+
+
+def files_of(index: dict[str, Any]) -> list[str]:
+    """The names of the files of weights that an index lists, a student's own last."""
+    own = index.get(STUDENT)
+    return [*index["files"], own] if own else index["files"]
 
 
 def read_converted(folder: Path, cls: type[Model]) -> Model:

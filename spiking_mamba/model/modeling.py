@@ -6,7 +6,7 @@ sequences. A dense Mamba2 is the same model with ``config.neuron = None``.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -289,6 +289,12 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         """Set SGC's lambda of every projection; 0 switches the path off."""
         for projection in self.projections().values():
             projection.spikes.sgc_lambda = lam
+
+    def rest_at(self, levels: Mapping[str, torch.Tensor]) -> None:
+        """Let inputs of projections rest at these levels, by name; see ``SpikingProjection.rest_at``."""
+        projections = self.projections()
+        for name, level in levels.items():
+            projections[name].rest_at(level)
 
     @classmethod
     def from_dense(

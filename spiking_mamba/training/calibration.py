@@ -53,7 +53,7 @@ def calibrate_levels(
         first: places at the start of every row that are not looked at, see :func:`calibrate_thresholds`.
 
     Returns:
-        float32 ``[in_features]`` by the projections' names, for ``SpikingProjection.rest_at``.
+        float32 ``[in_features]`` by the projections' names, for ``SpikingMambaForCausalLM.rest_at``.
 
     Raises:
         ValueError: the teacher is not dense, no place is looked at, or an input is not finite.
@@ -182,8 +182,7 @@ def _spiking(
     """
     for name, projection in model.projections().items():
         projection.spikes.threshold = scale * shape[name]
-        if levels is not None:
-            projection.rest_at(levels[name])
+    model.rest_at(levels or {})
     sums = {"mean |s|": 0.0, "share of non-zero counts": 0.0}
     with torch.no_grad():
         for ids in batches:

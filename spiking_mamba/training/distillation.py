@@ -255,8 +255,7 @@ def _student(
         learn_threshold=settings.learn_threshold,
         shift_inputs=settings.shift_inputs,
     )
-    for name, level in levels.items():
-        student.projections()[name].rest_at(level)
+    student.rest_at(levels)
     return student
 
 

@@ -165,8 +165,7 @@ def test_shifted_inputs_lose_less_for_as_many_spikes():
         threshold = calibrate_thresholds(teacher, ids, 1.0, WIDE, levels=levels)
         shifted = {"shift_inputs": levels is not None}
         student = SpikingMambaForCausalLM.from_dense(teacher, WIDE, threshold=threshold, **shifted).eval()
-        for name, level in (levels or {}).items():
-            student.projections()[name].rest_at(level)
+        student.rest_at(levels or {})
         with torch.no_grad(), count_spikes(student) as counts:
             other = student(ids, use_cache=False).logits.log_softmax(-1)
         assert counts.mean_abs == pytest.approx(1.0, abs=0.02)
