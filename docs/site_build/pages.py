@@ -17,7 +17,8 @@ def from_elsewhere(root: Path) -> dict[str, str]:
     found = {f"{name}.md": f"project/{name.lower()}.md" for name in ("README", "CONTRIBUTING", "CHANGELOG")}
     for path in sorted(root.glob("recipes/*/README.md")):
         found[path.relative_to(root).as_posix()] = f"recipes/{path.parent.name}.md"
-    for folder in ("recipes/quickstart/teacher", "recipes/quickstart/student", "weights/smollm2-mamba2"):
+    quickstart = ("recipes/quickstart/teacher", "recipes/quickstart/student")
+    for folder in (*quickstart, "weights/smollm2-mamba2", "weights/smollm2-spiking"):
         found[f"{folder}/README.md"] = f"models/{posixpath.basename(folder)}.md"
     return found
 

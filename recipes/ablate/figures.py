@@ -45,7 +45,7 @@ from spiking_mamba.spikes.costs import costs_45nm
 from spiking_mamba.spikes.energy import energy_of_rates
 
 NUMBER = re.compile(r"(?<![\w.])[+-]?\d(?:[\d,]*\d)?(?:\.\d+)?")
-FENCED = re.compile(r"^```(\w*)\n.*?^```$|^    \S.*$", re.DOTALL | re.MULTILINE)  # or indented
+FENCED = re.compile(r"^```(\w*)\n.*?^```$|^    \S[^\n]*$", re.DOTALL | re.MULTILINE)  # or indented
 TABLE = re.compile(r"^\|(.*)\|\n\| ?-.*\n((?:\|.*\|\n?)+)", re.MULTILINE)
 # within lines: code, and the addresses of links
 INLINE = re.compile(r"`[^`]*`|(?<=\])\([^)]*\)")

@@ -17,6 +17,7 @@ from recorded import PERPLEXITY, Row, read
 from sections import section
 from students import About, of_file
 from students import section as of_students
+from students_picture import draw_students
 from table import Table
 
 from spiking_mamba.common.errors import fail_clearly
@@ -95,7 +96,7 @@ def write(settings: ResultsSettings) -> None:
     if draw(image, everything):
         blocks.append(Picture(image, "Perplexity above the best dense model against energy"))
     if settings.students is not None:
-        blocks += of_students(About(**settings.students))
+        blocks += converted_students(About(**settings.students), image.with_name("students.png"))
     if settings.referee:
         blocks += referee(settings, rows)
     blocks += [Heading("How to read the tables"), *reading(everything)]
@@ -104,6 +105,14 @@ def write(settings: ResultsSettings) -> None:
         blocks += section(table, rows, path)
     write_whole(Path(settings.page), to_markdown(blocks))
     print(f"{settings.page}: {len(runs)} runs")
+
+
+def converted_students(about: About, image: Path) -> list[Block]:
+    """The section on students of the converted model, its picture behind the heading."""
+    blocks = of_students(about)
+    if blocks and draw_students(image, about):
+        blocks.insert(1, Picture(image, "Ability kept against weights fetched and energy"))
+    return blocks
 
 
 def referee(settings: ResultsSettings, rows: Mapping[str, Sequence[Row]]) -> list[Block]:

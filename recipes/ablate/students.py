@@ -10,20 +10,24 @@ from dataclasses import field
 from pathlib import Path
 from typing import Any
 
+import torch
 from placeholders import ENERGIES, PLACEHOLDER
 from recorded import energy_of
 
+from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
 from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.provenance import MARK, is_clean
 from spiking_mamba.common.records import read_records
 from spiking_mamba.common.schema import Name, schema
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS, SOURCE_TASKS
+from spiking_mamba.model.projection import spike_fed
 from spiking_mamba.reports.document import Block, Code, Heading, Paragraph
 from spiking_mamba.reports.document import Table as Cells
 
 __all__ = ["MEASURES", "About", "Student", "of_file", "section"]
 
 COMMAND = "python recipes/convert/score_student.py recipes/distill/score.yaml model=FOLDER name=NAME"
+GROUP = 32  # inputs that share a scale where weights have less than 8 bits
 
 
 class Student:
@@ -108,6 +112,29 @@ class Student:
         machine = "dense" if self.rates is None else "spiking"
         return found[table][f"{machine}_pj_per_token"] / 1e6
 
+    @property
+    def megabytes(self) -> float | None:
+        """Of the projections' weights, that a token decoded alone fetches.
+
+        As bfloat16 where it is dense, in the bits that it was rounded to, and of a spiking model, of which
+        only what a count that is not zero asks for is fetched, in the int8 of an event-driven model.
+        """
+        if "model" not in self.record:
+            return None
+        bits = 16 if self.rates is None else 8
+        if (rounded := self.record.get("weights")) is not None:
+            bits = rounded + (16 / GROUP if rounded < 8 else 0)  # a group's scale has 16
+        share = 1.0 if self.rates is None else self.rates["nonzero"]
+        return share * weights_of(self.config) * bits / 8e6
+
+
+@functools.cache
+def weights_of(config: str) -> int:
+    """Of all projections of a configuration's model."""
+    with torch.device("meta"):
+        model = SpikingMambaForCausalLM(SpikingMambaConfig.from_pretrained(config))
+    return sum(p.in_features * p.out_features for _, p in spike_fed(model))
+
 
 def _of(*keys: str, scale: float = 1.0) -> Callable[[Student], float | None]:
     """A number of a record; None where it has none."""
@@ -167,6 +194,7 @@ MEASURES: dict[str, Callable[[Student], float | None]] = {
     "fp32": lambda s: s.microjoules("fp32", ("model",)),
     "int8": lambda s: s.microjoules("int8", ("model",)),
     "int8_decoding": lambda s: s.microjoules("int8", ("with_memory", "decode")),
+    "megabytes": lambda s: s.megabytes,
 }
 ACCURACY = {
     "six sets, %": "{six:.2f}",
@@ -186,6 +214,7 @@ TEXTS = {
 COST = {
     "mean abs s": "{mean_abs:.3f}",
     "non-zero": "{nonzero:.3f}",
+    "MB of weights a token": "{megabytes:.0f}",
     "projections": "{projections:.2f}",
     "with neurons": "{with_neurons:.2f}",
     "whole model": "{whole_model:.2f}",
@@ -244,6 +273,7 @@ class About:
         config: folder of the teacher.
         logs: of trainings, by the names of records that do not say how far it went.
         labels: what the tables call a record, by its name, in the tables' order.
+        drawn: what the picture calls a record, by its name.
         findings: behind the tables, with ``{name.measure:.2f}``; one without a number is left out.
     """
 
@@ -252,6 +282,7 @@ class About:
     records: Name
     config: Name
     labels: dict[str, str]
+    drawn: dict[str, str] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
     logs: dict[str, Name] = field(default_factory=dict)
 

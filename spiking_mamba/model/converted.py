@@ -31,7 +31,7 @@ __all__ = [
     "read_index",
 ]
 
-STUDENT = "student"  # in the index: the file of what a spiking student has of its own beside its mixers
+STUDENT = "student"  # in the index: the file of what a student has of its own beside its mixers
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -42,8 +42,10 @@ def is_converted(folder: Path) -> bool:
 
 
 def is_spiking(folder: Path) -> bool:
-    """Whether packed mixers are a spiking student's."""
-    return is_converted(folder) and read_index(folder).get(STUDENT) is not None
+    """Whether packed mixers are a spiking student's; a dense control is packed as one, but has no neuron."""
+    if not is_converted(folder) or read_index(folder).get(STUDENT) is None:
+        return False
+    return read_mapping(folder / "config.json").get("neuron") is not None
 
 
 def read_index(folder: Path) -> dict[str, Any]:
@@ -84,7 +86,7 @@ def files_of(index: dict[str, Any]) -> list[str]:
 def read_converted(folder: Path, cls: type[Model]) -> Model:
     """A model of packed mixers and of the source's embeddings, norms and MLPs, which are fetched.
 
-    A dense one, or a spiking student with its thresholds, its own norms and what it adds to the MLPs.
+    As it was converted, or a student, spiking or dense, with its own norms and what it adds to the MLPs.
 
     Args:
         folder: as ``recipes/convert/pack.py`` or ``pack_student.py`` writes it.

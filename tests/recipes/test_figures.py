@@ -81,9 +81,9 @@ def test_recorded_speeds_are_held_cell_by_cell():
 
 
 def test_blocks_of_text_are_read_and_code_is_not():
-    page = PAGE + "```text\nratio 9.9\n```\n```python\nx = 8.8\n```\n\n    indented 7.7\n"
-    _, (wrong,) = figures.examine(page, ABOUT, value)
-    assert "9.9 comes from nowhere" in wrong
+    page = PAGE + "```text\nratio 9.9\n```\n```python\nx = 8.8\n```\n\n    indented 7.7\n\nand 6.6 more\n"
+    _, wrong = figures.examine(page, ABOUT, value)
+    assert [each.split()[0] for each in wrong] == ["9.9", "6.6"]
 
 
 @pytest.fixture

@@ -6,8 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 
 from spiking_mamba.common.errors import CheckpointError, DataError
+from spiking_mamba.common.files import file_sha256
+from spiking_mamba.common.records import read_records
+from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.spikes.counting import count_spikes
 from tests.helpers.commands import run as run_command
@@ -236,6 +241,20 @@ def test_a_packed_student_is_what_was_trained(convert, folder, tmp_path):
         load_model(tmp_path / "packed")
 
 
+def test_a_packed_dense_control_is_dense(convert, folder, tmp_path):
+    about = {"neuron": None, "mean_abs": None, "nonzero": None, "shift_inputs": False}
+    about["teacher"] = str(folder / "model")  # from its own logits it would learn nothing
+    run(convert, settings(convert, folder, output=str(tmp_path / "run"), **about))
+    convert.pack_student.pack_student(tmp_path / "run" / "state.pt", tmp_path / "packed")
+    restored, _ = convert.student.load_student(tmp_path / "run" / "state.pt")
+    for packed in (load_dense(tmp_path / "packed"), load_model(tmp_path / "packed")):
+        assert packed.config.neuron is None
+        for (name, one), two in zip(packed.named_parameters(), restored.parameters(), strict=True):
+            torch.testing.assert_close(one, two, rtol=0, atol=2e-3, msg=name)
+    start = dict(load_dense(folder / "dense").named_parameters())
+    assert any(not torch.equal(p, start[n]) for n, p in packed.named_parameters())
+
+
 def test_a_quantiser_s_steps_round_with_the_least_error(convert, folder):
     """Against every step of a fine grid, for inputs that the model was seen to have."""
     dense = load_dense(folder / "dense")
@@ -401,3 +420,31 @@ def test_rivals(convert, folder, tmp_path):
     (entry,) = lines(tmp_path / "levels")
     assert entry["loss"] == entry["kl"]
     assert entry["nonzero"] > 0.75
+
+
+def test_the_shipped_student_is_the_one_that_was_scored(convert, monkeypatch):
+    """Its index is of the run, its files are those of the index, and its card says what they scored."""
+    monkeypatch.chdir(ROOT)
+    settings = convert.student_card.parse_settings(
+        convert.student_card.StudentCardSettings, ["recipes/convert/student_card.yaml"]
+    )
+    folder = Path(settings.model)
+    (entry,) = [each for each in read_records(Path(settings.records)) if each["name"] == settings.name]
+    card = ModelCard.load(folder / "README.md")
+    assert card.data.to_dict() == convert.student_card.head(entry, folder.name).to_dict()
+    for task, found in entry["tasks"].items():
+        assert f"| {task} | {BENCHMARK_SETS[task].main} | {found['items']:,} |" in card.text
+    index = json.loads((folder / "mixers.json").read_text())
+    assert index["sha256"] == {name: file_sha256(folder / name) for name in index["files"]}
+    log = Path(settings.records).with_name(f"{settings.name.removesuffix('-packed')}-training.jsonl")
+    last = list(read_records(log))[-1]
+    assert [last[key] for key in ("step", "tokens")] == [index["progress"][key] for key in ("step", "tokens")]
+    assert f"{last['tokens'] / 1e6:.1f} million tokens in {last['seconds']:.0f} seconds on two" in card.text
+    recipe = yaml.safe_load(Path("recipes/distill/smollm2-63.yaml").read_text())
+    texts = ("own_text", "package_text")
+    asked = {key: value for key, value in index["progress"]["settings"].items() if key not in texts}
+    assert asked == {key: recipe[key] for key in asked}
+    sizes = [path.stat().st_size for path in folder.iterdir()]
+    assert max(sizes) <= 16e6
+    assert sum(sizes) <= 64e6
+    assert f"({sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 1e6:.0f} MB)" in card.text

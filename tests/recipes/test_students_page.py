@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import results
 import students
+import students_picture
 from pydantic import ValidationError
 
 from spiking_mamba.common.records import read_records
@@ -231,8 +232,54 @@ def test_the_shipped_page_has_the_section_of_its_records(monkeypatch):
     monkeypatch.chdir(ROOT)
     settings = results.parse_settings(results.ResultsSettings, ["recipes/ablate/results.yaml"])
     text = to_markdown(students.section(students.About(**settings.students)))
-    assert text.strip() in Path("docs/results.md").read_text()
-    assert "is missed: 89.2 % (86.8 to 91.6)" in text
+    heading, _, rest = text.strip().partition("\n\n")  # between which the picture stands
+    assert f"{heading}\n\n![" in Path("docs/results.md").read_text()
+    assert rest in Path("docs/results.md").read_text()
+    assert "the shipped student keeps 92.4 % (90.2 to 94.7)" in " ".join(text.split())
+
+
+def test_the_weights_that_a_token_fetches():
+    """Two bytes a weight of the teacher, half a one and a scale for 32 of W4A8, one of counts that fire."""
+    config = json.loads(Path(CONFIG, "config.json").read_text())
+    width, gated, inner = config["hidden_size"], config["intermediate_size"], 2 * config["hidden_size"]
+    projected = 2 * inner + 2 * config["n_groups"] * config["state_size"] + config["num_heads"]
+    weights = 30 * (width * projected + inner * width + width * 2 * gated + gated * width) / 1e6
+    for entry, bytes_a_weight in (
+        (record("teacher"), 2),
+        (record("w8a8", weights=8, activations=8), 1),
+        (record("w4a8", weights=4, activations=8), 0.5 + 2 / 32),
+        (spiking("s63", 1.05, 0.62), 0.62),
+    ):
+        found = students.measure(students.Student(entry, CONFIG), "megabytes")
+        assert found == pytest.approx(weights * bytes_a_weight), entry["name"]
+    del entry["model"]
+    assert students.measure(students.Student(entry, CONFIG), "megabytes") is None
+
+
+def test_the_picture_has_a_mark_for_what_has_a_cost(about, tmp_path):
+    about.drawn = {"teacher": "dense", "s63": "spiking", "w8a8": "W8A8", "s40": "not scored"}
+    found = students.of_file(Path(about.records), CONFIG)
+    drawn = [(label, found[name]) for name, label in about.drawn.items() if name in found]
+    marks = students_picture.marks(drawn, "megabytes")
+    assert [(mark.label, mark.spiking) for mark in marks] == [
+        ("dense", False),
+        ("spiking", True),
+        ("W8A8", False),
+    ]
+    assert [mark.kept for mark in marks] == pytest.approx([100, 93, 100])
+    assert (marks[1].below, marks[1].above) == pytest.approx((2, 2))
+    assert [mark.label for mark in students_picture.marks(drawn, "int8")] == ["spiking", "W8A8"]
+    assert students_picture.draw_students(tmp_path / "students.png", about)
+    about.drawn = {"teacher": "dense"}
+    assert not students_picture.draw_students(tmp_path / "none.png", about)
+    assert [path.name for path in tmp_path.glob("*.png")] == ["students.png"]
+
+
+def test_the_shipped_picture_is_of_its_records(monkeypatch, tmp_path):
+    monkeypatch.chdir(ROOT)
+    settings = results.parse_settings(results.ResultsSettings, ["recipes/ablate/results.yaml"])
+    assert students_picture.draw_students(tmp_path / "students.png", students.About(**settings.students))
+    assert (tmp_path / "students.png").read_bytes() == Path("docs/students.png").read_bytes()
 
 
 def test_no_record_has_a_path_of_a_machine():

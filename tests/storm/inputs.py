@@ -234,6 +234,12 @@ def recipes(folder: Path) -> dict[str, Recipe]:
             | {"questions": ["Who?"]},
             reaches=False,
         ),
+        "student's card": Recipe(
+            "convert/student_card.py",
+            "StudentCardSettings",
+            {"model": "m", "records": "students.jsonl", "name": "student"},
+            reaches=False,
+        ),
         "convert": Recipe(
             "convert/train.py",
             "TrainSettings",
