@@ -15,9 +15,10 @@ from frontier import answer, draw
 from pydantic import Field
 from recorded import PERPLEXITY, Row, read
 from sections import section
-from students import About, of_file
-from students import section as of_students
+from students import of_file
 from students_picture import draw_students
+from students_section import About
+from students_section import section as of_students
 from table import Table
 
 from spiking_mamba.common.errors import fail_clearly

@@ -1,4 +1,4 @@
-"""The source's table at its own size: students of a converted model beside their teacher and its rivals.
+"""Students of a converted model, their teacher and its rivals, and what may be said of each.
 
 Of records that ``recipes/convert/score_student.py`` has written, all on full sets.
 """
@@ -6,28 +6,27 @@ Of records that ``recipes/convert/score_student.py`` has written, all on full se
 import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import field
 from pathlib import Path
 from typing import Any
 
 import torch
-from placeholders import ENERGIES, PLACEHOLDER
+from placeholders import ENERGIES
 from recorded import energy_of
 
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
 from spiking_mamba.common.keys import reject_unknown_keys
-from spiking_mamba.common.provenance import MARK, is_clean
+from spiking_mamba.common.provenance import is_clean
 from spiking_mamba.common.records import read_records
-from spiking_mamba.common.schema import Name, schema
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS, SOURCE_TASKS
 from spiking_mamba.model.projection import spike_fed
-from spiking_mamba.reports.document import Block, Code, Heading, Paragraph
-from spiking_mamba.reports.document import Table as Cells
 
-__all__ = ["MEASURES", "About", "Student", "of_file", "section"]
+__all__ = ["MEASURES", "Student", "measure", "of_file"]
 
-COMMAND = "python recipes/convert/score_student.py recipes/distill/score.yaml model=FOLDER name=NAME"
-GROUP = 32  # inputs that share a scale where weights have less than 8 bits
+GROUPED_4 = 4.5  # bits a weight: 4, and for every 32 a scale of 16
+OWN_BITS = {
+    "mamba": GROUPED_4,
+    "mlp": 5.0,
+}  # of the converted model: as packed; GGUF's Q4_1, with scale and least
 
 
 class Student:
@@ -83,6 +82,22 @@ class Student:
         return Student(self.teacher, self.config).all - self.all
 
     @property
+    def above_six(self) -> float | None:
+        """By how many points it lies above guessing on the source's six sets, on average."""
+        guessing = self.record.get("guessing")
+        if guessing is None:
+            return None
+        return self.six - 100 * sum(guessing[task] for task in SOURCE_TASKS) / len(SOURCE_TASKS)
+
+    @property
+    def without_boolq(self) -> float | None:
+        """By how many points it lies below its teacher on the other five of them."""
+        if self.teacher is None:
+            return None
+        theirs, tasks = Student(self.teacher, self.config), [t for t in SOURCE_TASKS if t != "boolq"]
+        return sum(theirs.score(task) - self.score(task) for task in tasks) / len(tasks)
+
+    @property
     def rates(self) -> dict[str, float] | None:
         """Mean |s| and share of non-zero counts over the sets, first tokens included; None if dense."""
         return None if "spikes" not in self.record else self.record["spikes"]["both"]
@@ -100,11 +115,11 @@ class Student:
     def microjoules(self, table: str, scope: Sequence[str]) -> float | None:
         """Of a token, spiking or multiplied; None where a dense model was not scored in such a precision.
 
-        At int8 it was if it was rounded to 8 bits. The source is no model of this configuration.
+        At int8 it was if its inputs were rounded to 8 bits; weights of fewer are priced as of 8. The source
+        is no model of this configuration.
         """
-        bits = (self.record.get("weights"), self.record.get("activations"))
-        dense = {"fp32": (None, None), "int8": (8, 8)}
-        if "model" not in self.record or (self.rates is None and bits != dense[table]):
+        scored = self.record.get("activations") == 8 if table == "int8" else "activations" not in self.record
+        if "model" not in self.record or (self.rates is None and not scored):
             return None
         found: Any = self.energy
         for key in scope:
@@ -113,27 +128,53 @@ class Student:
         return found[table][f"{machine}_pj_per_token"] / 1e6
 
     @property
+    def decoding_microjoules(self) -> float | None:
+        """Of a token decoded alone at int8 with memory traffic, in the bits of its weights.
+
+        Spiking, of the weights only what counts that are not zero ask for is fetched.
+        """
+        if self.rates is not None:
+            return self.energy["with_memory"]["event_driven"]["int8"]["pj_per_token"] / 1e6
+        whole, fetched = self.microjoules("int8", ("with_memory", "decode")), self.megabytes
+        if whole is None or fetched is None:
+            return None
+        at_int8 = sum(weights_of(self.config).values()) / 1e6
+        return whole - (at_int8 - fetched) * self.energy["costs"]["int8"]["byte"]
+
+    @property
     def megabytes(self) -> float | None:
         """Of the projections' weights, that a token decoded alone fetches.
 
-        As bfloat16 where it is dense, in the bits that it was rounded to, and of a spiking model, of which
-        only what a count that is not zero asks for is fetched, in the int8 of an event-driven model.
+        Of a dense model in the bits that it was rounded to, or has; of a spiking one, of which only what
+        counts that are not zero ask for is fetched, in int8.
         """
         if "model" not in self.record:
             return None
-        bits = 16 if self.rates is None else 8
-        if (rounded := self.record.get("weights")) is not None:
-            bits = rounded + (16 / GROUP if rounded < 8 else 0)  # a group's scale has 16
-        share = 1.0 if self.rates is None else self.rates["nonzero"]
-        return share * weights_of(self.config) * bits / 8e6
+        if self.rates is not None:
+            return self.rates["nonzero"] * sum(weights_of(self.config).values()) / 1e6
+        bits = dict.fromkeys(OWN_BITS, GROUPED_4 if self.record.get("weights") == 4 else 8.0)
+        bits = bits if self.record.get("weights") else OWN_BITS
+        return sum(count * bits[kind] for kind, count in weights_of(self.config).items()) / 8e6
+
+    @property
+    def megabytes_4_bit(self) -> float | None:
+        """The same of a spiking model in 4 bits, whose scales, a byte for 32 inputs, are all fetched."""
+        if self.rates is None:
+            return None
+        return (4 * self.rates["nonzero"] + 8 / 32) * sum(weights_of(self.config).values()) / 8e6
 
 
 @functools.cache
-def weights_of(config: str) -> int:
-    """Of all projections of a configuration's model."""
+def weights_of(config: str) -> dict[str, int]:
+    """Of all projections of a configuration's model, by the kind of their block."""
+    about = SpikingMambaConfig.from_pretrained(config)
     with torch.device("meta"):
-        model = SpikingMambaForCausalLM(SpikingMambaConfig.from_pretrained(config))
-    return sum(p.in_features * p.out_features for _, p in spike_fed(model))
+        model = SpikingMambaForCausalLM(about)
+    counts = {"mamba": 0, "mlp": 0}
+    for number, block in enumerate(model.backbone.layers):
+        sizes = (p.in_features * p.out_features for _, p in spike_fed(block))
+        counts[about.block_type(number)] += sum(sizes)
+    return counts
 
 
 def _of(*keys: str, scale: float = 1.0) -> Callable[[Student], float | None]:
@@ -169,6 +210,8 @@ MEASURES: dict[str, Callable[[Student], float | None]] = {
     "six": lambda s: s.six,
     "all": lambda s: s.all,
     "below_all": lambda s: s.below_all,
+    "above_six": lambda s: s.above_six,
+    "without_boolq": lambda s: s.without_boolq,
     "gap": _of("gap", "gap"),
     "gap.low": _of("gap", "low"),
     "gap.high": _of("gap", "high"),
@@ -193,45 +236,10 @@ MEASURES: dict[str, Callable[[Student], float | None]] = {
     **{name: _gain(name) for name in GAINS},
     "fp32": lambda s: s.microjoules("fp32", ("model",)),
     "int8": lambda s: s.microjoules("int8", ("model",)),
-    "int8_decoding": lambda s: s.microjoules("int8", ("with_memory", "decode")),
+    "int8_decoding": lambda s: s.decoding_microjoules,
     "megabytes": lambda s: s.megabytes,
+    "megabytes_4_bit": lambda s: s.megabytes_4_bit,
 }
-ACCURACY = {
-    "six sets, %": "{six:.2f}",
-    "below the teacher there, points": "{gap:.2f} [{gap.low:.2f}, {gap.high:.2f}]",
-    "all sets, %": "{all:.2f}",
-    "ability kept, %": "{kept:.1f} [{kept.low:.1f}, {kept.high:.1f}]",
-    "of the Transformer's, %": "{of_source:.1f}",
-}
-TEXTS = {
-    "KL to the teacher, web": "{kl:.3f}",
-    "the teacher, wiki": "{kl.wiki:.3f}",
-    "KL to the Transformer, web": "{source_kl:.3f}",
-    "the Transformer, wiki": "{source_kl.wiki:.3f}",
-    "the teacher's likeliest token, web, %": "{agreement:.1f}",
-    "perplexity, web": "{perplexity:.2f}",
-}
-COST = {
-    "mean abs s": "{mean_abs:.3f}",
-    "non-zero": "{nonzero:.3f}",
-    "MB of weights a token": "{megabytes:.0f}",
-    "projections": "{projections:.2f}",
-    "with neurons": "{with_neurons:.2f}",
-    "whole model": "{whole_model:.2f}",
-    "decoding": "{decoding:.2f}",
-    "over quantised, sparse, int8": "{quantised_with_neurons:.2f}",
-    "µJ a token, fp32": "{fp32:.1f}",
-    "int8": "{int8:.1f}",
-    "int8, decoding": "{int8_decoding:.0f}",
-}
-
-
-def fill(form: str, find: Callable[[str], float | None]) -> str | None:
-    """A text with a number in place of every ``{measure:.2f}``; None where one is not there."""
-    values = {name: find(name) for name, _ in PLACEHOLDER.findall(form)}
-    if None in values.values():
-        return None
-    return PLACEHOLDER.sub(lambda match: f"{values[match[1]]:{match[2] or ''}}", form)
 
 
 def measure(student: Student, name: str) -> float | None:
@@ -260,60 +268,3 @@ def of_file(path: Path, config: str, logs: Mapping[str, str] | None = None) -> d
     whole = [r for r in records.values() if r.get("model") == config and r.get("weights") is None]
     teacher = whole[0] if whole else None
     return {name: Student(record, config, source, teacher) for name, record in records.items()}
-
-
-@schema
-class About:
-    """What the page says of students; every field is a key of ``results.yaml``.
-
-    Attributes:
-        title: of the section.
-        text: before the tables.
-        records: file of what ``score_student.py`` has logged.
-        config: folder of the teacher.
-        logs: of trainings, by the names of records that do not say how far it went.
-        labels: what the tables call a record, by its name, in the tables' order.
-        drawn: what the picture calls a record, by its name.
-        findings: behind the tables, with ``{name.measure:.2f}``; one without a number is left out.
-    """
-
-    title: Name
-    text: str
-    records: Name
-    config: Name
-    labels: dict[str, str]
-    drawn: dict[str, str] = field(default_factory=dict)
-    findings: list[str] = field(default_factory=list)
-    logs: dict[str, Name] = field(default_factory=dict)
-
-
-def section(about: About) -> list[Block]:
-    """The section; nothing where nothing was scored."""
-    students = of_file(Path(about.records), about.config, about.logs)
-    found = [(label, students[name]) for name, label in about.labels.items() if name in students]
-    if not found:
-        return []
-    blocks: list[Block] = [Heading(about.title), Paragraph(about.text), Code(COMMAND)]
-    for columns in (ACCURACY, TEXTS, COST):
-        blocks.append(Cells(["model", *columns], [cells(label, s, columns) for label, s in found]))
-
-    def find(name: str) -> float | None:
-        who, _, what = name.partition(".")
-        reject_unknown_keys({who: 0}, about.labels, "a finding")
-        return measure(students[who], what) if who in students else None
-
-    texts = [fill(text, find) for text in about.findings]
-    blocks += [Paragraph(text) for text in texts if text is not None]
-    runs = [student.record["provenance"] for _, student in found]
-    devices = sorted({run["hardware"]["device"] for run in runs})
-    commits, dates = (sorted({str(run[key]) for run in runs}) for key in ("commit", "date"))
-    when = " to ".join(sorted({dates[0][:10], dates[-1][:10]}))
-    text = f"Scored on {', '.join(devices)}, {when}; commit {', '.join(c[:7] for c in commits)}."
-    blocks.append(Paragraph(text))
-    return blocks
-
-
-def cells(label: str, student: Student, columns: Mapping[str, str]) -> list[str]:
-    """A line of a table; what it has no number for is empty."""
-    values = [fill(form, functools.partial(measure, student)) or "" for form in columns.values()]
-    return [label if student.clean else f"{label} {MARK}", *values]

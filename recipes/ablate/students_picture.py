@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from students import About, Student, measure, of_file
+from students import Student, measure, of_file
+from students_section import About
 
 from spiking_mamba.reports.figures import COLOURS, picture
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 __all__ = ["draw_students"]
 
-PANELS = {"megabytes": "MB of projections' weights, a token", "int8": "µJ of compute a token, int8"}
+PANELS = {
+    "megabytes": "MB of projections' weights, a token",
+    "int8": "µJ of compute a token, int8 (hypothetical)",
+}
 
 
 @dataclass(frozen=True)

@@ -1,35 +1,15 @@
 """What a model can do beyond guessing, and how much of another's it keeps, over the same items."""
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS, SOURCE_TASKS
+from spiking_mamba.evaluation.outcomes import Outcomes
 from spiking_mamba.evaluation.statistics import kept_share, paired_gap
 
-__all__ = ["ability", "guessing", "read_items", "relative_ability", "write_items"]
-
-Outcomes = Mapping[str, Mapping[str, np.ndarray]]  # bool [items] by task and metric
-
-
-def write_items(path: str | Path, right: Outcomes) -> None:
-    """Every item's outcome, a bit each."""
-    bits = {f"{n}/{m}": np.packbits(v) for n, ms in right.items() for m, v in ms.items()}
-    np.savez_compressed(path, **bits, **{f"{n}/items": len(ms["acc"]) for n, ms in right.items()})
-
-
-def read_items(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
-    """What :func:`write_items` has written."""
-    outcomes: dict[str, dict[str, np.ndarray]] = {}
-    with np.load(path) as held:
-        for key in held.files:
-            name, _, metric = key.partition("/")
-            if metric != "items":
-                count = int(held[f"{name}/items"])
-                outcomes.setdefault(name, {})[metric] = np.unpackbits(held[key])[:count].astype(bool)
-    return outcomes
+__all__ = ["ability", "guessing", "relative_ability"]
 
 
 def guessing(data: Any) -> dict[str, float]:

@@ -12,7 +12,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from ability import read_items
 from huggingface_hub import ModelCardData
 from openings import PARTS
 from pydantic import Field
@@ -24,6 +23,7 @@ from spiking_mamba.common.records import read_records
 from spiking_mamba.common.schema import Count, Name, Names, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+from spiking_mamba.evaluation.outcomes import read_outcomes
 from spiking_mamba.evaluation.statistics import kept_share, paired_gap
 from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.model.converted import mixers_of, read_index
@@ -66,7 +66,7 @@ class CardSettings:
 
 def items_of(path: Path) -> Items:
     """Whether each item was answered rightly, by set, by the metric that counts."""
-    return {name: metrics[BENCHMARK_SETS[name].main] for name, metrics in read_items(path).items()}
+    return {name: metrics[BENCHMARK_SETS[name].main] for name, metrics in read_outcomes(path).items()}
 
 
 class Records:

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from ability import write_items
 from conversion import convert
 from flat import load_state
 from llama import Llama
@@ -26,6 +25,7 @@ from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.schema import Count, Name, Natural, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+from spiking_mamba.evaluation.outcomes import write_outcomes
 from spiking_mamba.model.converted import load_mixers, mixers_of
 from spiking_mamba.model.source import load_source
 
@@ -222,7 +222,7 @@ def main() -> None:
     begun = time.monotonic()
     right = outcomes(scored, data, settings.limit, settings.tokens)
     if settings.items is not None:
-        write_items(settings.items, right)
+        write_outcomes(settings.items, right)
     results = tasks(right)
     rest = passages(scored, data, settings.passages, settings.tokens)
     mains = [values[BENCHMARK_SETS[name].main] for name, values in results.items()]

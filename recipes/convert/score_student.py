@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-from ability import ability, guessing, read_items, relative_ability, write_items
+from ability import ability, guessing, relative_ability
 from llama import Llama
 from pydantic import Field
 from quantise import quantise
@@ -26,6 +26,7 @@ from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.schema import Count, Name, Natural, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+from spiking_mamba.evaluation.outcomes import read_outcomes, write_outcomes
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.model.source import load_source
 from spiking_mamba.spikes.counting import count_spikes
@@ -162,7 +163,7 @@ def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     right = outcomes(scored, data, settings.limit, settings.tokens)
-    write_items(folder / f"{settings.name}.npz", right)
+    write_outcomes(folder / f"{settings.name}.npz", right)
     results, guess = tasks(right), guessing(data)
     sets = [name for name in settings.sets if name in right]
     mains = [values[BENCHMARK_SETS[name].main] for name, values in results.items()]
@@ -170,7 +171,7 @@ def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any
     entry |= {"tasks": results, "guessing": {name: round(value, 4) for name, value in guess.items()}}
     entry |= {"sets": sets, "ability": round(ability(right, guess, sets), 4)}
     if settings.against is not None:
-        entry |= relative_ability(right, read_items(settings.against), guess, sets)
+        entry |= relative_ability(right, read_outcomes(settings.against), guess, sets)
     if isinstance(scored, CountedScored):  # of the tasks alone
         assert scored.student is not None
         config = scored.student.config

@@ -13,6 +13,7 @@ from spiking_mamba.common.errors import CheckpointError, DataError
 from spiking_mamba.common.files import file_sha256
 from spiking_mamba.common.records import read_records
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+from spiking_mamba.evaluation.outcomes import read_outcomes, write_outcomes
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.spikes.counting import count_spikes
 from tests.helpers.commands import run as run_command
@@ -325,8 +326,8 @@ def test_ability_and_what_is_kept_of_it(convert, tmp_path):
     assert found["gap"]["gap"] == pytest.approx(100 * gap.mean(), abs=1e-2)
     half = 1.96 * gap.std() / np.sqrt(4000) * 100
     assert found["gap"]["high"] - found["gap"]["low"] == pytest.approx(2 * half, rel=0.1)
-    convert.ability.write_items(tmp_path / "items.npz", student)
-    back = convert.ability.read_items(tmp_path / "items.npz")
+    write_outcomes(tmp_path / "items.npz", student)
+    back = read_outcomes(tmp_path / "items.npz")
     assert all(np.array_equal(back[n][m], v) for n, ms in student.items() for m, v in ms.items())
     with pytest.raises(ValueError, match="piqa has 3 and 4000 items"):
         convert.ability.relative_ability(student, {"piqa": {"acc": np.ones(3, bool)}}, guess, ["piqa"])

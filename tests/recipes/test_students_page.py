@@ -10,9 +10,11 @@ import pytest
 import results
 import students
 import students_picture
+import students_section
 from pydantic import ValidationError
 
 from spiking_mamba.common.records import read_records
+from spiking_mamba.evaluation.outcomes import write_outcomes
 from spiking_mamba.evaluation.statistics import kept_share, paired_gap
 from spiking_mamba.reports.document import to_markdown
 from tests.helpers.commands import ROOT
@@ -59,7 +61,7 @@ def about(tmp_path):
     ]
     path = tmp_path / "students.jsonl"
     path.write_text("".join(json.dumps(each) + "\n" for each in records))
-    return students.About(
+    return students_section.About(
         title="Students",
         text="Of a teacher.",
         records=str(path),
@@ -90,9 +92,8 @@ def test_numbers_are_those_of_the_records():
     assert students.MEASURES["fp32"](dense) == pytest.approx(measures["whole_model"] * measures["fp32"])
     rounded = students.Student(record("w8a8", weights=8, activations=8), CONFIG)
     assert students.MEASURES["fp32"](rounded) is None
-    assert (
-        students.MEASURES["int8"](students.Student(record("w4a8", weights=4, activations=8), CONFIG)) is None
-    )
+    four = students.Student(record("w4a8", weights=4, activations=8), CONFIG)
+    assert students.MEASURES["int8"](four) == students.MEASURES["int8"](rounded)  # priced as of 8 bits
     # at int8 a multiplication and addition takes 0.3 pJ, an addition of 32 bits 0.1: a count of 1 is cheaper
     assert measures["int8"] < students.MEASURES["int8"](rounded)
 
@@ -136,7 +137,7 @@ def test_pages_may_name_a_student(about):
 
 
 def test_the_section(about):
-    text = to_markdown(students.section(about))
+    text = to_markdown(students_section.section(about))
     rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
     assert "2.00 \\[1.50, 2.50\\]" in rows["student, 63%"] or "4.87" in rows["student, 63%"]
     assert [name for name in rows if "int8 †" in name]
@@ -153,16 +154,16 @@ def test_the_section(about):
 
 def test_without_records_there_is_no_section(about, tmp_path):
     about.records = str(tmp_path / "none.jsonl")
-    assert students.section(about) == []
+    assert students_section.section(about) == []
 
 
 def test_what_is_no_measure_is_named(about):
     about.findings = ["{s63.keptt:.1f}"]
     with pytest.raises(ValueError, match=r"keptt.*kept"):
-        students.section(about)
+        students_section.section(about)
     about.findings = ["{s64.kept:.1f}"]
     with pytest.raises(ValueError, match="s64"):
-        students.section(about)
+        students_section.section(about)
 
 
 def test_the_page_takes_it(about, tmp_path):
@@ -231,29 +232,66 @@ def test_the_shipped_page_has_the_section_of_its_records(monkeypatch):
     """As results.yaml words it: every number, and nothing that was typed."""
     monkeypatch.chdir(ROOT)
     settings = results.parse_settings(results.ResultsSettings, ["recipes/ablate/results.yaml"])
-    text = to_markdown(students.section(students.About(**settings.students)))
+    text = to_markdown(students_section.section(students_section.About(**settings.students)))
     heading, _, rest = text.strip().partition("\n\n")  # between which the picture stands
     assert f"{heading}\n\n![" in Path("docs/results.md").read_text()
     assert rest in Path("docs/results.md").read_text()
-    assert "the shipped student keeps 92.4 % (90.2 to 94.7)" in " ".join(text.split())
+    assert "It keeps 92.4 % (90.2 to 94.7) of its teacher's ability" in " ".join(text.split())
 
 
-def test_the_weights_that_a_token_fetches():
-    """Two bytes a weight of the teacher, half a one and a scale for 32 of W4A8, one of counts that fire."""
+def weights_by_hand():
+    """Millions of the mixers' projections and of the MLPs'."""
     config = json.loads(Path(CONFIG, "config.json").read_text())
     width, gated, inner = config["hidden_size"], config["intermediate_size"], 2 * config["hidden_size"]
     projected = 2 * inner + 2 * config["n_groups"] * config["state_size"] + config["num_heads"]
-    weights = 30 * (width * projected + inner * width + width * 2 * gated + gated * width) / 1e6
-    for entry, bytes_a_weight in (
-        (record("teacher"), 2),
-        (record("w8a8", weights=8, activations=8), 1),
-        (record("w4a8", weights=4, activations=8), 0.5 + 2 / 32),
-        (spiking("s63", 1.05, 0.62), 0.62),
+    return 30 * (width * projected + inner * width) / 1e6, 30 * (width * 2 * gated + gated * width) / 1e6
+
+
+def test_the_weights_that_a_token_fetches():
+    """Four bits and a scale for 32 of the mixers as packed, Q4_1 of the MLPs; what they were rounded to."""
+    mixers, mlps = weights_by_hand()
+    w8a8 = record("w8a8", weights=8, activations=8)
+    w4a8 = record("w4a8", weights=4, activations=8)
+    spikes = spiking("s63", 1.05, 0.62)
+    for entry, megabytes in (
+        (record("teacher"), mixers * 18 / 32 + mlps * 20 / 32),
+        (w8a8, mixers + mlps),
+        (w4a8, (mixers + mlps) * 18 / 32),
+        (spikes, (mixers + mlps) * 0.62),
     ):
         found = students.measure(students.Student(entry, CONFIG), "megabytes")
-        assert found == pytest.approx(weights * bytes_a_weight), entry["name"]
-    del entry["model"]
-    assert students.measure(students.Student(entry, CONFIG), "megabytes") is None
+        assert found == pytest.approx(megabytes), entry["name"]
+    found = {name: students.Student(each, CONFIG) for name, each in (("8", w8a8), ("4", w4a8), ("s", spikes))}
+    assert students.measure(found["s"], "megabytes_4_bit") == pytest.approx((mixers + mlps) * (0.31 + 1 / 32))
+    spared = [
+        students.measure(found["8"], "int8_decoding") - students.measure(found[k], "int8_decoding")
+        for k in "4s"
+    ]
+    assert spared[0] == pytest.approx((mixers + mlps) * 14 / 32 * 24.96)  # pJ a byte
+    assert spared[1] > (mixers + mlps) * 0.38 * 24.96  # and what the additions spare
+    del spikes["model"]
+    assert students.measure(students.Student(spikes, CONFIG), "megabytes") is None
+
+
+def test_differences_are_over_the_same_items(tmp_path):
+    """By numpy's own bootstrap, of the ability in per cent of the teacher's, 0.8 here."""
+    random = np.random.default_rng(0)
+    entry = {"sets": ["piqa", "sciq"], "ability": 0.72, "kept": {"share": 0.9}}
+    right = {}
+    for name, chance in (("one", 0.6), ("other", 0.4)):
+        right[name] = {
+            task: {metric: random.random(400) < chance for metric in ("acc", "acc_norm")}
+            for task in (*MAIN, "sciq")
+        }
+        write_outcomes(tmp_path / f"{name}.npz", right[name])
+    pair = (students.Student(record(name, **entry), CONFIG) for name in ("one", "other"))
+    ability, six, _ = students_section.differences(*pair, tmp_path)
+    parts = [right["one"][t]["acc"].astype(int) - right["other"][t]["acc"].astype(int) for t in entry["sets"]]
+    draws = [sum(random.choice(part, 400).mean() for part in parts) / 0.008 for _ in range(2000)]
+    wanted = (sum(part.mean() for part in parts) / 0.008, *np.quantile(draws, [0.025, 0.975]))
+    assert list(map(float, re.findall(r"[-+][\d.]+", ability))) == pytest.approx(wanted, abs=0.6)
+    means = [100 * (right["one"][t][m].mean() - right["other"][t][m].mean()) for t, m in MAIN.items()]
+    assert float(six.split()[0]) == pytest.approx(np.mean(means), abs=0.051)
 
 
 def test_the_picture_has_a_mark_for_what_has_a_cost(about, tmp_path):
@@ -278,7 +316,9 @@ def test_the_picture_has_a_mark_for_what_has_a_cost(about, tmp_path):
 def test_the_shipped_picture_is_of_its_records(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     settings = results.parse_settings(results.ResultsSettings, ["recipes/ablate/results.yaml"])
-    assert students_picture.draw_students(tmp_path / "students.png", students.About(**settings.students))
+    assert students_picture.draw_students(
+        tmp_path / "students.png", students_section.About(**settings.students)
+    )
     assert (tmp_path / "students.png").read_bytes() == Path("docs/students.png").read_bytes()
 
 

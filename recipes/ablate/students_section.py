@@ -1,0 +1,151 @@
+"""The source's table at its own size: the page's section on students of a converted model."""
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import field
+from pathlib import Path
+
+from placeholders import PLACEHOLDER
+from students import Student, measure, of_file
+
+from spiking_mamba.common.keys import reject_unknown_keys
+from spiking_mamba.common.provenance import MARK
+from spiking_mamba.common.schema import Name, schema
+from spiking_mamba.data.benchmarks import BENCHMARK_SETS, SOURCE_TASKS
+from spiking_mamba.evaluation.outcomes import read_outcomes
+from spiking_mamba.evaluation.statistics import paired_gap
+from spiking_mamba.reports.document import Block, Code, Heading, Paragraph
+from spiking_mamba.reports.document import Table as Cells
+
+__all__ = ["About", "section"]
+
+COMMAND = "python recipes/convert/score_student.py recipes/distill/score.yaml model=FOLDER name=NAME"
+ACCURACY = {
+    "six sets, %": "{six:.2f}",
+    "below the teacher there, points": "{gap:.2f} [{gap.low:.2f}, {gap.high:.2f}]",
+    "all sets, %": "{all:.2f}",
+    "ability kept, %": "{kept:.1f} [{kept.low:.1f}, {kept.high:.1f}]",
+    "of the Transformer's, %": "{of_source:.1f}",
+}
+TEXTS = {
+    "KL to the teacher, web": "{kl:.3f}",
+    "the teacher, wiki": "{kl.wiki:.3f}",
+    "KL to the Transformer, web": "{source_kl:.3f}",
+    "the Transformer, wiki": "{source_kl.wiki:.3f}",
+    "the teacher's likeliest token, web, %": "{agreement:.1f}",
+    "perplexity, web": "{perplexity:.2f}",
+}
+COST = {
+    "mean abs s": "{mean_abs:.3f}",
+    "non-zero": "{nonzero:.3f}",
+    "MB of weights a token": "{megabytes:.0f}",
+    "gain: projections": "{projections:.2f}",
+    "with neurons": "{with_neurons:.2f}",
+    "whole model": "{whole_model:.2f}",
+    "decoding, all weights read": "{decoding:.2f}",
+    "over the same integers multiplied, int8": "{quantised_with_neurons:.2f}",
+    "µJ a token: compute, fp32": "{fp32:.1f}",
+    "compute, int8": "{int8:.1f}",
+    "decoding, int8": "{int8_decoding:.0f}",
+}
+
+
+def fill(form: str, find: Callable[[str], float | None]) -> str | None:
+    """A text with a number in place of every ``{measure:.2f}``; None where one is not there."""
+    values = {name: find(name) for name, _ in PLACEHOLDER.findall(form)}
+    if None in values.values():
+        return None
+    return PLACEHOLDER.sub(lambda match: f"{values[match[1]]:{match[2] or ''}}", form)
+
+
+@schema
+class About:
+    """What the page says of students; every field is a key of ``results.yaml``.
+
+    Attributes:
+        title: of the section.
+        text: before the tables.
+        records: file of what ``score_student.py`` has logged.
+        config: folder of the teacher.
+        logs: of trainings, by the names of records that do not say how far it went.
+        labels: what the tables call a record, by its name, in the tables' order.
+        made: by what a record's model was made, and scored.
+        pairs: of names, whose difference is given.
+        drawn: what the picture calls a record, by its name.
+        findings: behind the tables, with ``{name.measure:.2f}``; one without a number is left out.
+    """
+
+    title: Name
+    text: str
+    records: Name
+    config: Name
+    labels: dict[str, str]
+    made: dict[str, str] = field(default_factory=dict)
+    pairs: list[list[str]] = field(default_factory=list)
+    drawn: dict[str, str] = field(default_factory=dict)
+    findings: list[str] = field(default_factory=list)
+    logs: dict[str, Name] = field(default_factory=dict)
+
+
+def section(about: About) -> list[Block]:
+    """The section; nothing where nothing was scored."""
+    students = of_file(Path(about.records), about.config, about.logs)
+    found = [(label, students[name]) for name, label in about.labels.items() if name in students]
+    if not found:
+        return []
+    blocks: list[Block] = [Heading(about.title), Paragraph(about.text), Code(COMMAND)]
+    for columns in (ACCURACY, TEXTS, COST):
+        blocks.append(Cells(["model", *columns], [cells(label, s, columns) for label, s in found]))
+    pairs = [[students[name] for name in names] for names in about.pairs if all(n in students for n in names)]
+    if pairs:
+        items = Path(about.records).parent
+        rows = [[*(about.labels[s.name] for s in pair), *differences(*pair, items)] for pair in pairs]
+        blocks.append(
+            Cells(["model", "less", "ability, % of the teacher's", "six sets, points", "all sets"], rows)
+        )
+    made = [[about.labels[name], name, text] for name, text in about.made.items() if name in students]
+    if made:
+        blocks.append(Cells(["model", "record", "made by"], made))
+
+    def find(name: str) -> float | None:
+        who, _, what = name.partition(".")
+        reject_unknown_keys({who: 0}, about.labels, "a finding")
+        return measure(students[who], what) if who in students else None
+
+    texts = [fill(text, find) for text in about.findings]
+    blocks += [Paragraph(text) for text in texts if text is not None]
+    runs = [student.record["provenance"] for _, student in found]
+    devices = sorted({run["hardware"]["device"] for run in runs})
+    commits, dates = (sorted({str(run[key]) for run in runs}) for key in ("commit", "date"))
+    when = " to ".join(sorted({dates[0][:10], dates[-1][:10]}))
+    text = f"Scored on {', '.join(devices)}, {when}; commit {', '.join(c[:7] for c in commits)}."
+    blocks.append(Paragraph(text))
+    return blocks
+
+
+def differences(one: Student, other: Student, folder: Path) -> list[str]:
+    """What one has more than another with its interval, over the same items, of ability, six sets and all.
+
+    Ability is in per cent of the teacher's, which is taken as known.
+    """
+    right = [
+        {
+            name: metrics[BENCHMARK_SETS[name].main]
+            for name, metrics in read_outcomes(folder / f"{s.name}.npz").items()
+        }
+        for s in (one, other)
+    ]
+    sets = one.record["sets"]
+    whole = one.record["ability"] / one.record["kept"]["share"]
+    texts = []
+    for names, scale in ((sets, len(sets) / whole), (SOURCE_TASKS, 1.0), (list(right[0]), 1.0)):
+        gap = paired_gap(*({name: side[name] for name in names} for side in right))
+        more, low, high = (100 * scale * gap[key] for key in ("gap", "low", "high"))
+        texts.append(f"{more:+.1f} [{low:+.1f}, {high:+.1f}]")
+    return texts
+
+
+def cells(label: str, student: Student, columns: Mapping[str, str]) -> list[str]:
+    """A line of a table; what it has no number for is empty."""
+    values = [fill(form, functools.partial(measure, student)) or "" for form in columns.values()]
+    return [label if student.clean else f"{label} {MARK}", *values]

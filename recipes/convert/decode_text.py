@@ -1,0 +1,93 @@
+"""Own text and held-out passages as JSON lines, for recipes that take text instead of tokens.
+
+python recipes/convert/decode_text.py recipes/convert/decode_text.yaml
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokens import END, read_tokens
+from tqdm import tqdm
+
+from spiking_mamba.common.errors import RunError, fail_clearly
+from spiking_mamba.common.files import refuse_file, write_whole
+from spiking_mamba.common.progress import quiet
+from spiking_mamba.common.schema import Name, Names, schema
+from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.model.source import load_source_tokenizer
+
+PASSAGES, ROW = "-passages", 511  # of the names in evaluated.npz, and of a row without its first token
+_AT_ONCE = 1000  # documents
+
+
+@schema
+class DecodeSettings:
+    """Every field is a key of the YAML file.
+
+    Attributes:
+        source: the Transformer whose tokens they are, see ``source.load_source``.
+        own_text: files of tokens that ``write_text.py`` has written.
+        data: folder that ``prepare.py`` has written.
+        output: folder for ``train.jsonl``, own text, a document a line, and ``held_out.jsonl``, passages in
+            rows.
+    """
+
+    source: Name
+    own_text: Names
+    data: Name
+    output: Name
+
+
+def documents(tokens: np.ndarray) -> list[np.ndarray]:
+    """What stands between ends of text."""
+    ends = np.flatnonzero(tokens == END)
+    parts = np.split(tokens, ends)
+    return [part[part != END] for part in parts if (part != END).any()]
+
+
+def passages(path: Path) -> Iterator[tuple[str, np.ndarray]]:
+    """Rows of every kind of passage with its name; what is less than a row at the end is left out."""
+    with np.load(path) as kept:
+        names = [name for name in kept.files if name.endswith(PASSAGES)]
+        if not names:
+            raise RunError(f"{path} has no passages: prepare.py writes it.")
+        for name in names:
+            for row in range(len(kept[name]) // ROW):
+                yield name.removesuffix(PASSAGES), kept[name][row * ROW : (row + 1) * ROW]
+
+
+def lines(tokenizer: Any, texts: list[tuple[str, np.ndarray]]) -> str:
+    """JSON lines with the fields that ``spiking_mamba.data`` reads."""
+    made = []
+    with tqdm(total=len(texts), unit=" documents", unit_scale=True) as bar:
+        for first in range(0, len(texts), _AT_ONCE):
+            batch = texts[first : first + _AT_ONCE]
+            decoded = tokenizer.batch_decode([ids.tolist() for _, ids in batch])
+            made += [
+                json.dumps({"text": text, "source": name})
+                for (name, _), text in zip(batch, decoded, strict=True)
+            ]
+            bar.update(len(batch))
+    return "\n".join(made) + "\n"
+
+
+@fail_clearly()
+def main() -> None:
+    settings = parse_settings(DecodeSettings, description=__doc__)
+    quiet()
+    folder = Path(settings.output)
+    refuse_file(folder)
+    own = [("own", part) for part in documents(read_tokens(settings.own_text))]
+    held_out = list(passages(Path(settings.data, "evaluated.npz")))
+    tokenizer = load_source_tokenizer(settings.source)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, texts in (("held_out", held_out), ("train", own)):
+        write_whole(folder / f"{name}.jsonl", lines(tokenizer, texts))
+        print(f"{folder / name}.jsonl: {len(texts):,} documents, {sum(len(t) for _, t in texts):,} tokens")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Which items of zero-shot sets were answered rightly, a bit each, for intervals over the same items."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+__all__ = ["Outcomes", "read_outcomes", "write_outcomes"]
+
+Outcomes = Mapping[str, Mapping[str, np.ndarray]]  # bool [items] by task and metric
+
+
+def write_outcomes(path: str | Path, right: Outcomes) -> None:
+    """Keep every item's outcome, a bit each, as ``.npz``."""
+    bits = {f"{n}/{m}": np.packbits(v) for n, ms in right.items() for m, v in ms.items()}
+    np.savez_compressed(path, **bits, **{f"{n}/items": len(ms["acc"]) for n, ms in right.items()})
+
+
+def read_outcomes(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
+    """What :func:`write_outcomes` has written: bool ``[items]`` by task and metric."""
+    outcomes: dict[str, dict[str, np.ndarray]] = {}
+    with np.load(path) as held:
+        for key in held.files:
+            name, _, metric = key.partition("/")
+            if metric != "items":
+                count = int(held[f"{name}/items"])
+                outcomes.setdefault(name, {})[metric] = np.unpackbits(held[key])[:count].astype(bool)
+    return outcomes
