@@ -6,9 +6,10 @@ python recipes/convert/decode_text.py recipes/convert/decode_text.yaml
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import Field
 from tokens import END, read_tokens
 from tqdm import tqdm
 
@@ -36,7 +37,7 @@ class DecodeSettings:
     """
 
     source: Name
-    own_text: Names
+    own_text: Annotated[Names, Field(min_length=1)]
     data: Name
     output: Name
 

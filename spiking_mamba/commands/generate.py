@@ -28,6 +28,7 @@ class GenerateSettings:
 
     Attributes:
         prompt: what to write on from.
+        chat: ask it as a question of a chat, in the tokenizer's template.
         model: folder or hub name of a checkpoint, spiking or dense, or the folder of an event-driven model.
         tokenizer: folder or hub name; null: the checkpoint's own.
         tokens: how many to write at most.
@@ -49,6 +50,7 @@ class GenerateSettings:
     top_k: Natural = 0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     repetition_penalty: Positive = 1.0
+    chat: bool = False
     seed: Seed = 0
     weights: Literal[WEIGHTS] | None = "int8"  # type: ignore[valid-type]
     states: Literal[STATES] = "float32"  # type: ignore[valid-type]
@@ -65,6 +67,22 @@ class GenerateSettings:
         if self.temperature > 0:
             own |= {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
         return own | {"repetition_penalty": self.repetition_penalty}
+
+
+def encoded(settings: GenerateSettings, tokenizer: Any) -> Any:
+    """The prompt's ids, as text or as a question of a chat.
+
+    Raises:
+        ValueError: the tokenizer has no template of chats.
+    """
+    if not settings.chat:
+        return tokenizer(settings.prompt, return_tensors="pt")
+    if not getattr(tokenizer, "chat_template", None):
+        raise ValueError("chat: the tokenizer has no chat template.")
+    asked = [{"role": "user", "content": settings.prompt}]
+    return tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
 
 
 class Clock(TextStreamer):
@@ -134,7 +152,7 @@ def main(description: str | None = __doc__) -> None:
     tokenizer = load_tokenizer(settings.model, settings.tokenizer)
     model = prepare(settings)
     check_vocabulary(tokenizer, model)
-    prompt = tokenizer(settings.prompt, return_tensors="pt")
+    prompt = encoded(settings, tokenizer)
     own = settings.sampling()
     if settings.weights is not None:
         print("Compiling for this processor ...", end="\r", file=sys.stderr, flush=True)
@@ -144,6 +162,8 @@ def main(description: str | None = __doc__) -> None:
     clock = Clock(tokenizer)
     with counting_joules() as joules:
         model.generate(**prompt, max_new_tokens=settings.tokens, streamer=clock, **own)
+    if len(clock.times) == 2 and not settings.chat and getattr(tokenizer, "chat_template", None):
+        print("\nIt ended at once: a model of chats; chat=true asks it a question.", file=sys.stderr)
     print(f"\n[{summary(model, clock, joules)}, {threads} {'thread' if threads == 1 else 'threads'}]")
 
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -12,8 +13,9 @@ Outcomes = Mapping[str, Mapping[str, np.ndarray]]  # bool [items] by task and me
 
 def write_outcomes(path: str | Path, right: Outcomes) -> None:
     """Keep every item's outcome, a bit each, as ``.npz``."""
-    bits = {f"{n}/{m}": np.packbits(v) for n, ms in right.items() for m, v in ms.items()}
-    np.savez_compressed(path, **bits, **{f"{n}/items": len(ms["acc"]) for n, ms in right.items()})
+    kept: dict[str, Any] = {f"{n}/{m}": np.packbits(v) for n, ms in right.items() for m, v in ms.items()}
+    kept |= {f"{n}/items": len(ms["acc"]) for n, ms in right.items()}
+    np.savez_compressed(path, **kept)
 
 
 def read_outcomes(path: str | Path) -> dict[str, dict[str, np.ndarray]]:

@@ -4,6 +4,7 @@ import copy
 
 import torch
 
+from neurons.event_linear import EventDrivenLinear
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
 from spiking_mamba.model.projection import reject_wrapped, spike_fed
 
@@ -17,8 +18,12 @@ def spike_driven(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
     meets -1, 0 and 1.
 
     Raises:
-        ValueError: the neuron has no signed integer spikes.
+        ValueError: the neuron has no signed integer spikes, or the model is event-driven, which multiplies.
     """
+    if any(isinstance(p.linear, EventDrivenLinear) for _, p in spike_fed(model)):
+        raise ValueError(
+            "An event-driven model has integer weights; spike_driven() takes what it was made of."
+        )
     config = copy.deepcopy(model.config)
     config.spike_driven = True
     config.__post_init__()

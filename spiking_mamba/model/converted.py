@@ -200,10 +200,8 @@ def _read_mixers(folder: Path, index: dict[str, Any]) -> dict[str, torch.Tensor]
     """Float32 tensors of a folder's mixers, by the names that they have in a model."""
     packed: dict[str, torch.Tensor] = {}
     for name, known in index.get("sha256", {}).items():
-        if name in index["files"] and file_sha256(folder / name) != known:
-            raise CheckpointError(
-                f"{folder} holds damaged mixers: {name} has another sha256 than in {MIXERS}."
-            )
+        if name in files_of(index) and file_sha256(folder / name) != known:
+            raise CheckpointError(f"{folder} is damaged: {name} has another sha256 than in {MIXERS}.")
     try:
         for name in index["files"]:
             packed |= load_file(folder / name)

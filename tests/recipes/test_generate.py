@@ -55,6 +55,15 @@ def test_a_folder_of_an_event_driven_model(tmp_path):
     assert one_line(run(*RECIPE, f"model={tmp_path}")).startswith("error: ")
 
 
+def test_a_model_of_chats_is_asked():
+    recipe = ("recipes/generate/generate.py", "recipes/generate/generate.yaml", "temperature=0", "tokens=12")
+    question = ("model=weights/smollm2-spiking", "prompt=What is the capital of France?", "weights=null")
+    asked = run(*recipe, *question, "chat=true")
+    assert "The capital of France is Paris." in asked.stdout, asked.stderr
+    ended = run(*recipe, *question)
+    assert "chat=true asks it a question" in ended.stderr
+
+
 def one_line(found) -> str:
     assert found.returncode != 0
     (line,) = [line for line in found.stderr.strip().splitlines() if "error: " in line]
@@ -72,6 +81,7 @@ def one_line(found) -> str:
         ("top_p=2", "top_p"),
         ("prompt=''", "prompt must not be empty"),
         ("model=./nowhere", "nowhere"),
+        ("chat=true", "no chat template"),
         ("temprature=1", "did you mean 'temperature'?"),
     ],
 )

@@ -237,6 +237,15 @@ def test_a_packed_student_is_what_was_trained(convert, folder, tmp_path):
     whole = run(convert, settings(convert, folder, output=str(tmp_path / "whole"), rank=None, steps=1))
     with pytest.raises(convert.train.RunError, match="MLPs were trained whole"):
         convert.pack_student.pack_student(Path(whole.settings.output, "state.pt"), tmp_path / "none")
+    own = bytearray((tmp_path / "packed" / "student.safetensors").read_bytes())
+    own[-9] ^= 64  # of a number
+    (tmp_path / "packed" / "student.safetensors").write_bytes(own)
+    with pytest.raises(CheckpointError, match=r"student\.safetensors has another sha256"):
+        load_model(tmp_path / "packed")
+    index = json.loads((tmp_path / "packed" / "mixers.json").read_text())
+    del index["sha256"]["student.safetensors"]  # as older ones lack it
+    (tmp_path / "packed" / "mixers.json").write_text(json.dumps(index))
+    load_model(tmp_path / "packed")
     (tmp_path / "packed" / "student.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError, match="damaged student"):
         load_model(tmp_path / "packed")
@@ -436,7 +445,8 @@ def test_the_shipped_student_is_the_one_that_was_scored(convert, monkeypatch):
     for task, found in entry["tasks"].items():
         assert f"| {task} | {BENCHMARK_SETS[task].main} | {found['items']:,} |" in card.text
     index = json.loads((folder / "mixers.json").read_text())
-    assert index["sha256"] == {name: file_sha256(folder / name) for name in index["files"]}
+    files = [*index["files"], index["student"]]
+    assert index["sha256"] == {name: file_sha256(folder / name) for name in files}
     log = Path(settings.records).with_name(f"{settings.name.removesuffix('-packed')}-training.jsonl")
     last = list(read_records(log))[-1]
     assert [last[key] for key in ("step", "tokens")] == [index["progress"][key] for key in ("step", "tokens")]
@@ -449,3 +459,31 @@ def test_the_shipped_student_is_the_one_that_was_scored(convert, monkeypatch):
     assert max(sizes) <= 16e6
     assert sum(sizes) <= 64e6
     assert f"({sum(path.stat().st_size for path in folder.glob('*.safetensors')) / 1e6:.0f} MB)" in card.text
+
+
+def test_own_text_and_passages_as_text(convert, folder, tmp_path, monkeypatch, capsys):
+    """What stands between ends of text, and rows of passages, by a tokenizer whose tokens are words."""
+
+    class Words:
+        def batch_decode(self, rows):
+            return [" ".join(map(str, row)) for row in rows]
+
+    np.array([0, 5, 6, 0, 0, 7, 0], dtype=np.uint16).tofile(tmp_path / "own-0.bin")
+    np.array([8, 9], dtype=np.uint16).tofile(tmp_path / "own-1.bin")
+    monkeypatch.setattr(convert.decode_text, "load_source_tokenizer", lambda name: Words())
+    own = f"own_text=[{tmp_path}/own-0.bin,{tmp_path}/own-1.bin]"
+    given = [str(FOLDER / "decode_text.yaml"), "source=any", own]
+    given += [f"data={folder / 'data'}", f"output={tmp_path / 'text'}"]
+    monkeypatch.setattr("sys.argv", ["decode_text.py", *given])
+    convert.decode_text.main()
+    own = list(read_records(tmp_path / "text" / "train.jsonl"))
+    assert own == [{"text": text, "source": "own"} for text in ("5 6", "7", "8 9")]
+    kept = np.load(folder / "data" / "evaluated.npz")
+    rows = list(read_records(tmp_path / "text" / "held_out.jsonl"))
+    for name in ("openwebtext", "wikipedia"):
+        tokens = kept[f"{name}-passages"]
+        texts = [row["text"] for row in rows if row["source"] == name]
+        assert texts == [
+            " ".join(map(str, tokens[k * 511 : k * 511 + 511])) for k in range(len(tokens) // 511)
+        ]
+    assert "3 documents, 5 tokens" in capsys.readouterr().out

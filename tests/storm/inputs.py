@@ -234,6 +234,11 @@ def recipes(folder: Path) -> dict[str, Recipe]:
             | {"questions": ["Who?"]},
             reaches=False,
         ),
+        "decode text": Recipe(
+            "convert/decode_text.py",
+            "DecodeSettings",
+            {"source": source, "own_text": packed, "data": str(folder / "prepared"), "output": "run"},
+        ),
         "student's card": Recipe(
             "convert/student_card.py",
             "StudentCardSettings",

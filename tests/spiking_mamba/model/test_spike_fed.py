@@ -7,7 +7,7 @@ from torch import nn
 from transformers import AutoModel
 
 import neurons
-from spiking_mamba import SpikingMambaForCausalLM, SpikingProjection, spike_driven
+from spiking_mamba import SpikingMambaForCausalLM, SpikingProjection, event_driven, spike_driven
 from spiking_mamba.model.projection import SpikeEncoder, spike_fed
 from tests.helpers.checkpoints import state_spaces_folder
 from tests.helpers.tiny import INTEGER, recorded_spikes, tiny_model, tokens
@@ -126,3 +126,9 @@ def test_from_pretrained_names_the_way_for_another_form(tmp_path):
     with pytest.raises(ValueError, match=r"form of state-spaces, which from_dense\(\) reads"):
         SpikingMambaForCausalLM.from_pretrained(tmp_path)
     assert SpikingMambaForCausalLM.from_dense(tmp_path).config.num_hidden_layers == 2
+
+
+def test_an_event_driven_model_is_not_unrolled():
+    model = event_driven(tiny_model(neuron=INTEGER).eval())
+    with pytest.raises(ValueError, match="event-driven model has integer weights"):
+        spike_driven(model)
