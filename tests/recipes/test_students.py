@@ -487,3 +487,33 @@ def test_own_text_and_passages_as_text(convert, folder, tmp_path, monkeypatch, c
             " ".join(map(str, tokens[k * 511 : k * 511 + 511])) for k in range(len(tokens) // 511)
         ]
     assert "3 documents, 5 tokens" in capsys.readouterr().out
+
+
+def test_what_hardly_changes_weights_hardly_moves_a_dense_model(convert, folder, tmp_path):
+    """Against logits worked out here; the noise is of the size asked for, and nothing else is changed."""
+    dense = load_dense(folder / "dense")
+    ids = convert.perturb.passages(str(folder / "data" / "evaluated.npz"), 1)
+    kept = np.load(folder / "data" / "evaluated.npz")
+    assert ids[:, 0].tolist() == [0, 0]
+    assert ids[1, 1:].tolist() == kept["wikipedia-passages"][:511].tolist()
+    changed = convert.perturb.perturbed(dense, 1e-3, 0)
+    ratios = []
+    for (name, one), two in zip(changed.named_parameters(), dense.parameters(), strict=True):
+        if name.endswith("proj.weight"):
+            ratios.append((one / two)[two != 0].detach() - 1)
+        else:
+            assert torch.equal(one, two), name
+    assert float(torch.cat([r.flatten() for r in ratios]).std()) == pytest.approx(1e-3, rel=0.05)
+    own, moved = (convert.perturb.all_logits(model, ids, "") for model in (dense, changed))
+    with torch.no_grad():
+        wanted = [model(input_ids=ids, use_cache=False).logits[:, 1:].double() for model in (dense, changed)]
+    torch.testing.assert_close(own.double(), wanted[0], rtol=1e-4, atol=1e-4)
+    p, q = (logits.log_softmax(-1) for logits in wanted)
+    found = convert.perturb.measures(moved, own, own, ids)
+    assert found["kl"] == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=0.05, abs=1e-6)
+    assert found["kl"] == found["teacher_kl"]
+    nats = torch.nn.functional.nll_loss(q[:, :-1].flatten(0, 1), ids[:, 2:].flatten())
+    assert found["perplexity"] == pytest.approx(float(nats.exp()), rel=1e-4)
+    assert found["top1"] == pytest.approx(float((p.argmax(-1) == q.argmax(-1)).float().mean()))
+    with pytest.raises(convert.perturb.RunError, match="no 1000 rows"):
+        convert.perturb.passages(str(folder / "data" / "evaluated.npz"), 1000)

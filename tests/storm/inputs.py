@@ -239,6 +239,13 @@ def recipes(folder: Path) -> dict[str, Recipe]:
             "DecodeSettings",
             {"source": source, "own_text": packed, "data": str(folder / "prepared"), "output": "run"},
         ),
+        "perturb": Recipe(
+            "convert/perturb.py",
+            "PerturbSettings",
+            {"student": student, "teacher": teacher, "data": str(folder / "prepared/evaluated.npz")}
+            | {"results": "run.jsonl", "noise": [1e-6], "rows": 1},
+            reaches=False,
+        ),
         "student's card": Recipe(
             "convert/student_card.py",
             "StudentCardSettings",
