@@ -9,7 +9,8 @@ from placeholders import PLACEHOLDER
 from students import Student, measure, of_file
 
 from spiking_mamba.common.keys import reject_unknown_keys
-from spiking_mamba.common.provenance import MARK
+from spiking_mamba.common.provenance import MARK, is_clean
+from spiking_mamba.common.records import read_records
 from spiking_mamba.common.schema import Name, schema
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS, SOURCE_TASKS
 from spiking_mamba.evaluation.outcomes import read_outcomes
@@ -20,6 +21,7 @@ from spiking_mamba.reports.document import Table as Cells
 __all__ = ["About", "section"]
 
 COMMAND = "python recipes/convert/score_student.py recipes/distill/score.yaml model=FOLDER name=NAME"
+PERTURB = "python recipes/convert/perturb.py recipes/convert/perturb.yaml"
 ACCURACY = {
     "six sets, %": "{six:.2f}",
     "below the teacher there, points": "{gap:.2f} [{gap.low:.2f}, {gap.high:.2f}]",
@@ -71,6 +73,7 @@ class About:
         labels: what the tables call a record, by its name, in the tables' order.
         made: by what a record's model was made, and scored.
         pairs: of names, whose difference is given.
+        perturbed: file of what ``perturb.py`` has recorded; null: none. perturbed_text: before its table.
         drawn: what the picture calls a record, by its name.
         findings: behind the tables, with ``{name.measure:.2f}``; one without a number is left out.
     """
@@ -82,6 +85,8 @@ class About:
     labels: dict[str, str]
     made: dict[str, str] = field(default_factory=dict)
     pairs: list[list[str]] = field(default_factory=list)
+    perturbed: Name | None = None
+    perturbed_text: str = ""
     drawn: dict[str, str] = field(default_factory=dict)
     findings: list[str] = field(default_factory=list)
     logs: dict[str, Name] = field(default_factory=dict)
@@ -114,6 +119,8 @@ def section(about: About) -> list[Block]:
 
     texts = [fill(text, find) for text in about.findings]
     blocks += [Paragraph(text) for text in texts if text is not None]
+    if about.perturbed is not None:
+        blocks += perturbed(Path(about.perturbed), about.perturbed_text)
     runs = [student.record["provenance"] for _, student in found]
     devices = sorted({run["hardware"]["device"] for run in runs})
     commits, dates = (sorted({str(run[key]) for run in runs}) for key in ("commit", "date"))
@@ -121,6 +128,32 @@ def section(about: About) -> list[Block]:
     text = f"Scored on {', '.join(devices)}, {when}; commit {', '.join(c[:7] for c in commits)}."
     blocks.append(Paragraph(text))
     return blocks
+
+
+def perturbed(path: Path, text: str) -> list[Block]:
+    """The table of what models say whose weights hardly changed; nothing where none was measured."""
+    rows = []
+    for found in read_records(path):
+        name = found["model"] if is_clean(found["commit"]) else f"{found['model']} {MARK}"
+        own = (
+            [f"{found['kl']:.3f}", f"{100 * found['top1']:.1f}"]
+            if found["changed"] != "nothing"
+            else ["", ""]
+        )
+        rows.append(
+            [name, found["changed"], f"{found['perplexity']:.2f}", *own, f"{found['teacher_kl']:.3f}"]
+        )
+    if not rows:
+        return []
+    header = [
+        "model",
+        "weights changed by",
+        "perplexity",
+        "KL from itself",
+        "same likeliest token, %",
+        "KL to the teacher",
+    ]
+    return [Paragraph(text), Code(PERTURB), Cells(header, rows)]
 
 
 def differences(one: Student, other: Student, folder: Path) -> list[str]:

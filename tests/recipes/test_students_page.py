@@ -294,6 +294,33 @@ def test_differences_are_over_the_same_items(tmp_path):
     assert float(six.split()[0]) == pytest.approx(np.mean(means), abs=0.051)
 
 
+def test_what_small_changes_of_weights_did(about, tmp_path):
+    base = {
+        "model": "weights/x",
+        "perplexity": 20.5,
+        "kl": 0.0,
+        "top1": 1.0,
+        "teacher_kl": 0.15,
+        "commit": "a" * 40,
+    }
+    lines = [
+        base | {"changed": "nothing"},
+        base | {"changed": "int8", "kl": 0.125, "top1": 0.75, "commit": None},
+    ]
+    about.perturbed, about.perturbed_text = str(tmp_path / "perturbed.jsonl"), "Weights moved."
+    assert "Weights moved." not in to_markdown(students_section.section(about))
+    (tmp_path / "perturbed.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = to_markdown(students_section.section(about))
+    rows = [
+        [cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if "weights/x" in line
+    ]
+    assert rows == [
+        ["weights/x", "nothing", "20.50", "", "", "0.150"],
+        ["weights/x †", "int8", "20.50", "0.125", "75.0", "0.150"],
+    ]
+    assert text.index("Weights moved.") < text.index("perturb.yaml") < text.index("weights/x")
+
+
 def test_the_picture_has_a_mark_for_what_has_a_cost(about, tmp_path):
     about.drawn = {"teacher": "dense", "s63": "spiking", "w8a8": "W8A8", "s40": "not scored"}
     found = students.of_file(Path(about.records), CONFIG)
