@@ -51,7 +51,8 @@ class StudentScoreSettings:
         limit: items of each task, its first ones; 0: all.
         tokens: of a batch, padding included.
         passages: rows of 512 tokens of each kind.
-        weights, activations: bits to which a dense model is rounded after training; null: it is not.
+        weights, activations: bits to which a model's are rounded after training, the latter a dense one's;
+            null: they are not.
     """
 
     name: Name
@@ -69,10 +70,8 @@ class StudentScoreSettings:
     activations: Bits | None = None
 
     def __post_init__(self) -> None:
-        if (self.weights is None) != (self.activations is None):
-            raise ValueError("weights and activations are rounded together.")
-        if self.weights is not None and self.model is None:
-            raise ValueError("weights: the source is not rounded, only a model is.")
+        if (self.weights is not None or self.activations is not None) and self.model is None:
+            raise ValueError("weights, activations: the source is not rounded, only a model is.")
         if unknown := sorted(set(self.sets) - set(BENCHMARK_SETS)):
             raise ValueError(f"sets: unknown {', '.join(unknown)}; known are {', '.join(BENCHMARK_SETS)}.")
 
@@ -148,10 +147,9 @@ def load_scored(settings: StudentScoreSettings, device: torch.device) -> tuple[S
     else:
         model = load_model(settings.model)
     model = model.to(device).eval()
-    if settings.weights is not None:
-        assert settings.activations is not None
-        quantise(model, settings.weights, settings.activations)
-        facts |= {"weights": settings.weights, "activations": settings.activations}
+    quantise(model, settings.weights, settings.activations)
+    rounded = {"weights": settings.weights, "activations": settings.activations}
+    facts |= {key: bits for key, bits in rounded.items() if bits is not None}
     spiking = model.config.neuron is not None
     return (CountedScored if spiking else Scored)(source, model), facts
 

@@ -287,6 +287,31 @@ def test_a_quantiser_s_steps_round_with_the_least_error(convert, folder):
     assert best <= error(found[1]["out_proj"]) < 1.25 * best
 
 
+def test_either_side_alone_is_rounded(convert, folder):
+    """A student's weights, a dense model's inputs; what a student gets is integers already."""
+    ids = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+    student = convert.student.make_student(settings(convert, folder), load_dense(folder / "dense")).eval()
+    before = {name: p.detach().clone() for name, p in student.named_parameters()}
+    convert.quantise.quantise(student, 4, None, group=16)
+    changed = 0
+    for name, now in student.named_parameters():
+        if name.endswith("proj.weight"):
+            wanted = convert.rounding.rounded(before[name].view(-1, 16), 4)
+            assert torch.equal(now.detach().view(-1, 16), wanted), name
+            changed += not torch.equal(now, before[name])
+        else:
+            assert torch.equal(now, before[name]), name
+    assert changed
+    with pytest.raises(ValueError, match="inputs are integers as they are"):
+        convert.quantise.quantise(student, None, 8)
+    dense, rounded = (load_dense(folder / "dense") for _ in range(2))
+    convert.quantise.quantise(rounded, None, 8)
+    assert all(map(torch.equal, rounded.parameters(), dense.parameters()))
+    with torch.no_grad():
+        gap = (rounded(ids, use_cache=False).logits - dense(ids, use_cache=False).logits).abs().max()
+    assert 0 < float(gap) < 0.3
+
+
 def test_every_channel_is_looked_at(convert, folder):
     """Also where their number and the stride have a divisor in common."""
     dense = load_dense(folder / "dense")
