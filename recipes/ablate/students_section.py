@@ -101,16 +101,7 @@ def section(about: About) -> list[Block]:
     blocks: list[Block] = [Heading(about.title), Paragraph(about.text), Code(COMMAND)]
     for columns in (ACCURACY, TEXTS, COST):
         blocks.append(Cells(["model", *columns], [cells(label, s, columns) for label, s in found]))
-    pairs = [[students[name] for name in names] for names in about.pairs if all(n in students for n in names)]
-    if pairs:
-        items = Path(about.records).parent
-        rows = [[*(about.labels[s.name] for s in pair), *differences(*pair, items)] for pair in pairs]
-        blocks.append(
-            Cells(["model", "less", "ability, % of the teacher's", "six sets, points", "all sets"], rows)
-        )
-    made = [[about.labels[name], name, text] for name, text in about.made.items() if name in students]
-    if made:
-        blocks.append(Cells(["model", "record", "made by"], made))
+    blocks += compared(about, students)
 
     def find(name: str) -> float | None:
         who, _, what = name.partition(".")
@@ -130,29 +121,34 @@ def section(about: About) -> list[Block]:
     return blocks
 
 
+def compared(about: About, students: Mapping[str, Student]) -> list[Block]:
+    """Tables of differences between models, and of what each was made by."""
+    blocks: list[Block] = []
+    pairs = [[students[name] for name in names] for names in about.pairs if all(n in students for n in names)]
+    if pairs:
+        items = Path(about.records).parent
+        rows = [[*(about.labels[s.name] for s in pair), *differences(*pair, items)] for pair in pairs]
+        header = ["model", "less", "ability, % of the teacher's", "six sets, points", "all sets"]
+        blocks.append(Cells(header, rows))
+    made = [[about.labels[name], name, text] for name, text in about.made.items() if name in students]
+    if made:
+        blocks.append(Cells(["model", "record", "made by"], made))
+    return blocks
+
+
 def perturbed(path: Path, text: str) -> list[Block]:
     """The table of what models say whose weights hardly changed; nothing where none was measured."""
     rows = []
     for found in read_records(path):
         name = found["model"] if is_clean(found["commit"]) else f"{found['model']} {MARK}"
-        own = (
-            [f"{found['kl']:.3f}", f"{100 * found['top1']:.1f}"]
-            if found["changed"] != "nothing"
-            else ["", ""]
-        )
-        rows.append(
-            [name, found["changed"], f"{found['perplexity']:.2f}", *own, f"{found['teacher_kl']:.3f}"]
-        )
+        own = [f"{found['kl']:.3f}", f"{100 * found['top1']:.1f}"]
+        own = ["", ""] if found["changed"] == "nothing" else own
+        numbers = [f"{found['perplexity']:.2f}", *own, f"{found['teacher_kl']:.3f}"]
+        rows.append([name, found["changed"], *numbers])
     if not rows:
         return []
-    header = [
-        "model",
-        "weights changed by",
-        "perplexity",
-        "KL from itself",
-        "same likeliest token, %",
-        "KL to the teacher",
-    ]
+    header = ["model", "weights changed by", "perplexity", "KL from itself", "same likeliest token, %"]
+    header.append("KL to the teacher")
     return [Paragraph(text), Code(PERTURB), Cells(header, rows)]
 
 
@@ -161,13 +157,10 @@ def differences(one: Student, other: Student, folder: Path) -> list[str]:
 
     Ability is in per cent of the teacher's, which is taken as known.
     """
-    right = [
-        {
-            name: metrics[BENCHMARK_SETS[name].main]
-            for name, metrics in read_outcomes(folder / f"{s.name}.npz").items()
-        }
-        for s in (one, other)
-    ]
+    right = []
+    for student in (one, other):
+        outcomes = read_outcomes(folder / f"{student.name}.npz")
+        right.append({name: metrics[BENCHMARK_SETS[name].main] for name, metrics in outcomes.items()})
     sets = one.record["sets"]
     whole = one.record["ability"] / one.record["kept"]["share"]
     texts = []
