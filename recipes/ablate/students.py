@@ -22,11 +22,8 @@ from spiking_mamba.model.projection import spike_fed
 
 __all__ = ["MEASURES", "Student", "measure", "of_file"]
 
-GROUPED_4 = 4.5  # bits a weight: 4, and for every 32 a scale of 16
-OWN_BITS = {
-    "mamba": GROUPED_4,
-    "mlp": 5.0,
-}  # of the converted model: as packed; GGUF's Q4_1, with scale and least
+SCALE = 16 / 32  # bits a weight, of what has a scale of 16 bits for every 32
+OWN_BITS = {"mamba": 4 + SCALE, "mlp": 4 + 2 * SCALE}  # of the teacher: packed; Q4_1, which has a least, too
 
 
 class Student:
@@ -152,9 +149,11 @@ class Student:
             return None
         if self.rates is not None:
             return self.rates["nonzero"] * sum(weights_of(self.config).values()) / 1e6
-        bits = dict.fromkeys(OWN_BITS, GROUPED_4 if self.record.get("weights") == 4 else 8.0)
-        bits = bits if self.record.get("weights") else OWN_BITS
-        return sum(count * bits[kind] for kind, count in weights_of(self.config).items()) / 8e6
+        rounded, weights = self.record.get("weights"), weights_of(self.config)
+        if rounded is None:
+            return sum(count * OWN_BITS[kind] for kind, count in weights.items()) / 8e6
+        bits = rounded if rounded >= 8 else rounded + SCALE  # of 8 bits an output has one scale
+        return sum(weights.values()) * bits / 8e6
 
     @property
     def megabytes_4_bit(self) -> float | None:
@@ -265,6 +264,7 @@ def of_file(path: Path, config: str, logs: Mapping[str, str] | None = None) -> d
         if name in records and (lines := read_records(Path(log))):
             records[name].setdefault("progress", lines[-1])
     source = next((record for record in records.values() if "model" not in record), None)
-    whole = [r for r in records.values() if r.get("model") == config and r.get("weights") is None]
+    rounded = {name for name, r in records.items() if r.get("weights") or r.get("activations")}
+    whole = [r for name, r in records.items() if r.get("model") == config and name not in rounded]
     teacher = whole[0] if whole else None
     return {name: Student(record, config, source, teacher) for name, record in records.items()}

@@ -12,8 +12,8 @@ from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.provenance import MARK, is_clean
 from spiking_mamba.common.records import read_records
 from spiking_mamba.common.schema import Name, schema
-from spiking_mamba.data.benchmarks import BENCHMARK_SETS, SOURCE_TASKS
-from spiking_mamba.evaluation.outcomes import read_outcomes
+from spiking_mamba.data.benchmarks import SOURCE_TASKS
+from spiking_mamba.evaluation.outcomes import main_outcomes
 from spiking_mamba.evaluation.statistics import paired_gap
 from spiking_mamba.reports.document import Block, Code, Heading, Paragraph
 from spiking_mamba.reports.document import Table as Cells
@@ -147,8 +147,8 @@ def perturbed(path: Path, text: str) -> list[Block]:
         rows.append([name, found["changed"], *numbers])
     if not rows:
         return []
-    header = ["model", "weights changed by", "perplexity", "KL from itself", "same likeliest token, %"]
-    header.append("KL to the teacher")
+    of_itself = ("KL from itself", "same likeliest token, %")
+    header = ["model", "weights changed by", "perplexity", *of_itself, "KL to the teacher"]
     return [Paragraph(text), Code(PERTURB), Cells(header, rows)]
 
 
@@ -157,10 +157,7 @@ def differences(one: Student, other: Student, folder: Path) -> list[str]:
 
     Ability is in per cent of the teacher's, which is taken as known.
     """
-    right = []
-    for student in (one, other):
-        outcomes = read_outcomes(folder / f"{student.name}.npz")
-        right.append({name: metrics[BENCHMARK_SETS[name].main] for name, metrics in outcomes.items()})
+    right = [main_outcomes(folder / f"{student.name}.npz") for student in (one, other)]
     sets = one.record["sets"]
     whole = one.record["ability"] / one.record["kept"]["share"]
     texts = []

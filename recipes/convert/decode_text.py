@@ -10,17 +10,16 @@ from typing import Annotated, Any
 
 import numpy as np
 from pydantic import Field
-from tokens import END, read_tokens
+from tokens import END, PASSAGES, passage_rows, read_tokens
 from tqdm import tqdm
 
-from spiking_mamba.common.errors import RunError, fail_clearly
+from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.files import refuse_file, write_whole
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Name, Names, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.source import load_source_tokenizer
 
-PASSAGES, ROW = "-passages", 511  # of the names in evaluated.npz, and of a row without its first token
 _AT_ONCE = 1000  # documents
 
 
@@ -50,14 +49,11 @@ def documents(tokens: np.ndarray) -> list[np.ndarray]:
 
 
 def passages(path: Path) -> Iterator[tuple[str, np.ndarray]]:
-    """Rows of every kind of passage with its name; what is less than a row at the end is left out."""
+    """Rows of every kind of passage with its name, without the end of text in front."""
     with np.load(path) as kept:
-        names = [name for name in kept.files if name.endswith(PASSAGES)]
-        if not names:
-            raise RunError(f"{path} has no passages: prepare.py writes it.")
-        for name in names:
-            for row in range(len(kept[name]) // ROW):
-                yield name.removesuffix(PASSAGES), kept[name][row * ROW : (row + 1) * ROW]
+        for kind in PASSAGES:
+            for row in passage_rows(kept, kind):
+                yield kind.removesuffix("-passages"), row[1:].numpy()
 
 
 def lines(tokenizer: Any, texts: list[tuple[str, np.ndarray]]) -> str:

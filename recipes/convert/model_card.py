@@ -23,7 +23,7 @@ from spiking_mamba.common.records import read_records
 from spiking_mamba.common.schema import Count, Name, Names, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS
-from spiking_mamba.evaluation.outcomes import read_outcomes
+from spiking_mamba.evaluation.outcomes import main_outcomes
 from spiking_mamba.evaluation.statistics import kept_share, paired_gap
 from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.model.converted import mixers_of, read_index
@@ -64,11 +64,6 @@ class CardSettings:
     questions: Annotated[Names, Field(min_length=1)]
 
 
-def items_of(path: Path) -> Items:
-    """Whether each item was answered rightly, by set, by the metric that counts."""
-    return {name: metrics[BENCHMARK_SETS[name].main] for name, metrics in read_outcomes(path).items()}
-
-
 class Records:
     """What was written down: scores and items of the source and of the model, texts, and the log."""
 
@@ -81,7 +76,7 @@ class Records:
         same = all(file_sha256(Path(settings.model, name)) == value for name, value in sums)
         if not same or self.model["scored"]["progress"] != index["progress"]:
             raise RunError(f"{folder} holds the scores of other mixers than {settings.model}.")
-        self.items = [items_of(folder / entry["items"]) for entry in (self.source, self.model)]
+        self.items = [main_outcomes(folder / entry["items"]) for entry in (self.source, self.model)]
         self.texts = list(read_records(folder / "text.jsonl"))
         self.log = list(read_records(Path(settings.model, LOG)))
         self.bits = index["bits"]

@@ -3,20 +3,17 @@
 python recipes/convert/pack_student.py recipes/distill/pack.yaml state=runs/students/63/state.pt
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from flat import LowRankParameters
 from packing import pack_mixers
-from safetensors.torch import save_file
 from student import restored_student
 
 from spiking_mamba import SpikingMambaForCausalLM
-from spiking_mamba.common.checkpoint_files import MIXERS
 from spiking_mamba.common.errors import RunError, fail_clearly
-from spiking_mamba.common.files import file_sha256, refuse_file, write_whole
+from spiking_mamba.common.files import refuse_file
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.schema import Name, Positive, schema
 from spiking_mamba.common.settings import parse_settings
@@ -78,12 +75,10 @@ def pack_student(state: str | Path, folder: Path, megabytes: float = 15.0) -> li
         )
     source = read_index(Path(settings["start"]))["source"]
     facts: dict[str, Any] = {"progress": progress, "group": settings["group"], STUDENT: FILE}
-    paths = pack_mixers(student, folder, source, settings["bits"], settings["group"], None, megabytes, facts)
-    save_file(own_tensors(student, mlps), folder / FILE)
-    index = json.loads((folder / MIXERS).read_text())
-    index["sha256"][FILE] = file_sha256(folder / FILE)
-    write_whole(folder / MIXERS, json.dumps(index, indent=1) + "\n")
-    return [*paths, folder / FILE]
+    own = {FILE: own_tensors(student, mlps)}
+    return pack_mixers(
+        student, folder, source, settings["bits"], settings["group"], None, megabytes, facts, own
+    )
 
 
 @fail_clearly()

@@ -132,6 +132,7 @@ def pack_mixers(
     moments: dict[str, torch.Tensor] | None = None,
     megabytes: float = 15.0,
     facts: dict[str, Any] | None = None,
+    more: dict[str, dict[str, torch.Tensor]] | None = None,
 ) -> list[Path]:
     """Write a model's mixers into files of at most so many megabytes, its configuration, and an index.
 
@@ -143,6 +144,7 @@ def pack_mixers(
         bits, group: see :func:`integers`; at most 4 bits are stored two in a byte.
         moments: inputs' second moments by projection, "0.in_proj" and so on, see :func:`integers`.
         facts: more to stand in the index.
+        more: other files' tensors, by the files' names.
         megabytes: the most that a file holds.
 
     Returns:
@@ -160,16 +162,18 @@ def pack_mixers(
         shards[-1][name] = tensor.contiguous()
         size += bytes_
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / f"mixers-{k:02d}.safetensors" for k in range(len(shards))]
-    for path, shard in zip(paths, shards, strict=True):
-        draft = path.with_suffix(".part")
-        save_file(shard, draft)
-        draft.replace(path)
+    mixers = {f"mixers-{k:02d}.safetensors": shard for k, shard in enumerate(shards)}
+    paths = []
+    for name, tensors in (mixers | (more or {})).items():
+        paths.append(folder / name)
+        draft = paths[-1].with_suffix(".part")
+        save_file(tensors, draft)
+        draft.replace(paths[-1])
     model.config.save_pretrained(folder)
     index = {
         "source": source,
         "bits": bits,
-        "files": [path.name for path in paths],
+        "files": list(mixers),
         "sha256": {path.name: file_sha256(path) for path in paths},
     } | (facts or {})
     write_whole(folder / MIXERS, json.dumps(index, indent=1) + "\n")

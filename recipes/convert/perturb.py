@@ -14,7 +14,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from pydantic import Field
-from tokens import END
+from tokens import PASSAGES, passage_rows
 from tqdm import tqdm
 
 from spiking_mamba import SpikingMambaForCausalLM, event_driven
@@ -27,8 +27,6 @@ from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.evaluation.scoring import kl_and_agreement
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.model.projection import spike_fed
-
-ROW = 511  # tokens of a passage, behind an end of text
 
 
 @schema
@@ -87,11 +85,10 @@ def measures(
 def passages(path: str, rows: int) -> torch.Tensor:
     """The first rows of every kind, ``[rows, 512]``, each behind an end of text."""
     with np.load(path) as kept:
-        kinds = [kept[name].astype(np.int64) for name in kept.files if name.endswith("-passages")]
-    if not kinds or min(map(len, kinds)) < rows * ROW:
+        kinds = [passage_rows(kept, kind)[:rows] for kind in PASSAGES]
+    if min(map(len, kinds)) < rows:
         raise RunError(f"{path} has no {rows} rows of passages of each kind.")
-    ids = np.concatenate([tokens[: rows * ROW].reshape(rows, ROW) for tokens in kinds])
-    return F.pad(torch.from_numpy(ids), (1, 0), value=END)
+    return torch.cat(kinds)
 
 
 def perturb(settings: PerturbSettings) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch
 from conversion import convert
 from flat import load_state
 from llama import Llama
-from tokens import END
+from tokens import END, PASSAGES, passage_rows
 from torch.nn import functional as F
 
 from spiking_mamba import SpikingMambaForCausalLM
@@ -28,8 +28,6 @@ from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 from spiking_mamba.evaluation.outcomes import write_outcomes
 from spiking_mamba.model.converted import load_mixers, mixers_of
 from spiking_mamba.model.source import load_source
-
-PASSAGES = {"openwebtext-passages": "web", "wikipedia-passages": "wiki"}
 
 
 @schema
@@ -169,10 +167,7 @@ def passages(
     measures, reference = {}, reference or scored.source
     device = scored.source.head.device
     for name, short in PASSAGES.items():
-        tokens = data[name].astype(np.int64)
-        whole = len(tokens) // (length - 1)
-        ids = torch.from_numpy(tokens[: whole * (length - 1)]).view(whole, -1)[:count]
-        ids = F.pad(ids, (1, 0), value=END).to(device)
+        ids = passage_rows(data, name, length)[:count].to(device)
         nll, kl, same, n = 0.0, 0.0, 0, 0
         for part in ids.split(max(1, most // length)):
             own, theirs = scored.hidden_states(part)[:, 1:-1], reference.hidden_states(part)[:, 1:-1]

@@ -16,7 +16,7 @@ from pydantic import Field
 from quantise import quantise
 from score import Scored, outcomes, passages, tasks
 from student import load_student
-from tokens import END
+from tokens import END, passage_rows
 
 from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.common.errors import RunError, fail_clearly
@@ -120,9 +120,7 @@ def by_projection(scored: Scored, data: Any, rows: int = 16) -> dict[str, Any]:
     Mean |s|, share of non-zeros, share of counts at D, silent channels.
     """
     assert scored.student is not None
-    tokens = torch.from_numpy(data["openwebtext-passages"].astype(np.int64))
-    rows = min(rows, len(tokens) // 511)
-    ids = torch.nn.functional.pad(tokens[: rows * 511].view(rows, 511), (1, 0), value=END)
+    ids = passage_rows(data, "openwebtext-passages")[:rows]
     with count_spikes(scored.student) as counts:
         Scored.hidden_states(scored, ids.to(scored.source.head.device))
     found = {}

@@ -6,15 +6,17 @@ window of a stream; what is evaluated begins with it too.
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from spiking_mamba.common.errors import DataError
 
-__all__ = ["END", "Mixture", "Stream", "read_tokens"]
+__all__ = ["END", "PASSAGES", "Mixture", "Stream", "passage_rows", "read_tokens"]
 
 END = 0  # SmolLM2's <|endoftext|>
+PASSAGES = {"openwebtext-passages": "web", "wikipedia-passages": "wiki"}  # held-out text
 
 
 def read_tokens(paths: Sequence[str | Path], vocabulary: int = 2**16) -> np.ndarray:
@@ -35,6 +37,25 @@ def read_tokens(paths: Sequence[str | Path], vocabulary: int = 2**16) -> np.ndar
             raise DataError(f"{path} holds token {most}, outside the vocabulary of {vocabulary}.")
         parts.append(tokens)
     return np.concatenate(parts)
+
+
+def passage_rows(data: Any, kind: str, length: int = 512) -> torch.Tensor:
+    """Rows of a kind of passages, each an end of text and a window of them, int64 ``[rows, length]``.
+
+    What is less than a row at the end is left out.
+
+    Args:
+        data: ``evaluated.npz``, see ``prepare.py``. kind: of ``PASSAGES``.
+        length: of a row, its first token included.
+
+    Raises:
+        DataError: there are none of that kind.
+    """
+    if kind not in data:
+        raise DataError(f"There are no {kind} in the data: prepare.py writes them.")
+    rows = len(data[kind]) // (length - 1)
+    windows = torch.from_numpy(data[kind][: rows * (length - 1)].astype(np.int64)).view(rows, length - 1)
+    return torch.nn.functional.pad(windows, (1, 0), value=END)
 
 
 class Stream:

@@ -6,7 +6,9 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Outcomes", "read_outcomes", "write_outcomes"]
+from spiking_mamba.data.benchmarks import BENCHMARK_SETS
+
+__all__ = ["Outcomes", "main_outcomes", "read_outcomes", "write_outcomes"]
 
 Outcomes = Mapping[str, Mapping[str, np.ndarray]]  # bool [items] by task and metric
 
@@ -28,3 +30,8 @@ def read_outcomes(path: str | Path) -> dict[str, dict[str, np.ndarray]]:
                 count = int(held[f"{name}/items"])
                 outcomes.setdefault(name, {})[metric] = np.unpackbits(held[key])[:count].astype(bool)
     return outcomes
+
+
+def main_outcomes(path: str | Path) -> dict[str, np.ndarray]:
+    """The same by task, by the metric that counts for it."""
+    return {name: metrics[BENCHMARK_SETS[name].main] for name, metrics in read_outcomes(path).items()}

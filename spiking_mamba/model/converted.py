@@ -106,6 +106,7 @@ def read_converted(folder: Path, cls: type[Model]) -> Model:
     kept = read_llama(source)
     weights |= kept_weights(kept)
     if (own := index.get(STUDENT)) is not None:
+        _check_sum(folder, index, own, "a damaged student")
         _add_student(weights, folder, own)
     layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("backbone.layers."))
     if config.num_hidden_layers != layers:  # before they take memory
@@ -196,12 +197,18 @@ def load_mixers(model: PreTrainedModel, folder: str | Path) -> dict[str, Any]:
     return index
 
 
+def _check_sum(folder: Path, index: dict[str, Any], name: str, what: str) -> None:
+    """Refuse a file that is not what the index says, where it says something: older ones do not."""
+    known = index.get("sha256", {}).get(name)
+    if known is not None and file_sha256(folder / name) != known:
+        raise CheckpointError(f"{folder} holds {what}: {name} has another sha256 than in {MIXERS}.")
+
+
 def _read_mixers(folder: Path, index: dict[str, Any]) -> dict[str, torch.Tensor]:
     """Float32 tensors of a folder's mixers, by the names that they have in a model."""
     packed: dict[str, torch.Tensor] = {}
-    for name, known in index.get("sha256", {}).items():
-        if name in files_of(index) and file_sha256(folder / name) != known:
-            raise CheckpointError(f"{folder} is damaged: {name} has another sha256 than in {MIXERS}.")
+    for name in index["files"]:
+        _check_sum(folder, index, name, "damaged mixers")
     try:
         for name in index["files"]:
             packed |= load_file(folder / name)

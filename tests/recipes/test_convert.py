@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.common.files import file_sha256
+from spiking_mamba.evaluation.outcomes import main_outcomes
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.converted import load_mixers, mixers_of
 from spiking_mamba.model.llama import NotLlamaError
@@ -487,7 +488,7 @@ def test_the_recipe_runs_from_its_commands(convert, folder, tmp_path, monkeypatc
     assert packed["kl_web"] == state["kl_web"] > 0
     assert state["scored"]["tokens"] == 6 * 8 * 64
     assert set(packed["scored"]["sha256"]) == {"mixers-00.safetensors"}
-    items = convert.model_card.items_of(run / "packed.npz")
+    items = main_outcomes(run / "packed.npz")
     assert {name: len(found) for name, found in items.items()} == {"piqa": 6, "lambada_openai": 5}
     assert convert.model_card.origin(packed)["date"] == packed["provenance"]["date"][:10]
     assert items["piqa"].mean() == pytest.approx(packed["tasks"]["piqa"]["acc"], abs=1e-4)

@@ -98,6 +98,13 @@ def test_numbers_are_those_of_the_records():
     assert measures["int8"] < students.MEASURES["int8"](rounded)
 
 
+def test_a_teacher_whose_inputs_are_rounded_is_a_rival(tmp_path):
+    rows = [record("a8", activations=8), record("teacher", 0.1), spiking("s63", 1.05, 0.62)]
+    path = tmp_path / "students.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert students.of_file(path, CONFIG)["s63"].teacher["name"] == "teacher"
+
+
 def test_the_source_is_no_model_of_the_teacher_s_configuration(tmp_path):
     source = record("transformer", 0.1, ability=1.25, sets=["piqa"])
     del source["model"]

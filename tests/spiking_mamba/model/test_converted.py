@@ -164,7 +164,7 @@ def change(path, **values):
         (lambda f: change(f / "mixers.json", files=[".."]), "files beside it"),
         (lambda f: change(f / "mixers.json", files=[""]), "files beside it"),
         (lambda f: (f / "mixers-01.safetensors").unlink(), "incomplete: it lacks mixers-01.safetensors"),
-        (lambda f: (f / "mixers-01.safetensors").write_bytes(b"\0" * 50), "damaged"),
+        (lambda f: (f / "mixers-01.safetensors").write_bytes(b"\0" * 50), "damaged mixers"),
         (lambda f: change(f / "mixers.json", files=["mixers-00.safetensors"]), "damaged mixers"),
         (lambda f: change(f / "mixers.json", source="/no/such/source"), "source=/no/such/source cannot"),
         (lambda f: change(f / "config.json", num_hidden_layers=10**9, layers_block_type=None), "layers"),
@@ -215,7 +215,7 @@ def test_a_byte_that_changed_is_noticed(source, tmp_path):
     content = bytearray(files[1].read_bytes())
     content[-1] ^= 1
     files[1].write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"is damaged: mixers-01\.safetensors has another sha256"):
+    with pytest.raises(CheckpointError, match=r"damaged mixers: mixers-01\.safetensors has another sha256"):
         load_model(tmp_path / "model")
     with pytest.raises(CheckpointError, match="another sha256"):
         load_mixers(SpikingMambaForCausalLM(config()), tmp_path / "model")
