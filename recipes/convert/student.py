@@ -19,7 +19,7 @@ from train import STATE, Stage, run_stage
 
 import neurons
 from spiking_mamba.common.checkpoint_files import locate
-from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.errors import CheckpointError, fail_clearly
 from spiking_mamba.common.schema import Count, Fraction, Name, Natural, Positive, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_dense
@@ -84,6 +84,7 @@ class StudentSettings(StageSettings):
 
 
 Levels = dict[str, torch.Tensor]
+LEVELS_IN = "activations"  # units of what a state keeps; until 2026-11-29 they were V_th
 
 
 def thresholds(
@@ -154,6 +155,9 @@ class StudentStage(Stage):
     def kind(self) -> str:
         return "student"
 
+    def _lasting(self) -> dict[str, Any]:
+        return super()._lasting() | {"levels_in": self.settings.shift_inputs and LEVELS_IN}
+
     def _build(self) -> None:
         settings = self.settings
         dense = load_dense(settings.start).requires_grad_(False).to(self.device)
@@ -196,9 +200,16 @@ def restored_student(path: str | Path) -> tuple[SpikingMambaForCausalLM, Togethe
     """The student of a stage's ``state.pt`` as training saw it, its parameters, and its progress.
 
     On the CPU, in evaluation mode.
+
+    Raises:
+        CheckpointError: its levels are kept in units of V_th, as they once were.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
-    settings = StudentSettings(**state["progress"]["settings"] | {"output": "-", "piece": 1})
+    kept = dict(state["progress"]["settings"])
+    levels_in = kept.pop("levels_in", None)
+    settings = StudentSettings(**kept | {"output": "-", "piece": 1})
+    if settings.shift_inputs and levels_in != LEVELS_IN:
+        raise CheckpointError(f"{path} keeps levels in units of V_th, as before 2026-11-30: train it anew.")
     student = make_student(settings, load_dense(settings.start))
     parts = trained_parts(student.requires_grad_(False), settings, False)
     parts.restore(state)

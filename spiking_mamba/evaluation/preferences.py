@@ -133,7 +133,7 @@ def evaluate_preferences(
         if text is not None:
             with part_of(stage, "perplexity") as progress:
                 nll = perplexity(model, text, batch_size=min(batch_size, 16), progress=progress)
-    spiking = bool(counts.projections)
+    spiking = bool(counts.projections) and (scores is not None or nll is not None)
     return {
         "accuracy": scores and {kind: _accuracy(of_kind) for kind, of_kind in scores.items()},
         "perplexity": nll and nll["perplexity"],

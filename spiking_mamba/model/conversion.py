@@ -54,6 +54,8 @@ def fold_thresholds(model: SpikingMambaForCausalLM) -> SpikingMambaForCausalLM:
             threshold = projection.spikes.threshold
             block.divide_before(name, threshold)
             projection.weight.mul_(threshold)
+            if projection.spikes.level is not None:
+                projection.spikes.level.div_(threshold)
             projection.spikes.fix_threshold(1.0)
     folded.config.threshold = 1.0
     folded.config.learn_threshold = False

@@ -341,16 +341,20 @@ def event_driven(
         name: tensor.float()
         for name, tensor in model.state_dict().items()
         if not any(f"{projection}." in name for projection in PROJECTIONS)
-        and not name.endswith(("log_threshold", "constant"))
+        and not name.endswith(("log_threshold", "level", "constant"))
         and not name.startswith("lm_head.")
     }
     made.load_state_dict(kept, strict=False)
     with torch.no_grad():
         for k, (block, source) in enumerate(zip(made.backbone.blocks, model.backbone.blocks, strict=True)):
-            for name, projection in spike_fed(source.mixer):
+            pairs = zip(spike_fed(source.mixer), spike_fed(block.mixer), strict=True)
+            for (name, projection), (_, layer) in pairs:
                 threshold = torch.as_tensor(projection.threshold).item()
                 integers = rounded[f"backbone.layers.{k}.mixer.{name}"]
                 _fill(getattr(block.mixer, name), integers, threshold, projection.spikes.constant)
+                level, shift = layer.spikes.level, projection.spikes.shift
+                if level is not None and shift is not None:
+                    level.copy_(shift)
                 if name == "out_proj" and isinstance(block.mixer, SpikingMambaMLP):
                     _divide_upper_half(block.mixer.in_proj, threshold)
                 else:

@@ -78,7 +78,7 @@ def _check_sizes(cls: type, folder: Path, config: Any, renamed: dict[str, str]) 
 
 
 # the parameters that a spiking model has and a dense one has not, but for its neurons'
-OWN_IN_FLOAT32 = ("log_threshold", "shift", "constant")
+OWN_IN_FLOAT32 = ("log_threshold", "level", "constant")
 
 
 class SpikingMambaPreTrainedModel(PreTrainedModel):

@@ -7,7 +7,8 @@ product, which therefore consists of accumulations; V_th scales its result.
 ``r`` and ``c`` are there where inputs are shifted, else 0: what a channel has in common at all tokens need
 not be spiked at each of them. It rests at the level ``V_th r``, at which it is silent, and ``c``, at first
 ``V_th W r``, carries what all levels together mean to the outputs (channel-wise shifting: Wei et al., arXiv
-2304.09145).
+2304.09145). The level is what is learned, not ``r``: some lie hundreds of quanta from 0, and would move by as
+many hundredths of a quantum with every per cent of V_th.
 """
 
 import math
@@ -67,7 +68,8 @@ class SpikeEncoder(nn.Module):
         sgc: ``None`` or the complete SGC settings of the config; see :mod:`neurons.compensation`.
         spike_driven: make ternary micro-steps of the integers; without SGC.
         shifts: ``(in_features, out_features)`` of the projection where its inputs are shifted; they are then
-            float32 parameters, at first 0: ``shift``, in units of V_th, and ``constant``.
+            float32 parameters, at first 0: ``level``, in the units of the activations, so that inputs rest
+            where they did when V_th is learned, and ``constant``.
     """
 
     def __init__(
@@ -86,7 +88,7 @@ class SpikeEncoder(nn.Module):
         # of shape [1]: FSDP shards no scalars
         self.log_threshold = nn.Parameter(torch.zeros(1)) if learn_threshold else None
         inputs, outputs = shifts or (0, 0)
-        self.shift = nn.Parameter(torch.zeros(inputs)) if inputs else None
+        self.level = nn.Parameter(torch.zeros(inputs)) if inputs else None
         self.constant = nn.Parameter(torch.zeros(outputs)) if outputs else None
         self.threshold = threshold
         self.sgc = sgc
@@ -98,7 +100,7 @@ class SpikeEncoder(nn.Module):
         if self.neuron is None:
             return ""
         threshold = torch.as_tensor(self.threshold).item()
-        shifted = ", shifted" if self.shift is not None else ""
+        shifted = ", shifted" if self.level is not None else ""
         return f"membrane={self.membrane}, threshold={threshold:.4g}, sgc={self.sgc}{shifted}"
 
     @property
@@ -125,10 +127,16 @@ class SpikeEncoder(nn.Module):
             return None
         return self._compiled_threshold if torch.compiler.is_compiling() else self._threshold
 
+    @property
+    def shift(self) -> torch.Tensor | None:
+        """The level in units of V_th, float32 ``[in_features]``; None where inputs are not shifted."""
+        threshold = self._factor()
+        return self.level if self.level is None or threshold is None else self.level / threshold
+
     def reset_parameters(self) -> None:
         """Let a learned V_th start again from the number that was given, and levels from 0."""
         self.threshold = self._threshold
-        for parameter in (self.shift, self.constant):
+        for parameter in (self.level, self.constant):
             if parameter is not None:
                 init.zeros_(parameter)
 
@@ -172,8 +180,8 @@ class SpikeEncoder(nn.Module):
             spike_dtype(x, self.neuron.surrogate_function)
         threshold = self._factor()
         u = x if threshold is None else x.float() / threshold
-        if self.shift is not None:
-            u = u - self.shift
+        if (shift := self.shift) is not None:
+            u = u - shift
         if self.training and self._compensates and not self.spike_driven:
             emitted, fed = self._compensated(u, states, packing)
         else:
@@ -316,7 +324,7 @@ class SpikingProjection(nn.Module):
     def rest_at(self, levels: torch.Tensor) -> None:
         """Let input channels rest at these levels: what rests there fires nothing, and no output changes.
 
-        Up to rounding to spikes, that is. V_th and weights as they are now count.
+        Up to rounding to spikes, that is. The weights as they are now count.
 
         Args:
             levels: ``[in_features]``, in the units of the activations.
@@ -324,12 +332,12 @@ class SpikingProjection(nn.Module):
         Raises:
             ValueError: inputs are not shifted here, or a level is not finite.
         """
-        if self.spikes.shift is None or self.spikes.constant is None:
+        if self.spikes.level is None or self.spikes.constant is None:
             raise ValueError("This projection's inputs are not shifted (shift_inputs).")
         if not levels.isfinite().all():
             raise ValueError("Levels must be finite.")
         levels = levels.to(self.weight.device, torch.float32)
-        self.spikes.shift.copy_(levels / torch.as_tensor(self.threshold).to(levels.device))
+        self.spikes.level.copy_(levels)
         self.spikes.constant.copy_(self.weight.float() @ levels)
 
     @property

@@ -8,7 +8,7 @@ __all__ = ["summary"]
 
 
 def summary(results: dict[str, Any]) -> str:
-    """The table of a run's results."""
+    """The table of a run's results, or that there are none."""
     before, after, change = results["before"], results["after"], results["change"]
     rows = []
     if change["accuracy"] is not None:
@@ -24,6 +24,8 @@ def summary(results: dict[str, Any]) -> str:
         rows.append(["mean |s|", f"{before['mean_abs']:.3f}", f"{after['mean_abs']:.3f}", ""])
         gains = [f"{side['energy']['fp32']:.2f}x" for side in (before, after)]
         rows.append(["energy gain of the projections, 45 nm fp32", *gains, ""])
+    if not rows:
+        return "Nothing was measured: there are neither held-out pairs nor a text."
     return markdown_table(["held-out", "before", "after", "change (95% interval)"], rows)
 
 

@@ -96,7 +96,7 @@ def count_spikes(model: nn.Module, *, histogram: bool = True) -> Iterator[SpikeC
                 p.out_features,
                 p.spikes.max_spike_count,
                 histogram,
-                p.spikes.shift is not None,
+                p.spikes.level is not None,
             )
             for name, p in projections.items()
         }

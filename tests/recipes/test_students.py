@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
+from safetensors.torch import load_file, save_file
 
 from spiking_mamba.common.errors import CheckpointError, DataError
 from spiking_mamba.common.files import file_sha256
@@ -211,8 +212,43 @@ def test_a_student_that_is_older_than_shift_inputs_goes_on_without(convert, fold
     del state["progress"]["settings"]["shift_inputs"]
     torch.save(state, tmp_path / "run" / "state.pt")
     assert run(convert, settings(convert, folder, **about, shift_inputs=False)).progress.step == 1
-    with pytest.raises(convert.train.RunError, match="other settings of shift_inputs"):
+    with pytest.raises(convert.train.RunError, match=r"other settings of .*shift_inputs"):
         convert.student.StudentStage(settings(convert, folder, **about))
+
+
+def test_a_student_whose_levels_are_in_quanta_is_refused(convert, folder, tmp_path):
+    about = {"output": str(tmp_path / "run"), "steps": 1}
+    run(convert, settings(convert, folder, **about))
+    path = tmp_path / "run" / "state.pt"
+    state = torch.load(path, weights_only=True)
+    del state["progress"]["settings"]["levels_in"]
+    torch.save(state, path)
+    with pytest.raises(convert.train.RunError, match="other settings of levels_in"):
+        convert.student.StudentStage(settings(convert, folder, **about))
+    with pytest.raises(CheckpointError, match="units of V_th"):
+        convert.student.load_student(path)
+
+
+def test_a_packed_student_of_older_names_is_read(convert, folder, tmp_path):
+    """Its levels were in units of V_th, and called so."""
+    run(convert, settings(convert, folder, output=str(tmp_path / "run")))
+    convert.pack_student.pack_student(tmp_path / "run" / "state.pt", tmp_path / "packed")
+    now = load_model(tmp_path / "packed").state_dict()
+    index = json.loads((tmp_path / "packed" / "mixers.json").read_text())
+    for name in [*index["files"], index["student"]]:
+        tensors = load_file(tmp_path / "packed" / name)
+        for key in [key for key in tensors if key.endswith(".level")]:
+            encoder = key.removesuffix("level")
+            own = tensors.pop(key)
+            assert own.abs().max() > 0
+            tensors[f"{encoder}shift"] = own / tensors[f"{encoder}log_threshold"].exp()
+        save_file(tensors, tmp_path / "packed" / name)
+    del index["sha256"]
+    (tmp_path / "packed" / "mixers.json").write_text(json.dumps(index))
+    read = load_model(tmp_path / "packed").state_dict()
+    assert read.keys() == now.keys()
+    for name, tensor in now.items():
+        torch.testing.assert_close(read[name], tensor, rtol=1e-6, atol=0)
 
 
 def test_a_packed_student_is_what_was_trained(convert, folder, tmp_path):

@@ -31,10 +31,10 @@ def test_the_equation_by_hand():
     """y = V W S(x / V - r) + b + c, counted in float64."""
     layer = projection()
     with torch.no_grad():
-        layer.spikes.shift.normal_()
+        layer.spikes.level.normal_()
         layer.spikes.constant.normal_()
     x = 2 * torch.randn(2, 5, 10)
-    u = x.double().numpy() / 0.5 - layer.spikes.shift.detach().double().numpy()
+    u = (x.double().numpy() - layer.spikes.level.detach().double().numpy()) / 0.5
     s = np.clip(np.sign(u) * np.ceil(np.abs(u) - 0.5), -3, 3)
     weight, bias, constant = (
         t.detach().double().numpy() for t in (layer.weight, layer.linear.bias, layer.spikes.constant)
@@ -59,13 +59,33 @@ def test_what_rests_fires_nothing_and_changes_no_output(learned):
     torch.testing.assert_close(fine(near), dense, rtol=0, atol=5e-3)
 
 
-def test_shifts_stay_when_a_threshold_is_set():
+def test_levels_stay_when_a_threshold_is_set():
     layer = projection()
     layer.rest_at(torch.ones(10))
     layer.spikes.fix_threshold(0.25)
-    assert torch.equal(layer.spikes.shift, torch.full((10,), 2.0))
+    assert torch.equal(layer.spikes.level, torch.ones(10))
+    assert torch.equal(layer.spikes.shift, torch.full((10,), 4.0))
     layer.spikes.reset_parameters()
-    assert not layer.spikes.shift.any()
+    assert not layer.spikes.level.any()
+
+
+@pytest.mark.parametrize("far", [0.0, 1.0, 1000.0])
+def test_a_learned_threshold_moves_no_level(far):
+    """Its gradient is the one of unshifted inputs, wherever channels rest, and they go on resting."""
+    layer, plain = projection(learn_threshold=True), projection(learn_threshold=True)
+    levels = far * torch.tensor([1.0, -1.0] * 5)
+    layer.rest_at(levels)
+    x, wanted = 2 * torch.randn(2, 5, 10), torch.randn(2, 5, 6)
+    gradients = []
+    for one, given in ((layer, x + levels), (plain, x)):
+        (one(given) * wanted).sum().backward()
+        gradients.append(one.spikes.log_threshold.grad)
+    torch.testing.assert_close(*gradients, rtol=2e-2, atol=2e-2)  # x + 1000 has lost some of x
+    with torch.no_grad():
+        layer.spikes.log_threshold += 0.01
+    assert not layer.spikes(levels.expand(1, 4, 10)).emitted.any()
+    dense = torch.nn.functional.linear(levels, layer.weight, layer.linear.bias)
+    torch.testing.assert_close(layer(levels.expand(1, 4, 10)), dense.expand(1, 4, 6))
 
 
 def test_only_where_inputs_are_shifted():
@@ -77,7 +97,7 @@ def test_only_where_inputs_are_shifted():
     with pytest.raises(ValueError, match="finite"):
         projection().rest_at(torch.full((10,), float("nan")))
     assert "shifted" in repr(projection())
-    assert not any("shift" in name for name in plain.state_dict())
+    assert not any(name.endswith(("level", "constant")) for name in plain.state_dict())
 
 
 def test_a_student_that_is_exported_says_the_same(tmp_path):
@@ -91,7 +111,7 @@ def test_a_student_that_is_exported_says_the_same(tmp_path):
         loaded = load_model(tmp_path / "out").eval()
         torch.testing.assert_close(loaded(ids).logits, expected, rtol=1e-4, atol=1e-4)
     half = SpikingMambaForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.bfloat16)
-    kept = [t for name, t in half.state_dict().items() if name.endswith(("shift", "constant"))]
+    kept = [t for name, t in half.state_dict().items() if name.endswith(("level", "constant"))]
     assert len(kept) == 16
     assert {t.dtype for t in kept} == {torch.float32}
 

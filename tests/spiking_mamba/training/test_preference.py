@@ -17,6 +17,7 @@ from spiking_mamba.evaluation.preferences import (
     evaluate_preferences,
     preference_scores,
 )
+from spiking_mamba.reports.preferences import summary
 from spiking_mamba.training.preference import (
     METHODS,
     PreferenceSettings,
@@ -194,6 +195,14 @@ def test_it_learns_a_separable_preference(method, neuron, make):
     assert after["accuracy"]["sum"]["average"] > 0.9
     assert compare(before, after)["accuracy"]["sum"]["average"]["low"] > 0.1
     assert (after["mean_abs"] is None) == (neuron is None)
+
+
+@pytest.mark.parametrize("neuron", [None, INTEGER])
+def test_where_nothing_is_held_out_no_number_is_made_up(neuron):
+    measured = evaluate_preferences(tiny_model(neuron=neuron), None, None)
+    assert set(measured.values()) == {None}
+    results = {"before": measured, "after": measured, "change": compare(measured, measured)}
+    assert summary(results).startswith("Nothing was measured")
 
 
 @pytest.mark.parametrize("frozen", [True, False])
