@@ -29,7 +29,8 @@ def recorded_inputs(
 ) -> dict[str, torch.Tensor]:
     """What every projection is given, flat float32, by its name; of every n-th token where there are many.
 
-    Whole tokens, since channels differ in size: every n-th number could miss some of them altogether.
+    Whole tokens, since channels differ in size: every n-th number could miss some of them altogether. Ends of
+    text are left out: they are so much larger than all other tokens that steps which fit them silence those.
 
     Args:
         model: dense.
@@ -41,7 +42,7 @@ def recorded_inputs(
 
     def keep(name: str) -> Any:
         def hook(_: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0][:, first:].flatten(0, 1).float()  # [tokens, channels]
+            x = args[0][counted].float()  # [tokens, channels]
             x = x if levels is None else x - levels[name]
             inputs.setdefault(name, []).append(x[:: max(1, len(ids) * x.numel() // most)].flatten())
 
@@ -50,6 +51,8 @@ def recorded_inputs(
     handles = [p.linear.register_forward_pre_hook(keep(name)) for name, p in spike_fed(model)]
     with hooked(handles):
         for row in ids.split(1):
+            counted = row != END
+            counted[:, :first] = False
             model.backbone(row, use_cache=False)
     return {name: torch.cat(parts) for name, parts in inputs.items()}
 

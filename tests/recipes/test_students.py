@@ -302,9 +302,10 @@ def test_a_packed_dense_control_is_dense(convert, folder, tmp_path):
 
 
 def test_a_quantiser_s_steps_round_with_the_least_error(convert, folder):
-    """Against every step of a fine grid, for inputs that the model was seen to have."""
+    """Against every step of a fine grid, for inputs that the model was seen to have, ends of text apart."""
     dense = load_dense(folder / "dense")
     ids = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+    ids[:, 7] = convert.tokens.END
     found = convert.levels.least_error(
         dense, ids, {"class": "neurons.SILIFNode", "args": {"max_spike_count": 3}}, 1
     )
@@ -314,7 +315,7 @@ def test_a_quantiser_s_steps_round_with_the_least_error(convert, folder):
     )
     dense(ids, use_cache=False)
     handle.remove()
-    x = inputs[0][:, 1:].flatten().detach().double()
+    x = inputs[0][:, [k for k in range(1, 16) if k != 7]].flatten().detach().double()
 
     def error(step):
         return float(((x / step).round().clamp(-3, 3) * step - x).square().mean())
@@ -360,6 +361,23 @@ def test_every_channel_is_looked_at(convert, folder):
     assert found.numel() == 8 * width
     large = found.view(-1, width).abs().mean(0)
     assert large[: width // 2].min() > large[width // 2 :].max()
+
+
+def test_neither_ends_of_text_nor_first_places_are_looked_at(convert, folder):
+    dense = load_dense(folder / "dense")
+    ids = torch.randint(3, 96, (2, 16), generator=torch.Generator().manual_seed(0))
+    ids[0, [0, 3, 9]] = ids[1, 0] = convert.tokens.END
+    inputs = []
+    handle = dense.backbone.layers[0].mixer.in_proj.register_forward_pre_hook(
+        lambda m, a: inputs.append(a[0])
+    )
+    found = convert.levels.recorded_inputs(dense, ids, first=2)["backbone.layers.0.mixer.in_proj"]
+    handle.remove()
+    expected = [
+        row[0, place] for row, kept in zip(inputs, ids, strict=True) for place in range(2, 16) if kept[place]
+    ]
+    assert len(expected) == 26
+    assert torch.equal(found, torch.cat(expected))
 
 
 def test_integers_after_training(convert, folder):
