@@ -43,6 +43,7 @@ class StudentScoreSettings:
         model: folder of a model, packed or whole, or a student's ``state.pt``; null: the source itself.
         source: the Transformer that everything was converted from, see ``source.load_source``.
         teacher: folder of a dense model, to which the KL is taken, too; null: none.
+        reference: so, of any model, such as what an aligned one was before; null: none.
         against: file of the teacher's items, whose ability is to be kept; null: none.
         data: folder that ``prepare.py`` has written.
         output: folder of the log, ``scores.jsonl``, and of items.
@@ -62,6 +63,7 @@ class StudentScoreSettings:
     sets: list[Name]
     model: Name | None = None
     teacher: Name | None = None
+    reference: Name | None = None
     against: Name | None = None
     limit: Natural = 0
     tokens: Count = 32768
@@ -174,10 +176,12 @@ def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any
         entry |= {"neuron": config.neuron, "shift_inputs": config.shift_inputs, "spikes": scored.spikes()}
         entry["projections"] = by_projection(scored, data)
     entry |= passages(scored, data, settings.passages, settings.tokens)
-    if settings.teacher is not None and settings.model is not None:
-        teacher = Scored(scored.source, load_dense(settings.teacher).to(device).eval())
-        rest = passages(scored, data, settings.passages, settings.tokens, reference=teacher)
-        entry |= {f"teacher_{key}": value for key, value in rest.items() if not key.startswith("perplexity")}
+    others = (("teacher", settings.teacher, load_dense), ("reference", settings.reference, load_model))
+    for kind, name, load in others if settings.model is not None else ():
+        if name is not None:
+            other = Scored(scored.source, load(name).to(device).eval())
+            rest = passages(scored, data, settings.passages, settings.tokens, reference=other)
+            entry |= {f"{kind}_{key}": value for key, value in rest.items() if "perplexity" not in key}
     return entry | {"seconds": round(time.monotonic() - begun, 1), "provenance": provenance(settings)}
 
 

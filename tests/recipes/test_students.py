@@ -462,7 +462,7 @@ def test_from_training_to_scores(folder, tmp_path):
     rows = {
         "teacher": [f"model={folder}/dense", "against=null"],
         "s63": [f"model={run}/state.pt", f"against={scores}/teacher.npz"],
-        "packed": [f"model={packed}", f"against={scores}/teacher.npz"],
+        "packed": [f"model={packed}", f"against={scores}/teacher.npz", f"reference={packed}"],
         "w4a8": [f"model={folder}/dense", "weights=4", "activations=8", f"against={scores}/teacher.npz"],
     }
     for name, arguments in rows.items():
@@ -475,6 +475,8 @@ def test_from_training_to_scores(folder, tmp_path):
     assert found["s63"]["teacher_kl_web"] > 0.01
     assert found["packed"]["teacher_kl_web"] == pytest.approx(found["s63"]["teacher_kl_web"], rel=0.02)
     assert found["w4a8"]["teacher_kl_web"] > 0
+    assert found["packed"]["reference_kl_web"] == pytest.approx(0, abs=1e-4)
+    assert not any(key.startswith("reference") for key in found["s63"])
     text, first, both = (found["s63"]["spikes"][key] for key in ("text", "first", "both"))
     assert first["tokens"] == 6 * 2 + 5  # a row for each choice, and for each continuation
     assert both["tokens"] == text["tokens"] + first["tokens"]

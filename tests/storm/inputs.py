@@ -159,6 +159,12 @@ def recipes(folder: Path) -> dict[str, Recipe]:
             | {"dpo": str(folder / "dpo.yaml"), "kto": str(folder / "kto.yaml"), "tasks": []}
             | {"corpora": [text], "limit": 2},
         ),
+        "rl answers": Recipe(
+            "rl/answers.py",
+            "AnswersSettings",
+            {"models": [teacher], "data": str(folder / "train.jsonl"), "results": "answers.jsonl"},
+            False,
+        ),
         "rl choose": Recipe("rl/choose.py", "ChooseSettings", {"runs": ["run"], "results": "c.jsonl"}, False),
         "evaluate": Recipe(
             "evaluate/evaluate.py",
