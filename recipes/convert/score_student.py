@@ -43,7 +43,7 @@ class StudentScoreSettings:
         model: folder of a model, packed or whole, or a student's ``state.pt``; null: the source itself.
         source: the Transformer that everything was converted from, see ``source.load_source``.
         teacher: folder of a dense model, to which the KL is taken, too; null: none.
-        reference: so, of any model, such as what an aligned one was before; null: none.
+        reference: folder of any model, such as what an aligned one was before, to which it is taken, too.
         against: file of the teacher's items, whose ability is to be kept; null: none.
         data: folder that ``prepare.py`` has written.
         output: folder of the log, ``scores.jsonl``, and of items.
@@ -74,6 +74,8 @@ class StudentScoreSettings:
     def __post_init__(self) -> None:
         if (self.weights is not None or self.activations is not None) and self.model is None:
             raise ValueError("weights, activations: the source is not rounded, only a model is.")
+        if self.reference is not None and self.model is None:
+            raise ValueError("reference: the source has none, only a model has.")
         if unknown := sorted(set(self.sets) - set(BENCHMARK_SETS)):
             raise ValueError(f"sets: unknown {', '.join(unknown)}; known are {', '.join(BENCHMARK_SETS)}.")
 
@@ -154,10 +156,17 @@ def load_scored(settings: StudentScoreSettings, device: torch.device) -> tuple[S
     return (CountedScored if spiking else Scored)(source, model), facts
 
 
+def _others(settings: StudentScoreSettings) -> dict[str, Any]:
+    """The models to which the KL is taken, on the CPU."""
+    named = (("teacher", settings.teacher, load_dense), ("reference", settings.reference, load_model))
+    return {kind: load(name) for kind, name, load in named if name is not None}
+
+
 def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any]:
     """The log's line; items are written on the way."""
     data, folder = np.load(Path(settings.data, "evaluated.npz")), Path(settings.output)
     scored, facts = load_scored(settings, device)
+    others = {} if settings.model is None else _others(settings)  # first: a name may be mistyped
     folder.mkdir(parents=True, exist_ok=True)
     begun = time.monotonic()
     right = outcomes(scored, data, settings.limit, settings.tokens)
@@ -176,12 +185,10 @@ def score(settings: StudentScoreSettings, device: torch.device) -> dict[str, Any
         entry |= {"neuron": config.neuron, "shift_inputs": config.shift_inputs, "spikes": scored.spikes()}
         entry["projections"] = by_projection(scored, data)
     entry |= passages(scored, data, settings.passages, settings.tokens)
-    others = (("teacher", settings.teacher, load_dense), ("reference", settings.reference, load_model))
-    for kind, name, load in others if settings.model is not None else ():
-        if name is not None:
-            other = Scored(scored.source, load(name).to(device).eval())
-            rest = passages(scored, data, settings.passages, settings.tokens, reference=other)
-            entry |= {f"{kind}_{key}": value for key, value in rest.items() if "perplexity" not in key}
+    for kind, model in others.items():
+        other = Scored(scored.source, model.to(device).eval())
+        rest = passages(scored, data, settings.passages, settings.tokens, reference=other)
+        entry |= {f"{kind}_{key}": value for key, value in rest.items() if not key.startswith("perplexity")}
     return entry | {"seconds": round(time.monotonic() - begun, 1), "provenance": provenance(settings)}
 
 

@@ -19,7 +19,7 @@ from train import STATE, Stage, run_stage
 
 import neurons
 from spiking_mamba.common.checkpoint_files import locate
-from spiking_mamba.common.errors import CheckpointError, fail_clearly
+from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.schema import Count, Fraction, Name, Natural, Positive, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.checkpoint import load_dense
@@ -84,7 +84,7 @@ class StudentSettings(StageSettings):
 
 
 Levels = dict[str, torch.Tensor]
-LEVELS_IN = "activations"  # units of what a state keeps; until 2026-11-29 they were V_th
+LEVELS_IN = "activations"  # units of what a state keeps; up to commit cc580cc they were V_th
 
 
 def thresholds(
@@ -200,19 +200,18 @@ def restored_student(path: str | Path) -> tuple[SpikingMambaForCausalLM, Togethe
     """The student of a stage's ``state.pt`` as training saw it, its parameters, and its progress.
 
     On the CPU, in evaluation mode.
-
-    Raises:
-        CheckpointError: its levels are kept in units of V_th, as they once were.
     """
     state = torch.load(path, map_location="cpu", weights_only=True)
     kept = dict(state["progress"]["settings"])
     levels_in = kept.pop("levels_in", None)
     settings = StudentSettings(**kept | {"output": "-", "piece": 1})
-    if settings.shift_inputs and levels_in != LEVELS_IN:
-        raise CheckpointError(f"{path} keeps levels in units of V_th, as before 2026-11-30: train it anew.")
     student = make_student(settings, load_dense(settings.start))
     parts = trained_parts(student.requires_grad_(False), settings, False)
     parts.restore(state)
+    if levels_in is None and settings.shift_inputs:
+        with torch.no_grad():
+            for projection in student.projections().values():
+                projection.spikes.level.mul_(projection.spikes.threshold)  # type: ignore[union-attr,arg-type]
     return student.eval(), parts, state["progress"]
 
 

@@ -11,6 +11,7 @@ import torch
 from pydantic import Field
 from tqdm import tqdm
 
+from spiking_mamba.common.checkpoint_files import locate
 from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.machine import check_threads, cores
 from spiking_mamba.common.progress import quiet
@@ -36,7 +37,7 @@ class AnswersSettings:
         questions: how many of them, the first.
         tokens: of an answer at most.
         threads: null: as many as this process may use.
-        results: file of the records, one a model.
+        results: file of the records, one a model and how it was asked.
     """
 
     models: Annotated[Names, Field(min_length=1)]
@@ -69,16 +70,23 @@ def questions(settings: AnswersSettings) -> list[str]:
     return prompts[: settings.questions]
 
 
-def answers(name: str, asked: list[str], settings: AnswersSettings) -> tuple[list[int], list[bool]]:
-    """How many tokens each answer has, the last that ends it too, and whether it ended.
+def check_tokenizers(models: list[str]) -> None:
+    """Refuse models that cannot be asked, before the first answers.
 
     Raises:
-        RunError: the model's tokenizer has no template of chats.
+        RunError: a model's tokenizer has no template of chats.
+        CheckpointError: there is no such model, or it has no tokenizer.
     """
+    for name in models:
+        locate(name)
+        if not load_tokenizer(name).chat_template:
+            raise RunError(f"{name}: its tokenizer has no chat template.")
+
+
+def answers(name: str, asked: list[str], settings: AnswersSettings) -> tuple[list[int], list[bool]]:
+    """How many tokens each answer has, the last that ends it too, and whether it ended."""
     model, tokenizer = load_model(name), load_tokenizer(name)
     check_vocabulary(tokenizer, model)
-    if not tokenizer.chat_template:
-        raise RunError(f"{name}: its tokenizer has no chat template.")
     made = model if isinstance(model, EventDrivenMambaForCausalLM) else event_driven(model)
     made.set_decoding("compiled", settings.threads or cores())
     ends = np.atleast_1d(np.asarray(made.generation_config.eos_token_id))
@@ -103,18 +111,25 @@ def main() -> None:
     quiet()
     refuse_changed_code(Path(settings.results))
     torch.set_num_threads(settings.threads or cores())
+    check_tokenizers(settings.models)
     asked, about = questions(settings), provenance(settings)
+    how = {"data": settings.data, "half": settings.half, "questions": len(asked), "most": settings.tokens}
     first: list[int] | None = None
     rows = []
     for name in settings.models:
         lengths, ended = answers(name, asked, settings)
         first = lengths if first is None else first
         change = paired_gap({"tokens": lengths}, {"tokens": first})
+        change |= {"from": settings.models[0]}
         record: dict[str, Any] = {"model": name, "tokens": lengths, "ended": ended, "change": change}
-        put_record(Path(settings.results), record | about, ("model",))
+        put_record(Path(settings.results), how | record | about, ("model", *how))
         moved = f"{change['gap']:+.1f} [{change['low']:+.1f}, {change['high']:+.1f}]"
-        rows.append([name, f"{np.mean(lengths):.1f}", moved, f"{100 * np.mean(ended):.0f}%"])
-    print(markdown_table(["model", "tokens of an answer", "change (95% interval)", "ended"], rows))
+        rows.append([name, f"{np.mean(lengths):.1f}", moved, f"{100 - 100 * np.mean(ended):.0f}%"])
+    print(
+        markdown_table(
+            ["model", "tokens of an answer", "change (95% interval)", f"cut at {settings.tokens}"], rows
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -108,7 +108,6 @@ def read_converted(folder: Path, cls: type[Model]) -> Model:
     if (own := index.get(STUDENT)) is not None:
         _check_sum(folder, index, own, "a damaged student")
         _add_student(weights, folder, own)
-        _name_levels(weights)
     layers = 1 + max(int(name.split(".")[2]) for name in weights if name.startswith("backbone.layers."))
     if config.num_hidden_layers != layers:  # before they take memory
         raise CheckpointError(f"{folder}: {config.num_hidden_layers} layers, but weights of {layers}.")
@@ -142,13 +141,6 @@ def _add_student(weights: dict[str, torch.Tensor], folder: Path, name: str) -> N
         raise CheckpointError(
             f"{folder} holds a damaged student: {type(error).__name__}: {one_line(error)}"
         ) from error
-
-
-def _name_levels(weights: dict[str, torch.Tensor]) -> None:
-    """Put levels in place of the ``shift`` of older students: it is in units of their learned V_th."""
-    for name in [name for name in weights if name.endswith(".shift")]:
-        encoder = name.removesuffix("shift")
-        weights[f"{encoder}level"] = weights.pop(name) * weights[f"{encoder}log_threshold"].exp()
 
 
 def _read_config(folder: Path, spiking: bool) -> SpikingMambaConfig:

@@ -133,6 +133,16 @@ class SpikeEncoder(nn.Module):
         threshold = self._factor()
         return self.level if self.level is None or threshold is None else self.level / threshold
 
+    def _load_from_state_dict(
+        self, state_dict: dict[str, torch.Tensor], prefix: str, *args: object, **kwargs: object
+    ) -> None:
+        """Take the ``shift`` of older states, in units of their V_th, for the level that it stands for."""
+        if self.level is not None and (old := state_dict.pop(f"{prefix}shift", None)) is not None:
+            learned = state_dict.get(f"{prefix}log_threshold")
+            own = self._threshold if learned is None else learned.float().exp()
+            state_dict.setdefault(f"{prefix}level", old.float() * own)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)  # type: ignore[arg-type]
+
     def reset_parameters(self) -> None:
         """Let a learned V_th start again from the number that was given, and levels from 0."""
         self.threshold = self._threshold

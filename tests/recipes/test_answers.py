@@ -82,6 +82,7 @@ def test_lengths_are_those_of_greedy_answers(folder):
     [
         (["plain"], (), "no chat template"),
         (["chat"], ("questions=4",), "has 3 questions that are texts, not 4"),
+        (["chat", "absent"], (), "absent"),
         ([], (), "models"),
     ],
 )

@@ -88,6 +88,24 @@ def test_a_learned_threshold_moves_no_level(far):
     torch.testing.assert_close(layer(levels.expand(1, 4, 10)), dense.expand(1, 4, 6))
 
 
+@pytest.mark.parametrize("learned", [False, True])
+def test_states_of_the_older_name_say_the_same(learned):
+    """``shift`` was in units of the V_th beside it, learned or not, which is not always the reader's."""
+    one, other = projection(learn_threshold=learned), projection(learn_threshold=learned)
+    one.rest_at(3 * torch.randn(10))
+    with torch.no_grad():
+        one.spikes.constant.normal_()
+        if learned:
+            one.spikes.log_threshold += 0.7
+    state = one.state_dict()
+    state["spikes.shift"] = state.pop("spikes.level") / torch.as_tensor(one.threshold)
+    other.load_state_dict(state)
+    x = 2 * torch.randn(2, 5, 10)
+    torch.testing.assert_close(other.spikes.level, one.spikes.level)
+    torch.testing.assert_close(other(x), one(x))
+    assert "spikes.shift" in state
+
+
 def test_only_where_inputs_are_shifted():
     plain = tiny_model(neuron=INTEGER)
     with pytest.raises(ValueError, match="shift_inputs"):
