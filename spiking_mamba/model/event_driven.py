@@ -347,21 +347,23 @@ def event_driven(
     made.load_state_dict(kept, strict=False)
     with torch.no_grad():
         for k, (block, source) in enumerate(zip(made.backbone.blocks, model.backbone.blocks, strict=True)):
-            pairs = zip(spike_fed(source.mixer), spike_fed(block.mixer), strict=True)
-            for (name, projection), (_, layer) in pairs:
-                threshold = torch.as_tensor(projection.threshold).item()
-                integers = rounded[f"backbone.layers.{k}.mixer.{name}"]
-                _fill(getattr(block.mixer, name), integers, threshold, projection.spikes.constant)
-                level, shift = layer.spikes.level, projection.spikes.shift
-                if level is not None and shift is not None:
-                    level.copy_(shift)
-                if name == "out_proj" and isinstance(block.mixer, SpikingMambaMLP):
-                    _divide_upper_half(block.mixer.in_proj, threshold)
-                else:
-                    block.divide_before(name, threshold)
+            _fill_block(block, source, {n: rounded[f"backbone.layers.{k}.mixer.{n}"] for n in PROJECTIONS})
         _fill(made.lm_head, rounded["lm_head"], 1.0)
     made.generation_config = copy.deepcopy(model.generation_config)
     return made.eval()
+
+
+def _fill_block(block: Any, source: Any, rounded: dict[str, Any]) -> None:
+    """Put a block's rounded projections in, V_th folded into what stands before and behind each."""
+    for (name, projection), (_, layer) in zip(spike_fed(source.mixer), spike_fed(block.mixer), strict=True):
+        threshold = torch.as_tensor(projection.threshold).item()
+        _fill(getattr(block.mixer, name), rounded[name], threshold, projection.spikes.constant)
+        if layer.spikes.level is not None:
+            layer.spikes.level.copy_(torch.as_tensor(projection.spikes.shift))
+        if name == "out_proj" and isinstance(block.mixer, SpikingMambaMLP):
+            _divide_upper_half(block.mixer.in_proj, threshold)
+        else:
+            block.divide_before(name, threshold)
 
 
 def _check_source(model: Any) -> None:

@@ -13,6 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import neurons
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
+from spiking_mamba.data.preferences import CHAT_TEMPLATE
 from spiking_mamba.data.tokens import train_tokenizer
 from spiking_mamba.model.checkpoint import export
 from tests.helpers.commands import ROOT
@@ -63,6 +64,7 @@ def make_inputs(folder: Path) -> None:
     lines = [json.dumps({"text": each, "source": "here"}) for each in text]
     (folder / "corpus" / "train.jsonl").write_text("\n".join(lines))
     tokenizer = train_tokenizer(text, 300)
+    tokenizer.chat_template = CHAT_TEMPLATE
     torch.manual_seed(0)
     ends = dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), 0)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 16, "state_size": 8}
@@ -162,7 +164,8 @@ def recipes(folder: Path) -> dict[str, Recipe]:
         "rl answers": Recipe(
             "rl/answers.py",
             "AnswersSettings",
-            {"models": [teacher], "data": str(folder / "train.jsonl"), "results": "answers.jsonl"},
+            {"models": [teacher], "data": str(folder / "train.jsonl"), "results": "answers.jsonl"}
+            | {"questions": 20},
             False,
         ),
         "rl choose": Recipe("rl/choose.py", "ChooseSettings", {"runs": ["run"], "results": "c.jsonl"}, False),
