@@ -245,6 +245,12 @@ class SpikingMambaConfig(PretrainedConfig):
         return getattr(self._prototype, "max_spike_count", None)
 
     @property
+    def dead_zone(self) -> float:
+        """Up to how many quanta a neuron of integer spikes is silent: half a one where it only rounds."""
+        surrogate = getattr(self._prototype, "surrogate_function", None)
+        return float(getattr(surrogate, "dead_zone", 0.5))
+
+    @property
     def states_per_neuron(self) -> int:
         """How many states a neuron carries from token to token."""
         return 0 if self._prototype is None or self.membrane == "token" else len(self._prototype._memories)

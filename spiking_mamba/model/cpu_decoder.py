@@ -151,6 +151,7 @@ class CpuDecoder:
             head_bits=self._head_bits,
             spiking=spiking,
             shifted=spiking and config.shift_inputs,
+            dead_zone=config.dead_zone,
             layouts=layouts,  # type: ignore[arg-type]
             mlps=config.layers_block_type is not None and "mlp" in config.layers_block_type,
             states=config.states,

@@ -26,6 +26,7 @@ class Kind(NamedTuple):
 
     Attributes:
         instructions: of :mod:`neurons.cpu.instructions`. spiking: or dense. shifted: whether inputs are.
+        dead_zone: up to how many quanta a neuron is silent, see ``SpikingMambaConfig``.
         bits: of the projections' weights, two numbers where layers differ. head_bits: of the head's.
         layouts: of input projection and output projection, and of those of MLP blocks, 'rows' or 'tiles'.
         mlps: whether there are MLP blocks.
@@ -39,6 +40,7 @@ class Kind(NamedTuple):
     head_bits: int
     spiking: bool
     shifted: bool
+    dead_zone: float
     layouts: tuple[str, str, str, str]
     mlps: bool
     states: str

@@ -64,20 +64,20 @@ def _mean_square(x):
 
 
 @internal
-def _spikes(x, weight, scale, most, out):
-    """The neuron at unit threshold on ``x * scale * weight``: half a quantum does not fire."""
+def _spikes(x, weight, scale, most, silent, out):
+    """The neuron at unit threshold on ``x * scale * weight``: up to the dead zone's edge nothing fires."""
     for i in range(x.size):
         u = x[i] * scale * weight[i]
-        count = max(min(np.ceil(abs(u) - f32(0.5)), most), f32(0.0))
+        count = min(np.ceil(abs(u) - f32(0.5)), most) if abs(u) > silent else f32(0.0)
         out[i] = i8(count if u > f32(0.0) else -count)
 
 
 @internal
-def _shifted_spikes(x, weight, shift, scale, most, out):
+def _shifted_spikes(x, weight, shift, scale, most, silent, out):
     """The same on ``x * scale * weight - shift``."""
     for i in range(x.size):
         u = x[i] * scale * weight[i] - shift[i]
-        count = max(min(np.ceil(abs(u) - f32(0.5)), most), f32(0.0))
+        count = min(np.ceil(abs(u) - f32(0.5)), most) if abs(u) > silent else f32(0.0)
         out[i] = i8(count if u > f32(0.0) else -count)
 
 
@@ -187,14 +187,15 @@ def _projection(kind: Kind, layout: str, bits: tuple[int, ...], spiking: bool, a
     """Norm, neuron or rounding, and one thread's part of a projection; its time goes to the ``part``."""
     run = program_of_either(kind.instructions, layout, bits, not spiking)
     shifted = spiking and kind.shifted
+    silent = f32(kind.dead_zone)
     lap = _lap(kind)
 
     @internal
     def project(s, m, layer, x, weight, shifts, place, scale, most, me, threads, local, sums, out):
         if shifted:
-            _shifted_spikes(x, weight, shifts[place], scale, most, local.integers)
+            _shifted_spikes(x, weight, shifts[place], scale, most, silent, local.integers)
         elif spiking:
-            _spikes(x, weight, scale, most, local.integers)
+            _spikes(x, weight, scale, most, silent, local.integers)
         else:
             _rounded(x, weight, scale, local.integers, local.factors)
         lap(s, me, 0)

@@ -76,8 +76,6 @@ def _check_neuron(node: nn.Module, membrane: str) -> None:
             f"that no earlier token changes; this one has {type(node).__name__}, membrane={membrane!r}. Its "
             "own generate() decodes it."
         )
-    if isinstance(node.surrogate_function, neurons.DeadZoneSpikeCount):
-        raise ValueError("An event-driven model rounds at half a quantum; it has no dead zone.")
     if node.max_spike_count > 127:
         raise ValueError(f"max_spike_count={node.max_spike_count} does not fit in int8; at most 127 does.")
 

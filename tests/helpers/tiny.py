@@ -8,6 +8,16 @@ from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
 
 VOCABULARY = 61
 INTEGER = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
+DEAD_ZONE = {
+    "class": "neurons.SILIFNode",
+    "args": {
+        "max_spike_count": 4,
+        "surrogate_function": {
+            "class": "neurons.DeadZoneSpikeCount",
+            "args": {"max_spike_count": 4, "dead_zone": 0.75},
+        },
+    },
+}
 LEAKY = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4, "tau": 2.0}}
 SHAPE = {
     "vocab_size": VOCABULARY,

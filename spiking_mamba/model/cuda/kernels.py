@@ -9,7 +9,7 @@ import torch
 from neurons.cupy import launcher
 from neurons.cupy.event_linear.ops import layout_names
 from neurons.cupy.event_linear.plan import Plan, clusters, plan
-from spiking_mamba.model.cuda.parts import Convolution, Given, Kept, Matrix, Scan, Stream
+from spiking_mamba.model.cuda.parts import Convolution, Given, Kept, Matrix, Neuron, Scan, Stream
 
 __all__ = ["MIX", "PROJECT", "embed", "mix_options", "project", "project_options", "scan", "scan_parts"]
 
@@ -40,14 +40,14 @@ def square_pieces(found: Plan, bits: int) -> int:
 def project(
     given: Given,
     matrix: Matrix,
-    most: int | None,
+    neuron: Neuron | None,
     convolution: Convolution | None = None,
     onto: torch.Tensor | None = None,
     kept: Kept | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """See :func:`.reference.project`."""
     rows, inputs = given.x.shape[0], matrix.weight.shape[0]
-    device, outputs, floats = given.x.device, matrix.outputs, most is None
+    device, outputs, floats = given.x.device, matrix.outputs, neuron is None
     aligned = matrix.weight.data_ptr() % launcher.ACCESS_BYTES == 0
     found = plan(matrix.bits, rows, inputs, matrix.weight.shape[1], aligned, clusters(device), floats=floats)
     y, squares = onto, None
@@ -72,7 +72,7 @@ def project(
     )  # fmt: skip
     counts = [np.int32(n) for n in (inputs, rows, parts, first, last)]
     sizes = np.int64(outputs), np.int64(matrix.weight.shape[1])
-    numbers = launcher.float32s((given.eps, most or 0))
+    numbers = launcher.float32s((given.eps, *(neuron or (0, 0.0))))
     groups = None if given.weight is None else given.groups
     options = project_options(found, matrix.bits, floats, after, groups, taps, given.shift is not None)
     launcher.launch(

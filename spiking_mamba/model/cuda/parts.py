@@ -46,6 +46,13 @@ def matrix_of(layer: EventDrivenLinear) -> Matrix:
     return Matrix(weight.contiguous(), layer.group_scale, layer.scale, layer.bias)
 
 
+class Neuron(NamedTuple):
+    """Of signed integer spikes: the largest count, and up to how many quanta it is silent."""
+
+    largest: int
+    dead_zone: float = 0.5
+
+
 class Given(NamedTuple):
     """What a projection's neuron, or its rounding to int8, gets.
 

@@ -3,7 +3,8 @@
 //   before:  NORMED 1: u = x * rms * weight, the root mean square of each of GROUPS parts of a row from sums of squares
 //            that the kernel before left in `parts` pieces. 0: u = SiLU(x[:K]) * x[K:], an MLP's gate.
 //            SHIFTED 1: u - shift is what the neuron gets
-//            FLOATS 0: spikes, sign(u) min(most, ceil(|u| - 1/2)). 1: u rounded to int8, a factor for every 32
+//            FLOATS 0: spikes, sign(u) min(most, ceil(|u| - 1/2)), 0 where |u| <= silent. 1: u rounded to int8, a
+//            factor for every 32
 //   behind:  y = sum * factor + bias. AFTER PLAIN: stored. CONVOLVE: columns [from, upto) also pass the causal
 //            convolution of TAPS taps, whose last inputs move on in place, and SiLU. RESIDUAL: added to y, the residual
 //            stream, and the squares of what it is then are summed up, in pieces of some columns
@@ -26,7 +27,7 @@
       const u1 *scale,                                                                                    \
       const float *factor, const float *bias, float *y, float *squares_out, float *conv_state,            \
       const float *conv_weight, const float *conv_bias, i1 *kept_inputs, Sum *kept_sums, i64 N, i64 row,  \
-      int inputs, int rows, int parts, int from, int upto, float eps, float most
+      int inputs, int rows, int parts, int from, int upto, float eps, float most, float silent
 
 DEV float silu(float x) { return div(x, add(1.0f, expf(-x))); }
 
@@ -53,8 +54,8 @@ DEV void find_norms(Norms& norms, const float* squares, const Thread& t, int row
   block_sync();
 }
 
-DEV int spike(float u, float most) {
-  const float count = fmaxf(fminf(ceilf(sub(fabsf(u), 0.5f)), most), 0.0f);
+DEV int spike(float u, float most, float silent) {
+  const float count = fabsf(u) > silent ? fminf(ceilf(sub(fabsf(u), 0.5f)), most) : 0.0f;
   return (int)(u > 0.0f ? count : -count);
 }
 
@@ -222,7 +223,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS project(PROJE
       value[b] = (int)rintf(div(u, run_factor[b] > 0.0f ? run_factor[b] : 1.0f));
 #else
       run_factor[b] = 1.0f;
-      value[b] = spike(u, most);
+      value[b] = spike(u, most, silent);
 #endif
       if (kept_inputs && blockIdx.x == 0 && b < rows && k < inputs) kept_inputs[(i64)b * inputs + k] = (i1)value[b];
     }

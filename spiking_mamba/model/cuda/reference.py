@@ -4,7 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from neurons import functional
-from spiking_mamba.model.cuda.parts import Convolution, Given, Kept, Matrix, Scan, Stream
+from spiking_mamba.model.cuda.parts import Convolution, Given, Kept, Matrix, Neuron, Scan, Stream
 from spiking_mamba.model.quantised import BLOCK, round_blocks
 
 __all__ = ["embed", "project", "scan"]
@@ -19,7 +19,7 @@ def embed(tokens: torch.Tensor, table: torch.Tensor) -> Stream:
 def project(
     given: Given,
     matrix: Matrix,
-    most: int | None,
+    neuron: Neuron | None,
     convolution: Convolution | None = None,
     onto: torch.Tensor | None = None,
     kept: Kept | None = None,
@@ -28,7 +28,7 @@ def project(
 
     Args:
         given: what the norm or the gate gets. matrix: of the projection, integers.
-        most: the neuron's largest count; None: activations are rounded to int8, a factor for every 32.
+        neuron: whose spikes are its inputs; None: activations are rounded to int8, a factor for every 32.
         convolution: of some of the columns, followed by SiLU; their last inputs move on in place.
         onto: the residual stream ``[B, N]``, to which the product is added in place.
         kept: takes up the product's inputs and sums.
@@ -37,7 +37,7 @@ def project(
         The product or the residual stream, float32 ``[B, N]``; and, of the stream, the sums of its squares.
     """
     u = _before(given)
-    integers, sums = _sums(u, matrix, most)
+    integers, sums = _sums(u, matrix, neuron)
     if kept is not None:
         kept.inputs.copy_(integers)
         kept.sums.copy_(sums)
@@ -68,11 +68,11 @@ def _activations(given: Given) -> torch.Tensor:
     return given.x * inverse.repeat_interleave(size, -1) * given.weight
 
 
-def _sums(u: torch.Tensor, matrix: Matrix, most: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+def _sums(u: torch.Tensor, matrix: Matrix, neuron: Neuron | None) -> tuple[torch.Tensor, torch.Tensor]:
     """The product's inputs, int8 ``[B, K]``, and its sums ``[B, N]``."""
     weight = _integers(matrix)
-    if most is not None:
-        counts = (u.abs() - 0.5).ceil().clamp(0, most)
+    if neuron is not None:
+        counts = (u.abs() - 0.5).ceil().clamp(0, neuron.largest) * (u.abs() > neuron.dead_zone)
         spikes = torch.where(u > 0, counts, -counts).to(torch.int8)
         return spikes, functional.event_driven_linear(spikes, weight)
     integers, scales = round_blocks(u)

@@ -8,7 +8,7 @@ import torch
 from spiking_mamba.model import cache as caches
 from spiking_mamba.model.cache import Cache
 from spiking_mamba.model.cuda import kernels
-from spiking_mamba.model.cuda.parts import Convolution, Given, Kept, Matrix, Scan, Stream, matrix_of
+from spiking_mamba.model.cuda.parts import Convolution, Given, Kept, Matrix, Neuron, Scan, Stream, matrix_of
 from spiking_mamba.model.mlp import SpikingMambaMLP
 from spiking_mamba.model.quantised import not_in_float32
 
@@ -73,7 +73,8 @@ class FusedToken:
             raise ValueError(reason)
         self._functions, self._keeps = functions, keep
         self._config = model.config
-        self._most = None if model.config.neuron is None else int(model.config.max_spike_count)
+        config = model.config
+        self._neuron = None if config.neuron is None else Neuron(config.max_spike_count, config.dead_zone)
         self._table = model.backbone.embeddings.weight
         self._layers = [
             _Layer(
@@ -92,13 +93,13 @@ class FusedToken:
         kept = None
         if self._keeps:
             rows, inputs = given.x.shape[0], matrix.weight.shape[0]
-            of_sums = torch.float32 if self._most is None else torch.int32
+            of_sums = torch.float32 if self._neuron is None else torch.int32
             kept = Kept(
                 given.x.new_zeros(rows, inputs, dtype=torch.int8),
                 given.x.new_zeros(rows, matrix.outputs, dtype=of_sums),
             )
             self.kept.append(kept)
-        return self._functions.project(given, matrix, self._most, **then, kept=kept)
+        return self._functions.project(given, matrix, self._neuron, **then, kept=kept)
 
     def __call__(self, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """Logits ``[B, 1, V]``, float32, of tokens ``[B, 1]`` behind those that a cache has seen.

@@ -8,7 +8,7 @@ import torch
 
 import neurons
 from spiking_mamba.model.event_driven import event_driven
-from tests.helpers.tiny import INTEGER, tiny_model, tokens
+from tests.helpers.tiny import DEAD_ZONE, INTEGER, tiny_model, tokens
 
 pytest.importorskip("numba")
 
@@ -54,7 +54,9 @@ def test_logits_of_a_spiking_model(weights, shares):
             assert torch.allclose(decoded(decoder, ids), wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize(("spec", "shifted"), [(INTEGER, False), (INTEGER, True), (None, False)])
+@pytest.mark.parametrize(
+    ("spec", "shifted"), [(INTEGER, False), (INTEGER, True), (DEAD_ZONE, True), (None, False)]
+)
 @pytest.mark.parametrize("shares", [(0.1, 0.9, 0.9, 0.1), (0.9, 0.1)])
 def test_logits_with_mlp_blocks(spec, shifted, shares):
     made = made_of(spec, "int4", **MLPS, shift_inputs=shifted)
@@ -74,12 +76,20 @@ def test_logits_of_a_dense_model_in_mixed_forms():
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, MLPS, MLPS | {"shift_inputs": True}], ids=["mixers", "mlps", "shifted"]
+    ("spec", "fields"),
+    [
+        (INTEGER, {}),
+        (INTEGER, MLPS),
+        (INTEGER, MLPS | {"shift_inputs": True}),
+        (DEAD_ZONE, {}),
+        (DEAD_ZONE, MLPS | {"shift_inputs": True}),
+    ],
+    ids=["mixers", "mlps", "shifted", "dead zone", "dead zone, shifted"],
 )
 @pytest.mark.parametrize("weights", ["int8", "int4", "mixed"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_integers_equal_the_oracle(weights, threads, fields):
-    made = made_of(INTEGER, weights, **fields)
+def test_integers_equal_the_oracle(weights, threads, spec, fields):
+    made = made_of(spec, weights, **fields)
     decoder = CpuDecoder(made, threads, (0.1, 0.9), keep=True)
     width = made.config.hidden_size
     fired = 0

@@ -11,7 +11,7 @@ import torch
 import neurons
 from neurons.cupy.event_linear.plan import plan
 from spiking_mamba.model.cuda import kernels, reference
-from spiking_mamba.model.cuda.parts import Convolution, Given, Kept, Matrix, Scan, matrix_of
+from spiking_mamba.model.cuda.parts import Convolution, Given, Kept, Matrix, Neuron, Scan, matrix_of
 from tests.neurons.test_event_linear import random_layer
 
 
@@ -37,28 +37,30 @@ def normed(rows: int, size: int, groups: int = 1, pieces: int = 3) -> Given:
     return Given(x, 2 * torch.rand(size), (squares * shares).flatten(1).contiguous(), groups, 1e-5)
 
 
-def both(given: Given, matrix: Matrix, most: int | None, **then):
+def both(given: Given, matrix: Matrix, neuron: Neuron | None, **then):
     """The results of the kernel and of the reference, and what each has kept and moved on."""
     found = []
     for functions in (kernels, reference):
         own = {key: value.clone() if isinstance(value, torch.Tensor) else copied(value)
                for key, value in then.items()}  # fmt: skip
         shapes = given.x.shape[0], matrix.weight.shape[0], matrix.outputs
-        of_sums = torch.float32 if most is None else torch.int32
+        of_sums = torch.float32 if neuron is None else torch.int32
         kept = Kept(
             torch.zeros(shapes[0], shapes[1], dtype=torch.int8),
             torch.zeros(shapes[0], shapes[2], dtype=of_sums),
         )
-        y, squares = functions.project(given, matrix, most, **own, kept=kept)
+        y, squares = functions.project(given, matrix, neuron, **own, kept=kept)
         found.append((y, squares, kept, own))
     return found
 
 
-def check(given: Given, matrix: Matrix, most: int | None, **then) -> None:
-    (y, squares, kept, own), (right, right_squares, right_kept, right_own) = both(given, matrix, most, **then)
+def check(given: Given, matrix: Matrix, neuron: Neuron | None, **then) -> None:
+    (y, squares, kept, own), (right, right_squares, right_kept, right_own) = both(
+        given, matrix, neuron, **then
+    )
     assert torch.equal(kept.inputs, right_kept.inputs)
     assert kept.inputs.count_nonzero() > 0
-    if most is not None:
+    if neuron is not None:
         assert torch.equal(kept.sums, right_kept.sums)
     assert (y - right).norm() <= 1e-5 * right.norm()
     if squares is not None:
@@ -76,8 +78,8 @@ def test_an_input_projection_and_its_convolution(weights: str, rows: int) -> Non
     for bias in (torch.randn(60), None):
         convolution = Convolution(torch.randn(60, 1, 4), bias, torch.randn(rows, 60, 4), 50)
         given = normed(rows, 70)
-        check(given, matrix, 4, convolution=convolution)
-        check(given._replace(shift=torch.randn(70)), matrix, 4, convolution=convolution)
+        check(given, matrix, Neuron(4), convolution=convolution)
+        check(given._replace(shift=torch.randn(70)), matrix, Neuron(4, 1.25), convolution=convolution)
 
 
 @pytest.mark.usefixtures("host")
@@ -85,7 +87,12 @@ def test_an_input_projection_and_its_convolution(weights: str, rows: int) -> Non
 def test_an_output_projection_and_the_stream(rows: int, groups: int) -> None:
     torch.manual_seed(1)
     for bias in (True, False):
-        check(normed(rows, 240, groups), random_matrix(240, 80, "int8", bias), 3, onto=torch.randn(rows, 80))
+        check(
+            normed(rows, 240, groups),
+            random_matrix(240, 80, "int8", bias),
+            Neuron(3),
+            onto=torch.randn(rows, 80),
+        )
 
 
 @pytest.mark.usefixtures("host")
@@ -94,18 +101,25 @@ def test_a_head_and_a_gate(weights: str) -> None:
     torch.manual_seed(2)
     check(normed(2, 100), random_matrix(100, 64, weights, bias=False), None)
     gate = Given(torch.randn(2, 144))
-    check(gate, random_matrix(72, 64, weights), 127, onto=torch.randn(2, 64))
-    check(gate._replace(shift=torch.randn(72)), random_matrix(72, 64, weights), 127, onto=torch.randn(2, 64))
+    check(gate, random_matrix(72, 64, weights), Neuron(127), onto=torch.randn(2, 64))
+    check(
+        gate._replace(shift=torch.randn(72)),
+        random_matrix(72, 64, weights),
+        Neuron(127, 2.5),
+        onto=torch.randn(2, 64),
+    )
     check(gate, random_matrix(72, 64, weights), None)
 
 
-def test_the_reference_spikes_as_the_neuron_does() -> None:
+@pytest.mark.parametrize("dead_zone", [0.5, 0.75, 2.0])
+def test_the_reference_spikes_as_the_neuron_does(dead_zone: float) -> None:
     u = torch.cat([torch.arange(-12, 13) / 4, torch.tensor([0.5000001, -0.4999999, 1e30, -1e30])])[None]
     given = Given(torch.cat([torch.full_like(u, 100.0), u / 100.0], 1))  # SiLU(100) is 100
     matrix = random_matrix(u.shape[1], 16, "int8")
     kept = Kept(torch.zeros(u.shape, dtype=torch.int8), torch.zeros(1, 16, dtype=torch.int32))
-    reference.project(given, matrix, 4, kept=kept)
-    spikes = neurons.functional.signed_spike_count(100.0 * (u / 100.0), 1.0, neurons.SignedSpikeCount(4))
+    reference.project(given, matrix, Neuron(4, dead_zone), kept=kept)
+    surrogate = neurons.DeadZoneSpikeCount(4, dead_zone)
+    spikes = neurons.functional.signed_spike_count(100.0 * (u / 100.0), 1.0, surrogate)
     assert torch.equal(kept.inputs, spikes.to(torch.int8))
 
 

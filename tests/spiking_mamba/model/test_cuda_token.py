@@ -12,7 +12,7 @@ from spiking_mamba.model import event_driven as module
 from spiking_mamba.model.cuda import kernels, reference
 from spiking_mamba.model.cuda.token import FusedToken, own_cache
 from spiking_mamba.model.event_driven import event_driven
-from tests.helpers.tiny import INTEGER, tiny_model, tokens
+from tests.helpers.tiny import DEAD_ZONE, INTEGER, tiny_model, tokens
 
 MLPS = {
     "num_hidden_layers": 4,
@@ -47,7 +47,7 @@ def decoded(made, ids, functions, states=torch.float32, prompt=4, keep=False):
     return torch.cat([fused(token, cache) for token in ids[:, prompt:].split(1, 1)], 1), fused
 
 
-@pytest.mark.parametrize("spec", [INTEGER, None])
+@pytest.mark.parametrize("spec", [INTEGER, DEAD_ZONE, None])
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize("fields", KINDS.values(), ids=KINDS)
 def test_the_reference_is_the_model(spec, weights, fields):
@@ -67,9 +67,10 @@ def test_the_reference_is_the_model(spec, weights, fields):
         (INTEGER, "int4", "bfloat16", MLPS),
         (INTEGER, "int8", "bfloat16", KINDS["shifted"]),
         (INTEGER, "mixed", "float32", {}),
+        (DEAD_ZONE, "int8", "float32", KINDS["shifted"]),
         (None, "int8", "float32", {}),
     ],
-    ids=["spiking", "4-bit with MLPs", "shifted", "mixed", "dense"],
+    ids=["spiking", "4-bit with MLPs", "shifted", "mixed", "dead zone", "dense"],
 )
 def test_the_kernels_integers_equal_the_oracle(spec, weights, states, fields):
     made, ids = made_of(spec, weights, **fields), tokens(3, 7)
@@ -90,11 +91,12 @@ def test_the_kernels_integers_equal_the_oracle(spec, weights, states, fields):
             assert torch.equal(ours.inputs, theirs.inputs)
 
 
-def test_tokens_are_those_of_the_processor():
+@pytest.mark.parametrize("spec", [INTEGER, DEAD_ZONE])
+def test_tokens_are_those_of_the_processor(spec):
     pytest.importorskip("numba")
     from spiking_mamba.model.cpu_decoder import CpuDecoder
 
-    made, ids = made_of(INTEGER), tokens(1, 10)
+    made, ids = made_of(spec), tokens(1, 10)
     found, fused = decoded(made, ids, reference, keep=True)
     decoder = CpuDecoder(made, keep=True)
     for token in ids[0].tolist():

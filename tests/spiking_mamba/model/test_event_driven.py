@@ -13,7 +13,7 @@ from spiking_mamba.model.event_driven import (
     event_driven,
 )
 from spiking_mamba.model.quantised import QuantisedLinear, round_blocks
-from tests.helpers.tiny import INTEGER, LEAKY, tiny_model, tokens
+from tests.helpers.tiny import DEAD_ZONE, INTEGER, LEAKY, tiny_model, tokens
 
 MLPS = {
     "num_hidden_layers": 4,
@@ -37,11 +37,18 @@ def rounded(model, weights):
 @pytest.mark.parametrize("weights", ["int8", "int4"])
 @pytest.mark.parametrize(
     "fields",
-    [{"learn_threshold": False}, {"learn_threshold": True}, MLPS, MLPS | {"shift_inputs": True}],
-    ids=["fixed", "learned", "mlps", "shifted"],
+    [
+        {"learn_threshold": False},
+        {"learn_threshold": True},
+        MLPS,
+        MLPS | {"shift_inputs": True},
+        {"neuron": DEAD_ZONE},
+    ],
+    ids=["fixed", "learned", "mlps", "shifted", "dead zone"],
 )
 def test_hidden_states_are_those_of_the_rounded_model(weights, fields):
-    model = tiny_model(neuron=INTEGER, threshold=THRESHOLDS, use_bias=True, **fields)
+    fields = {"neuron": INTEGER} | fields
+    model = tiny_model(threshold=THRESHOLDS, use_bias=True, **fields)
     made = event_driven(model, weights)
     ids = tokens(2, 20)
     with torch.no_grad():
