@@ -54,9 +54,7 @@ def test_logits_of_a_spiking_model(weights, shares):
             assert torch.allclose(decoded(decoder, ids), wanted, atol=1e-4 * float(wanted.abs().max()))
 
 
-@pytest.mark.parametrize(
-    ("spec", "shifted"), [(INTEGER, False), (INTEGER, True), (DEAD_ZONE, True), (None, False)]
-)
+@pytest.mark.parametrize(("spec", "shifted"), [(INTEGER, False), (INTEGER, True), (None, False)])
 @pytest.mark.parametrize("shares", [(0.1, 0.9, 0.9, 0.1), (0.9, 0.1)])
 def test_logits_with_mlp_blocks(spec, shifted, shares):
     made = made_of(spec, "int4", **MLPS, shift_inputs=shifted)
@@ -76,20 +74,26 @@ def test_logits_of_a_dense_model_in_mixed_forms():
 
 
 @pytest.mark.parametrize(
-    ("spec", "fields"),
-    [
-        (INTEGER, {}),
-        (INTEGER, MLPS),
-        (INTEGER, MLPS | {"shift_inputs": True}),
-        (DEAD_ZONE, {}),
-        (DEAD_ZONE, MLPS | {"shift_inputs": True}),
-    ],
-    ids=["mixers", "mlps", "shifted", "dead zone", "dead zone, shifted"],
+    "fields", [{}, MLPS, MLPS | {"shift_inputs": True}], ids=["mixers", "mlps", "shifted"]
 )
 @pytest.mark.parametrize("weights", ["int8", "int4", "mixed"])
 @pytest.mark.parametrize("threads", [1, 2])
-def test_integers_equal_the_oracle(weights, threads, spec, fields):
-    made = made_of(spec, weights, **fields)
+def test_integers_equal_the_oracle(weights, threads, fields):
+    check_integers(made_of(INTEGER, weights, **fields), threads)
+
+
+def test_integers_of_a_dead_zone_equal_the_oracle():
+    """Where inputs are shifted; where they are not, against the reference of the GPU's kernels."""
+    made = made_of(DEAD_ZONE, **MLPS, shift_inputs=True)
+    check_integers(made, 2)
+    ids, decoder = tokens(1, 6), CpuDecoder(made, 2, (0.1, 0.9), keep=True)
+    with torch.no_grad():
+        wanted = made(ids).logits[0]
+    found = decoded(decoder, ids)
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
+
+
+def check_integers(made, threads):
     decoder = CpuDecoder(made, threads, (0.1, 0.9), keep=True)
     width = made.config.hidden_size
     fired = 0
