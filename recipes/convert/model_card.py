@@ -28,6 +28,7 @@ from spiking_mamba.evaluation.statistics import kept_share, paired_gap
 from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.model.converted import mixers_of, read_index
 from spiking_mamba.model.source import load_source, load_source_tokenizer
+from spiking_mamba.model.tokenizer import chat_prompt
 from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.reports.figures import picture
 from spiking_mamba.reports.hub_card import Score, card_data, hub_card
@@ -241,10 +242,7 @@ def draw(records: Records, path: Path) -> None:
 
 def answer(model: Any, tokenizer: Any, question: str, seed: int) -> str:
     """What a model answers in a chat of one question, in one line."""
-    chat = [{"role": "user", "content": question}]
-    asked = tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    asked = chat_prompt(tokenizer, question)
     torch.manual_seed(seed)
     ids = model.generate(
         **asked, max_new_tokens=NEW_TOKENS, do_sample=True, top_p=TOP_P, top_k=0, temperature=TEMPERATURE

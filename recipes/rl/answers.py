@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from pydantic import Field
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from spiking_mamba.common.checkpoint_files import locate
 from spiking_mamba.common.errors import RunError, fail_clearly
@@ -23,7 +24,7 @@ from spiking_mamba.data.preferences import HALVES, half_of, load_preferences
 from spiking_mamba.evaluation.statistics import paired_gap
 from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.model.event_driven import EventDrivenMambaForCausalLM, event_driven
-from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
+from spiking_mamba.model.tokenizer import chat_prompt, check_vocabulary, load_tokenizer
 from spiking_mamba.reports.document import markdown_table
 
 
@@ -70,34 +71,34 @@ def questions(settings: AnswersSettings) -> list[str]:
     return prompts[: settings.questions]
 
 
-def check_tokenizers(models: list[str]) -> None:
-    """Refuse models that cannot be asked, before the first answers.
+def tokenizers(models: list[str]) -> list[PreTrainedTokenizerBase]:
+    """The models' own, all of them before the first answers.
 
     Raises:
         RunError: a model's tokenizer has no template of chats.
         CheckpointError: there is no such model, or it has no tokenizer.
     """
+    found = []
     for name in models:
         locate(name)
-        if not load_tokenizer(name).chat_template:
+        found.append(load_tokenizer(name))
+        if not found[-1].chat_template:
             raise RunError(f"{name}: its tokenizer has no chat template.")
+    return found
 
 
-def answers(name: str, asked: list[str], settings: AnswersSettings) -> tuple[list[int], list[bool]]:
+def answers(
+    name: str, tokenizer: PreTrainedTokenizerBase, asked: list[str], settings: AnswersSettings
+) -> tuple[list[int], list[bool]]:
     """How many tokens each answer has, the last that ends it too, and whether it ended."""
-    model, tokenizer = load_model(name), load_tokenizer(name)
+    model = load_model(name)
     check_vocabulary(tokenizer, model)
     made = model if isinstance(model, EventDrivenMambaForCausalLM) else event_driven(model)
     made.set_decoding("compiled", settings.threads or cores())
     ends = np.atleast_1d(np.asarray(made.generation_config.eos_token_id))
     lengths, ended = [], []
     for question in tqdm(asked, name, leave=False):
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
+        prompt = chat_prompt(tokenizer, question)
         found = made.generate(**prompt, max_new_tokens=settings.tokens, do_sample=False)[0]
         answer = found[prompt["input_ids"].shape[1] :]
         lengths.append(len(answer))
@@ -111,25 +112,21 @@ def main() -> None:
     quiet()
     refuse_changed_code(Path(settings.results))
     torch.set_num_threads(settings.threads or cores())
-    check_tokenizers(settings.models)
+    own = tokenizers(settings.models)
     asked, about = questions(settings), provenance(settings)
     how = {"data": settings.data, "half": settings.half, "questions": len(asked), "most": settings.tokens}
     first: list[int] | None = None
     rows = []
-    for name in settings.models:
-        lengths, ended = answers(name, asked, settings)
+    for name, tokenizer in zip(settings.models, own, strict=True):
+        lengths, ended = answers(name, tokenizer, asked, settings)
         first = lengths if first is None else first
-        change = paired_gap({"tokens": lengths}, {"tokens": first})
-        change |= {"from": settings.models[0]}
+        change = paired_gap({"tokens": lengths}, {"tokens": first}) | {"from": settings.models[0]}
         record: dict[str, Any] = {"model": name, "tokens": lengths, "ended": ended, "change": change}
         put_record(Path(settings.results), how | record | about, ("model", *how))
         moved = f"{change['gap']:+.1f} [{change['low']:+.1f}, {change['high']:+.1f}]"
         rows.append([name, f"{np.mean(lengths):.1f}", moved, f"{100 - 100 * np.mean(ended):.0f}%"])
-    print(
-        markdown_table(
-            ["model", "tokens of an answer", "change (95% interval)", f"cut at {settings.tokens}"], rows
-        )
-    )
+    header = ["model", "tokens of an answer", "change (95% interval)", f"cut at {settings.tokens}"]
+    print(markdown_table(header, rows))
 
 
 if __name__ == "__main__":

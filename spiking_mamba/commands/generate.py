@@ -18,7 +18,7 @@ from spiking_mamba.common.schema import Count, Name, Natural, Positive, Seed, sc
 from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.model.event_driven import STATES, WEIGHTS, EventDrivenMambaForCausalLM, event_driven
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
-from spiking_mamba.model.tokenizer import check_vocabulary, load_tokenizer
+from spiking_mamba.model.tokenizer import chat_prompt, check_vocabulary, load_tokenizer
 from spiking_mamba.spikes.joules import NoEnergyCounter, ProcessorJoules
 
 
@@ -79,10 +79,7 @@ def encoded(settings: GenerateSettings, tokenizer: Any) -> Any:
         return tokenizer(settings.prompt, return_tensors="pt")
     if not getattr(tokenizer, "chat_template", None):
         raise ValueError("chat: the tokenizer has no chat template.")
-    asked = [{"role": "user", "content": settings.prompt}]
-    return tokenizer.apply_chat_template(
-        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )
+    return chat_prompt(tokenizer, settings.prompt)
 
 
 class Clock(TextStreamer):

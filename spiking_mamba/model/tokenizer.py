@@ -10,7 +10,7 @@ from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.model.converted import is_converted, read_index
 from spiking_mamba.model.source import load_source_tokenizer
 
-__all__ = ["check_vocabulary", "has_tokenizer", "load_tokenizer"]
+__all__ = ["chat_prompt", "check_vocabulary", "has_tokenizer", "load_tokenizer"]
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -52,6 +52,14 @@ def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) 
         raise CheckpointError(
             f"No tokenizer can be loaded from {name}; name another by tokenizer=...: {reason}"
         ) from error
+
+
+def chat_prompt(tokenizer: PreTrainedTokenizerBase, question: str) -> Any:
+    """A question of a chat in the tokenizer's template, ids and mask ``[1, L]``, for ``generate(**...)``."""
+    asked = [{"role": "user", "content": question}]
+    return tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, return_tensors="pt", return_dict=True
+    )
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, model: Any) -> None:
