@@ -32,7 +32,7 @@ import recorded
 from documents import perplexity_ratio
 from placeholders import PLACEHOLDER
 from pydantic import Field
-from students import Student, measure, of_file
+from students import Seeds, Student, measure, of_file, over_seeds
 from table import Table
 
 from spiking_mamba import SpikingMambaConfig
@@ -101,6 +101,7 @@ class FigureSettings:
         pages: by their paths.
         results: folder of the records.
         students: file of what ``score_student.py`` has logged of the converted model's students; null: none.
+        seeds: names of students that differ in their seed alone, by the name of all of them.
         teacher: folder of the converted model.
         renew: write the records' numbers into the pages.
     """
@@ -109,6 +110,7 @@ class FigureSettings:
     pages: dict[str, mapping_of(Page)]
     results: Name = "docs/results"
     students: Name | None = None
+    seeds: dict[str, list[str]] = field(default_factory=dict)
     teacher: Name = "weights/smollm2-mamba2"
     renew: bool = False
 
@@ -124,7 +126,7 @@ class Records:
         self,
         rows: Mapping[str, Sequence[recorded.Row]],
         folder: Path,
-        students: Mapping[str, Student] | None = None,
+        students: Mapping[str, Student | Seeds] | None = None,
     ) -> None:
         """Take the rows of the study's tables by their names, the folder of other records, and students."""
         self.students = students or {}
@@ -366,7 +368,8 @@ def main_of(settings: FigureSettings) -> list[str]:
     tables = [parse_settings(Table, [path]) for path in settings.tables]
     rows = {table.name: recorded.read(table) for table in tables}
     students = of_file(Path(settings.students), settings.teacher) if settings.students else {}
-    records, wrong = Records(rows, Path(settings.results), students), []
+    known = {**students, **over_seeds(students, settings.seeds)}
+    records, wrong = Records(rows, Path(settings.results), known), []
     for page, about in settings.pages.items():
         try:
             text, found = examine(Path(page).read_text(), Page(**about), records.value, records.speeds)

@@ -15,7 +15,7 @@ from frontier import answer, draw
 from pydantic import Field
 from recorded import PERPLEXITY, Row, read
 from sections import section
-from students import of_file
+from students import Seeds, Student
 from students_picture import draw_students
 from students_section import About
 from students_section import section as of_students
@@ -118,10 +118,11 @@ def converted_students(about: About, image: Path) -> list[Block]:
 
 def referee(settings: ResultsSettings, rows: Mapping[str, Sequence[Row]]) -> list[Block]:
     """The table of what a referee would ask."""
-    students = {}
+    students: dict[str, Student | Seeds] = {}
     if settings.students is not None:
         about = About(**settings.students)
-        students = of_file(Path(about.records), about.config, about.logs)
+        found, groups = about.scored()
+        students = {**found, **groups}
     records = Records(rows, Path(settings.records), students)
     body = []
     for number, line in enumerate(settings.referee, 1):

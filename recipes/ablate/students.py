@@ -5,7 +5,7 @@ Of records that ``recipes/convert/score_student.py`` has written, all on full se
 
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.provenance import is_clean
 from spiking_mamba.common.records import read_records
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS, SOURCE_TASKS
+from spiking_mamba.evaluation.statistics import interval
 from spiking_mamba.model.projection import spike_fed
 
-__all__ = ["MEASURES", "Student", "measure", "of_file"]
+__all__ = ["MEASURES", "Seeds", "Student", "measure", "of_file", "over_seeds"]
 
 SCALE = 16 / 32  # bits a weight, of what has a scale of 16 bits for every 32
 OWN_BITS = {"mamba": 4 + SCALE, "mlp": 4 + 2 * SCALE}  # of the teacher: packed; Q4_1, which has a least, too
@@ -34,6 +35,7 @@ class Student:
         config: folder of the teacher's configuration, of which energies are calculated.
         source: the record of the Transformer that everything was converted from, if it was scored.
         teacher: that of the dense model of `config`, if it was.
+        multiplied: its counts are integers of 8 bits that are multiplied, whatever they were trained as.
     """
 
     def __init__(
@@ -42,9 +44,10 @@ class Student:
         config: str,
         source: Mapping[str, Any] | None = None,
         teacher: Mapping[str, Any] | None = None,
+        multiplied: bool = False,
     ) -> None:
         self.record, self.config, self.name = record, config, record["name"]
-        self.source, self.teacher = source, teacher
+        self.source, self.teacher, self.multiplied = source, teacher, multiplied
 
     @property
     def clean(self) -> bool:
@@ -96,8 +99,8 @@ class Student:
 
     @property
     def rates(self) -> dict[str, float] | None:
-        """Mean |s| and share of non-zero counts over the sets, first tokens included; None if dense."""
-        return None if "spikes" not in self.record else self.record["spikes"]["both"]
+        """Mean |s| and share of non-zero counts over the sets, first tokens included, if counts are added."""
+        return None if "spikes" not in self.record or self.multiplied else self.record["spikes"]["both"]
 
     @property
     def energy(self) -> dict[str, Any]:
@@ -115,7 +118,8 @@ class Student:
         At int8 it was if its inputs were rounded to 8 bits; weights of fewer are priced as of 8. The source
         is no model of this configuration.
         """
-        scored = self.record.get("activations") == 8 if table == "int8" else "activations" not in self.record
+        rounded = self.multiplied or self.record.get("activations") == 8
+        scored = rounded if table == "int8" else not rounded
         if "model" not in self.record or (self.rates is None and not scored):
             return None
         found: Any = self.energy
@@ -131,25 +135,29 @@ class Student:
         Spiking, of the weights only what counts that are not zero ask for is fetched.
         """
         if self.rates is not None:
-            return self.energy["with_memory"]["event_driven"]["int8"]["pj_per_token"] / 1e6
-        whole, fetched = self.microjoules("int8", ("with_memory", "decode")), self.megabytes
-        if whole is None or fetched is None:
+            whole = self.energy["with_memory"]["event_driven"]["int8"]["pj_per_token"] / 1e6
+            at_int8 = self.rates["nonzero"] * sum(weights_of(self.config).values()) / 1e6
+        else:
+            whole = self.microjoules("int8", ("with_memory", "decode"))
+            at_int8 = sum(weights_of(self.config).values()) / 1e6
+        if whole is None or self.megabytes is None:
             return None
-        at_int8 = sum(weights_of(self.config).values()) / 1e6
-        return whole - (at_int8 - fetched) * self.energy["costs"]["int8"]["byte"]
+        return whole - (at_int8 - self.megabytes) * self.energy["costs"]["int8"]["byte"]
 
     @property
     def megabytes(self) -> float | None:
         """Of the projections' weights, that a token decoded alone fetches.
 
         Of a dense model in the bits that it was rounded to, or has; of a spiking one, of which only what
-        counts that are not zero ask for is fetched, in int8.
+        counts that are not zero ask for is fetched, in int8 if it was not rounded to fewer.
         """
         if "model" not in self.record:
             return None
-        if self.rates is not None:
-            return self.rates["nonzero"] * sum(weights_of(self.config).values()) / 1e6
         rounded, weights = self.record.get("weights"), weights_of(self.config)
+        if self.rates is not None:
+            if rounded == 4:
+                return self.megabytes_4_bit
+            return self.rates["nonzero"] * sum(weights.values()) / 1e6
         if rounded is None:
             return sum(count * OWN_BITS[kind] for kind, count in weights.items()) / 8e6
         bits = rounded if rounded >= 8 else rounded + SCALE  # of 8 bits an output has one scale
@@ -227,8 +235,8 @@ MEASURES: dict[str, Callable[[Student], float | None]] = {
     "perplexity": _of("perplexity_web"),
     "tokens": _of("progress", "tokens", scale=1e-6),
     "seconds": _of("progress", "seconds"),
-    "mean_abs": lambda s: None if s.rates is None else s.rates["mean_abs"],
-    "nonzero": lambda s: None if s.rates is None else s.rates["nonzero"],
+    "mean_abs": _of("spikes", "both", "mean_abs"),
+    "nonzero": _of("spikes", "both", "nonzero"),
     "mean_abs.text": _of("spikes", "text", "mean_abs"),
     "nonzero.text": _of("spikes", "text", "nonzero"),
     "projections": lambda s: None if s.rates is None else s.energy["projections"]["fp32"]["gain"],
@@ -241,23 +249,61 @@ MEASURES: dict[str, Callable[[Student], float | None]] = {
 }
 
 
-def measure(student: Student, name: str) -> float | None:
-    """A number of a student.
+class Seeds:
+    """Students that differ in their seed alone: of every number the mean, with Student's t interval.
+
+    Args:
+        name: of all of them.
+        students: at least one.
+    """
+
+    def __init__(self, name: str, students: Sequence[Student]) -> None:
+        self.name, self.students = name, list(students)
+
+    @property
+    def rates(self) -> dict[str, float] | None:
+        return self.students[0].rates
+
+    @property
+    def clean(self) -> bool:
+        return all(student.clean for student in self.students)
+
+    def measure(self, name: str) -> float | None:
+        """The mean of a number of theirs, or with ``.low`` or ``.high`` behind it an end of its interval."""
+        what, _, end = name.rpartition(".")
+        what, end = (what, end) if end in ("low", "high") else (name, "mean")
+        values = [number for student in self.students if (number := measure(student, what)) is not None]
+        return interval(values)[end] if len(values) == len(self.students) else None
+
+
+def over_seeds(students: Mapping[str, Student], seeds: Mapping[str, Sequence[str]]) -> dict[str, Seeds]:
+    """Groups of students by their names, of those groups that were scored whole."""
+    groups = seeds.items()
+    return {n: Seeds(n, [students[k] for k in names]) for n, names in groups if students.keys() >= {*names}}
+
+
+def measure(student: Student | Seeds, name: str) -> float | None:
+    """A number of a student, or of seeds of one.
 
     Raises:
         ValueError: there is no such measure.
     """
+    if isinstance(student, Seeds):
+        return student.measure(name)
     reject_unknown_keys({name: 0}, MEASURES, f"a text of {student.name}")
     return MEASURES[name](student)
 
 
-def of_file(path: Path, config: str, logs: Mapping[str, str] | None = None) -> dict[str, Student]:
+def of_file(
+    path: Path, config: str, logs: Mapping[str, str] | None = None, multiplied: Collection[str] = ()
+) -> dict[str, Student]:
     """The students of a file by their names; of a name that is there twice, the later one.
 
     Args:
         path: of the file.
         config: folder of the teacher.
         logs: of trainings, whose last lines are the progress of records that have none, as packed students'.
+        multiplied: names of those whose counts are multiplied.
     """
     records = {record["name"]: record for record in read_records(path)}
     for name, log in (logs or {}).items():
@@ -267,4 +313,6 @@ def of_file(path: Path, config: str, logs: Mapping[str, str] | None = None) -> d
     rounded = {name for name, r in records.items() if r.get("weights") or r.get("activations")}
     whole = [r for name, r in records.items() if r.get("model") == config and name not in rounded]
     teacher = whole[0] if whole else None
-    return {name: Student(record, config, source, teacher) for name, record in records.items()}
+    return {
+        name: Student(record, config, source, teacher, name in multiplied) for name, record in records.items()
+    }

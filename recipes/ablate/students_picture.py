@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from students import Student, measure, of_file
+from students import Seeds, Student, measure
 from students_section import About
 
 from spiking_mamba.reports.figures import COLOURS, picture
@@ -33,7 +33,7 @@ class Mark:
     spiking: bool
 
 
-def marks(drawn: Sequence[tuple[str, Student]], cost: str) -> list[Mark]:
+def marks(drawn: Sequence[tuple[str, Student | Seeds]], cost: str) -> list[Mark]:
     """Models that have a cost of that kind, with the per cent of ability they keep; the teacher keeps all."""
     found = []
     for label, student in drawn:
@@ -49,8 +49,9 @@ def marks(drawn: Sequence[tuple[str, Student]], cost: str) -> list[Mark]:
 
 def draw_students(path: Path, about: About) -> bool:
     """Two panels, a mark a model; whether there was a student to draw."""
-    students = of_file(Path(about.records), about.config, about.logs)
-    drawn = [(label, students[name]) for name, label in about.drawn.items() if name in students]
+    students, groups = about.scored()
+    known: dict[str, Student | Seeds] = {**students, **groups}
+    drawn = [(label, known[name]) for name, label in about.drawn.items() if name in known]
     if not any(student.rates is not None for _, student in drawn):
         return False
     with picture(path, 8.2, 4.2, dpi=160, ncols=2, sharey=True) as (_, axes):

@@ -6,7 +6,7 @@ from dataclasses import field
 from pathlib import Path
 
 from placeholders import PLACEHOLDER
-from students import Student, measure, of_file
+from students import Seeds, Student, measure, of_file, over_seeds
 
 from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.provenance import MARK, is_clean
@@ -50,6 +50,14 @@ COST = {
     "compute, int8": "{int8:.1f}",
     "decoding, int8": "{int8_decoding:.0f}",
 }
+OVER_SEEDS = {
+    "ability kept, %": "{kept:.1f} [{kept.low:.1f}, {kept.high:.1f}]",
+    "below the teacher on six sets, points": "{gap:.2f} [{gap.low:.2f}, {gap.high:.2f}]",
+    "all sets, %": "{all:.2f} [{all.low:.2f}, {all.high:.2f}]",
+    "KL to the teacher, web": "{kl:.3f} [{kl.low:.3f}, {kl.high:.3f}]",
+    "mean abs s, text": "{mean_abs.text:.3f} [{mean_abs.text.low:.3f}, {mean_abs.text.high:.3f}]",
+    "non-zero, text": "{nonzero.text:.3f} [{nonzero.text.low:.3f}, {nonzero.text.high:.3f}]",
+}
 
 
 def fill(form: str, find: Callable[[str], float | None]) -> str | None:
@@ -70,8 +78,10 @@ class About:
         records: file of what ``score_student.py`` has logged.
         config: folder of the teacher.
         logs: of trainings, by the names of records that do not say how far it went.
-        labels: what the tables call a record, by its name, in the tables' order.
+        labels: what the tables call a record, or several seeds, by their name, in the tables' order.
+        seeds: names of records that differ in their seed alone, by the name of all of them.
         made: by what a record's model was made, and scored.
+        multiplied: names of records whose counts are multiplied, as integers of 8 bits.
         pairs: of names, whose difference is given.
         perturbed: file of what ``perturb.py`` has recorded; null: none. perturbed_text: before its table.
         drawn: what the picture calls a record, by its name.
@@ -83,6 +93,8 @@ class About:
     records: Name
     config: Name
     labels: dict[str, str]
+    seeds: dict[str, list[str]] = field(default_factory=dict)
+    multiplied: list[str] = field(default_factory=list)
     made: dict[str, str] = field(default_factory=dict)
     pairs: list[list[str]] = field(default_factory=list)
     perturbed: Name | None = None
@@ -91,22 +103,32 @@ class About:
     findings: list[str] = field(default_factory=list)
     logs: dict[str, Name] = field(default_factory=dict)
 
+    def scored(self) -> tuple[dict[str, Student], dict[str, Seeds]]:
+        """What was scored, and the groups of seeds of it."""
+        students = of_file(Path(self.records), self.config, self.logs, self.multiplied)
+        return students, over_seeds(students, self.seeds)
+
 
 def section(about: About) -> list[Block]:
     """The section; nothing where nothing was scored."""
-    students = of_file(Path(about.records), about.config, about.logs)
+    students, groups = about.scored()
     found = [(label, students[name]) for name, label in about.labels.items() if name in students]
     if not found:
         return []
     blocks: list[Block] = [Heading(about.title), Paragraph(about.text), Code(COMMAND)]
     for columns in (ACCURACY, TEXTS, COST):
         blocks.append(Cells(["model", *columns], [cells(label, s, columns) for label, s in found]))
+    if groups:
+        header = ["model, of so many seeds", *OVER_SEEDS]
+        names = {name: f"{about.labels[name]}, {len(group.students)}" for name, group in groups.items()}
+        blocks.append(Cells(header, [cells(names[name], each, OVER_SEEDS) for name, each in groups.items()]))
     blocks += compared(about, students)
+    known = {**students, **groups}
 
     def find(name: str) -> float | None:
         who, _, what = name.partition(".")
         reject_unknown_keys({who: 0}, about.labels, "a finding")
-        return measure(students[who], what) if who in students else None
+        return measure(known[who], what) if who in known else None
 
     texts = [fill(text, find) for text in about.findings]
     blocks += [Paragraph(text) for text in texts if text is not None]
@@ -168,7 +190,7 @@ def differences(one: Student, other: Student, folder: Path) -> list[str]:
     return texts
 
 
-def cells(label: str, student: Student, columns: Mapping[str, str]) -> list[str]:
+def cells(label: str, student: Student | Seeds, columns: Mapping[str, str]) -> list[str]:
     """A line of a table; what it has no number for is empty."""
     values = [fill(form, functools.partial(measure, student)) or "" for form in columns.values()]
     return [label if student.clean else f"{label} {MARK}", *values]
