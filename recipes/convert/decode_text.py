@@ -16,7 +16,7 @@ from tqdm import tqdm
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.files import refuse_file, write_whole
 from spiking_mamba.common.progress import quiet
-from spiking_mamba.common.schema import Name, Names, schema
+from spiking_mamba.common.schema import Count, Name, Names, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.model.source import load_source_tokenizer
 
@@ -33,12 +33,14 @@ class DecodeSettings:
         data: folder that ``prepare.py`` has written.
         output: folder for ``train.jsonl``, own text, a document a line, and ``held_out.jsonl``, passages in
             rows.
+        documents: so many of the own text, the first; null: all.
     """
 
     source: Name
     own_text: Annotated[Names, Field(min_length=1)]
     data: Name
     output: Name
+    documents: Count | None = None
 
 
 def documents(tokens: np.ndarray) -> list[np.ndarray]:
@@ -77,7 +79,7 @@ def main() -> None:
     quiet()
     folder = Path(settings.output)
     refuse_file(folder)
-    own = [("own", part) for part in documents(read_tokens(settings.own_text))]
+    own = [("own", part) for part in documents(read_tokens(settings.own_text))[: settings.documents]]
     held_out = list(passages(Path(settings.data, "evaluated.npz")))
     tokenizer = load_source_tokenizer(settings.source)
     folder.mkdir(parents=True, exist_ok=True)

@@ -571,6 +571,10 @@ def test_own_text_and_passages_as_text(convert, folder, tmp_path, monkeypatch, c
             " ".join(map(str, tokens[k * 511 : k * 511 + 511])) for k in range(len(tokens) // 511)
         ]
     assert "3 documents, 5 tokens" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["decode_text.py", *given, "documents=2"])
+    convert.decode_text.main()
+    assert [row["text"] for row in read_records(tmp_path / "text" / "train.jsonl")] == ["5 6", "7"]
+    assert list(read_records(tmp_path / "text" / "held_out.jsonl")) == rows
 
 
 def test_what_hardly_changes_weights_hardly_moves_a_dense_model(convert, folder, tmp_path):
