@@ -3,17 +3,18 @@
 python recipes/benchmark/gpu_decoding.py --size 1.3b [--shares 0.63 0.42 --weights int8 int4 --out runs/gpu]
 
 Weights are random; thresholds are set so that a given share of the projections' weights is fetched, as in
-cpu_decoding.py. "dense bf16" is our model as compiled blocks in a CUDA graph; "dense int8" runs the kernels
-of the event-driven one on activations rounded to int8, which also scale every 32 inputs: over dense bf16 it
+cpu_decoding.py. With --student and --teacher they are those of two folders, and spikes are as trained.
+"dense bf16" is our model as compiled blocks in a CUDA graph; "dense int8" runs the kernels of the
+event-driven one on activations rounded to int8, which also scale every 32 inputs: over dense bf16 it
 shows what integers and fewer launches give together. What zeros give is a row over "event-driven, 100%".
-Bytes and shares are those of one token. A token is a forward pass and an argmax, greedily; medians of
-repeats, all ways in turn. "Of its floor": the time in which the bytes that this way must move could be
-copied, at the speed of a copy in the same run. Joules are NVML's, of the whole GPU, medians of repeats in
-turn, with its idle power, which is watched once, and without. --smoke: tiny shapes, on a processor too.
+Bytes and shares are those of one token, of a student means of 32. A token is a forward pass and an argmax,
+greedily; medians of repeats, all ways in turn. "Of its floor": the time in which the bytes that this way
+must move could be copied, at the speed of a copy in the same run. Joules are NVML's, of the whole GPU,
+medians of repeats in turn, with its idle power, which is watched once, and without. --smoke: tiny shapes, on
+a processor too.
 """
 
 import argparse
-import copy
 import importlib.util
 import itertools
 import math
@@ -26,16 +27,11 @@ from typing import Any
 
 import torch
 from decoding import copy_bytes_per_second, rival
-from gpu_tables import BF16, INT8, draw, table
-from shares import NEURON, set_shares, shares_for
+from gpu_models import Models, models_of, way_name
+from gpu_tables import BF16, draw, table
 
 from neurons.cupy.event_linear import plan as layouts
-from spiking_mamba import (
-    EventDrivenMambaForCausalLM,
-    SpikingMambaConfig,
-    SpikingMambaForCausalLM,
-    event_driven,
-)
+from spiking_mamba import EventDrivenMambaForCausalLM, SpikingMambaForCausalLM
 from spiking_mamba.common.errors import fail_clearly
 from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.progress import quiet
@@ -43,14 +39,11 @@ from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.records import put_record, read_records
 from spiking_mamba.model import cache as caches
 from spiking_mamba.model.cuda.token import FusedToken, own_cache
-from spiking_mamba.model.state_spaces import published_config
 from spiking_mamba.spikes.joules import JouleMeter, NoEnergyCounter
 
 RECORDS = "gpu_decoding.jsonl"
-PROMPT = 64  # tokens
 JOULE_REPEATS = 3
 RIVAL = "mamba-ssm, CUDA graph"
-TINY = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 32}
 
 
 @dataclass
@@ -73,15 +66,13 @@ class Way:
     times: list[float] = field(default_factory=list)
 
 
-def prompt_for(model: SpikingMambaForCausalLM, batch: int) -> torch.Tensor:
-    ids = torch.randint(model.config.vocab_size, (batch, PROMPT), generator=torch.Generator().manual_seed(0))
-    return ids.to(model.device)
-
-
 @torch.no_grad()
-def own_way(model: SpikingMambaForCausalLM, batch: int, bytes_: float, share: float | None = None) -> Way:
+def own_way(
+    model: SpikingMambaForCausalLM, prompt: torch.Tensor, bytes_: float, share: float | None = None
+) -> Way:
     """Ours, captured on CUDA."""
-    output = model(prompt_for(model, batch), use_cache=True, logits_to_keep=1)
+    batch = len(prompt)
+    output = model(prompt, use_cache=True, logits_to_keep=1)
     state = [output.logits[:, -1:].argmax(-1), output.cache]
 
     @torch.no_grad()
@@ -109,21 +100,26 @@ def dense_bytes(model: SpikingMambaForCausalLM, batch: int) -> float:
 
 
 @torch.no_grad()
-def event_bytes(made: EventDrivenMambaForCausalLM, batch: int) -> tuple[float, float]:
-    """The same of integers, of whose projections some rows are fetched; and their share, of one token."""
+def event_bytes(
+    made: EventDrivenMambaForCausalLM, prompt: torch.Tensor, watched: int = 1
+) -> tuple[float, float]:
+    """The same of integers, of whose projections some rows are fetched; and their share.
+
+    Means over the prompt's last tokens, so many as are watched.
+    """
     from spiking_mamba.model.cuda import kernels, reference
 
-    prompt = prompt_for(made, batch)
-    cache = made(prompt, use_cache=True, logits_to_keep=1).cache
+    cache = made(prompt[:, :-watched], use_cache=True, logits_to_keep=1).cache
     cache = own_cache(cache, getattr(torch, made.config.states))
     fused = FusedToken(made, kernels if made.device.type == "cuda" else reference, keep=True)
-    fused(prompt[:, -1:], cache)
     matrices = [getattr(b.mixer, name) for b in made.backbone.layers for name in ("in_proj", "out_proj")]
     fetched = whole = 0.0
-    for kept, layer in zip(fused.kept, matrices, strict=True):
-        scales = 0 if layer.group_scale is None else layer.group_scale.numel()
-        fetched += (kept.inputs != 0).any(0).sum().item() * layer.weight.shape[1] + scales
-        whole += layer.weight.numel() + scales
+    for place in range(-watched, 0):
+        fused(prompt[:, place, None].contiguous(), cache)
+        for kept, layer in zip(fused.kept, matrices, strict=True):
+            scales = 0 if layer.group_scale is None else layer.group_scale.numel()
+            fetched += ((kept.inputs != 0).any(0).sum().item() * layer.weight.shape[1] + scales) / watched
+            whole += (layer.weight.numel() + scales) / watched
     head = made.lm_head.weight.numel()
     head += 0 if made.lm_head.group_scale is None else made.lm_head.group_scale.numel()
     small = sum(
@@ -136,64 +132,26 @@ def event_bytes(made: EventDrivenMambaForCausalLM, batch: int) -> tuple[float, f
     return fetched + head + small + states, fetched / whole
 
 
-class Models:
-    """The models of a size, made where they are needed first, all of the same random weights."""
-
-    def __init__(self, config: SpikingMambaConfig, args: argparse.Namespace) -> None:
-        torch.manual_seed(0)
-        self.args = args
-        fields = {k: v for k, v in config.to_dict().items() if k != "model_type"}
-        with torch.device(args.device):
-            self.dense = SpikingMambaForCausalLM(SpikingMambaConfig(**fields | {"neuron": None})).eval()
-        self.config, self._made = self.dense.config, {}
-
-    def bf16(self) -> SpikingMambaForCausalLM:
-        if BF16 not in self._made:
-            model = copy.deepcopy(self.dense)
-            if self.args.device == "cuda":
-                model.to(torch.bfloat16).capture_decoding()
-            self._made[BF16] = model
-        return self._made[BF16]
-
-    def integers(self, share: float | None, weights: str) -> EventDrivenMambaForCausalLM:
-        """Dense without a share."""
-        if (share, weights) not in self._made:
-            source = self.dense
-            with torch.device(self.args.device):
-                if share is not None:
-                    source = SpikingMambaForCausalLM.from_dense(self.dense, neuron=NEURON).eval()
-                    set_shares(source, shares_for(self.config, share))
-                made = event_driven(source, weights, self.args.states)
-            made.set_decoding("compiled" if self.args.device == "cuda" else "torch")
-            self._made[share, weights] = made
-        return self._made[share, weights]
-
-
-def integers_name(share: float | None, weights: str) -> str:
-    """What the tables call a way: int8 is said of the dense one only."""
-    if share is None:
-        return INT8.replace("int8", weights)
-    return f"event-driven{'' if weights == 'int8' else ' ' + weights}, {share:.0%}"
-
-
 def makers(models: Models, batch: int, args: argparse.Namespace) -> Iterator[tuple[str, Callable[[], Way]]]:
     """Every way at a batch size, and what makes it."""
+    prompt = models.prompt(batch)
     if batch in args.dense_batches:
         if args.rival:
             yield RIVAL, lambda: rival_way(models, batch, args)
-        yield BF16, lambda: own_way(models.bf16(), batch, dense_bytes(models.bf16(), batch))
-    for weights, share in itertools.product(args.weights, (None, *args.shares)):
+        yield BF16, lambda: own_way(models.bf16(), prompt, dense_bytes(models.bf16(), batch))
+    for weights, share in itertools.product(args.weights, (None, *models.shares)):
 
-        def make(share: float | None = share, weights: str = weights) -> Way:
+        def make(share: float | str | None = share, weights: str = weights) -> Way:
             made = models.integers(share, weights)
-            return own_way(made, batch, *event_bytes(made, batch))
+            return own_way(made, prompt, *event_bytes(made, prompt, models.watched))
 
-        yield integers_name(share, weights), make
+        yield way_name(share, weights), make
         if args.generate and share is not None:
-            yield (
-                f"{integers_name(share, weights)}, generate()",
-                lambda share=share, weights=weights: generate_way(models.integers(share, weights), batch),
-            )
+
+            def generate(share: float | str = share, weights: str = weights) -> Way:
+                return generate_way(models.integers(share, weights), prompt, models.watched)
+
+            yield f"{way_name(share, weights)}, generate()", generate
 
 
 def leave_prompts_untuned() -> None:
@@ -212,7 +170,7 @@ def leave_prompts_untuned() -> None:
 
 def rival_way(models: Models, batch: int, args: argparse.Namespace) -> Way:
     run = rival(models.config, args)
-    prompt = prompt_for(models.dense, batch)
+    prompt = models.prompt(batch)
 
     def decode(count: int) -> None:
         run(prompt, count)
@@ -222,16 +180,15 @@ def rival_way(models: Models, batch: int, args: argparse.Namespace) -> Way:
     return Way(decode, dense_bytes(models.bf16(), batch), prompts=True)
 
 
-def generate_way(made: EventDrivenMambaForCausalLM, batch: int) -> Way:
+def generate_way(made: EventDrivenMambaForCausalLM, prompt: torch.Tensor, watched: int) -> Way:
     """What users call, whatever loop it takes around a token."""
-    prompt = prompt_for(made, batch)
 
     def decode(count: int) -> None:
         length = {"max_new_tokens": count, "min_new_tokens": count}
         made.generate(prompt, attention_mask=torch.ones_like(prompt), do_sample=False, **length)
 
     decode(4)
-    return Way(decode, *event_bytes(made, batch), prompts=True)
+    return Way(decode, *event_bytes(made, prompt, watched), prompts=True)
 
 
 def synchronize() -> None:
@@ -328,6 +285,8 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--size", default="1.3b", help="130m, 370m, 780m, 1.3b or 2.7b")
+    parser.add_argument("--student", help="folder of a student instead, as it was trained, with --teacher")
+    parser.add_argument("--teacher", help="folder of the dense model beside it")
     parser.add_argument("--layers", type=int, help="fewer layers, for a trial")
     parser.add_argument("--shares", type=float, nargs="+", default=[1.0, 0.63, 0.42])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8])
@@ -348,10 +307,15 @@ def arguments() -> argparse.Namespace:
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.device == "cpu" and not args.smoke:
         raise ValueError("Decoding on a GPU needs one; --smoke runs anywhere.")
+    if (args.student is None) != (args.teacher is None):
+        raise ValueError("--student and --teacher go together.")
+    if args.student is not None:
+        args.size, args.rival = Path(args.student).resolve().name, False
     layouts.CLUSTER = args.cluster or layouts.CLUSTER
     layouts.WARPS_WANTED = args.warps or layouts.WARPS_WANTED
     if args.smoke:
-        args.size, args.tokens, args.repeats, args.seconds = "smoke", 8, 2, min(args.seconds, 0.2)
+        args.size = "smoke" if args.student is None else args.size
+        args.tokens, args.repeats, args.seconds = 8, 2, min(args.seconds, 0.2)
     if args.rival and importlib.util.find_spec("mamba_ssm") is None:
         print("mamba-ssm: not measured, since it is not installed")
         args.rival = False
@@ -375,10 +339,7 @@ def main() -> None:
     quiet()
     if importlib.util.find_spec("mamba_ssm") is not None:
         leave_prompts_untuned()
-    config = SpikingMambaConfig(**TINY, n_groups=1, state_size=16) if args.smoke else None
-    config = config or published_config(f"state-spaces/mamba2-{args.size}")
-    config.num_hidden_layers = args.layers or config.num_hidden_layers
-    models = Models(config, args)
+    models = models_of(args)
     kept = vars(args) | {"out": args.out.name}
     about: dict[str, Any] = {"provenance": provenance(make_dataclass("Arguments", kept)(**kept))}
     about["copy_bytes_per_second"] = copy_bytes_per_second() if args.device == "cuda" else None

@@ -7,6 +7,7 @@ from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.reports.figures import COLOURS, MARKERS, picture
 
 BF16, INT8, EVERY = "dense bf16", "dense int8", "event-driven, 100%"
+TRAINED = "as trained"
 
 
 def table(records: list[dict[str, Any]]) -> str:

@@ -3,10 +3,16 @@
 import json
 
 import gpu_decoding
+import gpu_models
 import gpu_tables
 import pytest
+import torch
 
 from spiking_mamba.common.records import read_records
+from spiking_mamba.model.checkpoint import load_model
+from spiking_mamba.model.modes import hooked
+from spiking_mamba.model.projection import SpikeEncoder
+from spiking_mamba.model.tokenizer import load_tokenizer
 from tests.helpers.commands import ROOT, run
 
 SCRIPT = ROOT / "recipes/benchmark/gpu_decoding.py"
@@ -78,6 +84,39 @@ def test_all_of_it_runs_small(tmp_path):
         assert bytes_of[other] < bytes_of[way]
     assert (tmp_path / "smoke.png").stat().st_size > 1000
     assert "its floor" in (tmp_path / "smoke.md").read_text()
+
+
+def test_a_student_as_it_was_trained(tmp_path):
+    """Its share is that of its own spikes on the text, counted in the model itself."""
+    folder = "recipes/quickstart/student"
+    both = ["--student", folder, "--teacher", "recipes/quickstart/teacher"]
+    done = run(SCRIPT, "--smoke", *both, "--batches", "1", "--out", tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = {r["way"]: r for r in read_records(tmp_path / gpu_decoding.RECORDS)}
+    assert list(found) == ["dense bf16", "dense int8", "event-driven, as trained"]
+    assert {r["size"] for r in found.values()} == {"student"}
+    model, tokenizer = load_model(ROOT / folder), load_tokenizer(ROOT / folder)
+    ids = tokenizer(gpu_models.TEXT, return_tensors="pt")["input_ids"][:, : gpu_models.PROMPT]
+    fired = {}
+    hooks = [
+        encoder.register_forward_hook(lambda m, a, out, n=name: fired.__setitem__(n, out.fed[0, -32:] != 0))
+        for name, encoder in model.named_modules()
+        if isinstance(encoder, SpikeEncoder)
+    ]
+    with torch.no_grad(), hooked(hooks):
+        model(ids)
+    outputs = {
+        f"{name.removesuffix('_proj')}_spikes": projection.out_features
+        for name, projection in model.backbone.layers[0].mixer.named_children()
+        if name in ("in_proj", "out_proj")
+    }
+    size = {name: outputs[name.rpartition(".")[2]] for name in fired}
+    asked = sum(size[name] * each.float().mean(0).sum() for name, each in fired.items())
+    whole = sum(size[name] * each.shape[1] for name, each in fired.items())
+    assert found["event-driven, as trained"]["share"] == pytest.approx(float(asked / whole), abs=0.02)
+    alone = run(SCRIPT, "--smoke", *both[:2], "--out", tmp_path / "none")
+    assert alone.returncode != 0
+    assert "go together" in alone.stderr
 
 
 def test_what_cannot_run_is_said(tmp_path):
