@@ -32,7 +32,8 @@ import recorded
 from documents import perplexity_ratio
 from placeholders import PLACEHOLDER
 from pydantic import Field
-from students import Seeds, Student, measure, of_file, over_seeds
+from students import Seeds, Student, measure
+from students_section import About
 from table import Table
 
 from spiking_mamba import SpikingMambaConfig
@@ -41,6 +42,7 @@ from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.records import read_records
 from spiking_mamba.common.schema import Name, Names, mapping_of, schema
 from spiking_mamba.common.settings import parse_settings
+from spiking_mamba.common.yaml_text import read_yaml
 from spiking_mamba.spikes.costs import costs_45nm
 from spiking_mamba.spikes.energy import energy_of_rates
 
@@ -100,9 +102,7 @@ class FigureSettings:
         tables: the YAML files of the study's tables.
         pages: by their paths.
         results: folder of the records.
-        students: file of what ``score_student.py`` has logged of the converted model's students; null: none.
-        seeds: names of students that differ in their seed alone, by the name of all of them.
-        teacher: folder of the converted model.
+        students: YAML file of ``results.py``, which says where the converted model's are; null: none.
         renew: write the records' numbers into the pages.
     """
 
@@ -110,8 +110,6 @@ class FigureSettings:
     pages: dict[str, mapping_of(Page)]
     results: Name = "docs/results"
     students: Name | None = None
-    seeds: dict[str, list[str]] = field(default_factory=dict)
-    teacher: Name = "weights/smollm2-mamba2"
     renew: bool = False
 
 
@@ -367,8 +365,10 @@ def main_of(settings: FigureSettings) -> list[str]:
     """What is wrong, each with its page."""
     tables = [parse_settings(Table, [path]) for path in settings.tables]
     rows = {table.name: recorded.read(table) for table in tables}
-    students = of_file(Path(settings.students), settings.teacher) if settings.students else {}
-    known = {**students, **over_seeds(students, settings.seeds)}
+    known: dict[str, Student | Seeds] = {}
+    if settings.students:
+        students, groups = About(**read_yaml(Path(settings.students))["students"]).scored()
+        known = {**students, **groups}
     records, wrong = Records(rows, Path(settings.results), known), []
     for page, about in settings.pages.items():
         try:

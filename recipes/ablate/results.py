@@ -113,6 +113,10 @@ def converted_students(about: About, image: Path) -> list[Block]:
     blocks = of_students(about)
     if blocks and draw_students(image, about):
         blocks.insert(1, Picture(image, "Ability kept against weights fetched and energy"))
+        texts = image.with_name(f"{image.stem}_texts.png")
+        if draw_students(texts, about, ("six", "kl", "perplexity")):
+            said = "The six sets, KL and perplexity against weights fetched and energy"
+            blocks.insert(2, Picture(texts, said))
     return blocks
 
 

@@ -24,7 +24,10 @@ from spiking_mamba.model.projection import spike_fed
 __all__ = ["MEASURES", "Seeds", "Student", "measure", "of_file", "over_seeds"]
 
 SCALE = 16 / 32  # bits a weight, of what has a scale of 16 bits for every 32
-OWN_BITS = {"mamba": 4 + SCALE, "mlp": 4 + 2 * SCALE}  # of the teacher: packed; Q4_1, which has a least, too
+# Of a weight, and of what is fetched with it, fires its input or not: packed; Q4_1, which has a least, too.
+OWN_BITS = {"mamba": (4, SCALE), "mlp": (4, 2 * SCALE)}
+TRAINED_WHOLE = (16, 0.0)  # MLPs that do not pack, as they were scored
+RANK = 32  # of the update of students' MLPs, as in recipes/distill/smollm2-*.yaml
 
 
 class Student:
@@ -99,8 +102,13 @@ class Student:
 
     @property
     def rates(self) -> dict[str, float] | None:
-        """Mean |s| and share of non-zero counts over the sets, first tokens included, if counts are added."""
-        return None if "spikes" not in self.record or self.multiplied else self.record["spikes"]["both"]
+        """Mean |s| and share of non-zero counts over the sets, first tokens included; None without counts."""
+        return None if "spikes" not in self.record else self.record["spikes"]["both"]
+
+    @property
+    def adds(self) -> bool:
+        """Whether it adds weights as often as counts ask for; others multiply."""
+        return self.rates is not None and not self.multiplied
 
     @property
     def energy(self) -> dict[str, Any]:
@@ -113,75 +121,96 @@ class Student:
         )
 
     def microjoules(self, table: str, scope: Sequence[str]) -> float | None:
-        """Of a token, spiking or multiplied; None where a dense model was not scored in such a precision.
+        """Of a token, added or multiplied; None where it was not scored in such a precision.
 
-        At int8 it was if its inputs were rounded to 8 bits; weights of fewer are priced as of 8. The source
-        is no model of this configuration.
+        At int8 what multiplies was if its inputs were rounded to 8 bits; weights of fewer are priced as of 8.
+        What adds is priced hypothetically. The source is no model of this configuration.
         """
-        rounded = self.multiplied or self.record.get("activations") == 8
-        scored = rounded if table == "int8" else not rounded
-        if "model" not in self.record or (self.rates is None and not scored):
+        scored = self.multiplied or self.record.get("activations") == 8
+        if table != "int8":
+            scored = not self.multiplied and not {"activations", "weights"} & self.record.keys()
+        if "model" not in self.record or not (scored or (self.adds and table == "int8")):
             return None
         found: Any = self.energy
         for key in scope:
             found = found[key]
-        machine = "dense" if self.rates is None else "spiking"
+        machine = "spiking" if self.adds else "dense"
         return found[table][f"{machine}_pj_per_token"] / 1e6
+
+    @property
+    def skipping(self) -> float | None:
+        """Of a token whose counts are multiplied in int8, but where they are zero, in microjoules."""
+        if self.rates is None:
+            return None
+        return self.energy["model"]["int8"]["quantised_sparse_pj_per_token"] / 1e6
 
     @property
     def decoding_microjoules(self) -> float | None:
         """Of a token decoded alone at int8 with memory traffic, in the bits of its weights.
 
-        Spiking, of the weights only what counts that are not zero ask for is fetched.
+        Of what adds, only weights are fetched that counts which are not zero ask for.
         """
-        if self.rates is not None:
-            whole = self.energy["with_memory"]["event_driven"]["int8"]["pj_per_token"] / 1e6
-            at_int8 = self.rates["nonzero"] * sum(weights_of(self.config).values()) / 1e6
+        if self.adds:
+            whole: float | None = self.energy["with_memory"]["event_driven"]["int8"]["pj_per_token"] / 1e6
         else:
             whole = self.microjoules("int8", ("with_memory", "decode"))
-            at_int8 = sum(weights_of(self.config).values()) / 1e6
-        if whole is None or self.megabytes is None:
+        if whole is None or self.megabytes is None or self.megabytes_int8 is None:
             return None
-        return whole - (at_int8 - self.megabytes) * self.energy["costs"]["int8"]["byte"]
+        return whole - (self.megabytes_int8 - self.megabytes) * self.energy["costs"]["int8"]["byte"]
+
+    @property
+    def rank(self) -> int | None:
+        """Of the update of its MLPs; 0: they are the source's; None: they were trained whole."""
+        if self.record["model"] == self.config:
+            return 0
+        return self.record.get("progress", {}).get("settings", {}).get("rank", RANK)
 
     @property
     def megabytes(self) -> float | None:
-        """Of the projections' weights, that a token decoded alone fetches.
+        """Of the projections' weights, that a token decoded alone fetches, in the bits that they have.
 
-        Of a dense model in the bits that it was rounded to, or has; of a spiking one, of which only what
-        counts that are not zero ask for is fetched, in int8 if it was not rounded to fewer.
+        Of what adds, those that counts which are not zero ask for, all scales, and updates whole.
         """
         if "model" not in self.record:
             return None
-        rounded, weights = self.record.get("weights"), weights_of(self.config)
-        if self.rates is not None:
-            if rounded == 4:
-                return self.megabytes_4_bit
-            return self.rates["nonzero"] * sum(weights.values()) / 1e6
-        if rounded is None:
-            return sum(count * OWN_BITS[kind] for kind, count in weights.items()) / 8e6
-        bits = rounded if rounded >= 8 else rounded + SCALE  # of 8 bits an output has one scale
-        return sum(weights.values()) * bits / 8e6
+        bits, update = dict(OWN_BITS), 0.0
+        if (rounded := self.record.get("weights")) is not None:  # of 8 bits an output has one scale
+            bits = dict.fromkeys(bits, (rounded, 0.0 if rounded >= 8 else SCALE))
+        elif self.rank is None:
+            bits["mlp"] = TRAINED_WHOLE
+        else:
+            update = sum(2 * self.rank * (m + n) for m, n in matrices_of(self.config)["mlp"])
+        asked = self._fetched()
+        total = sum(count * (bits[k][0] * asked + bits[k][1]) for k, count in weights_of(self.config).items())
+        return (total / 8 + update) / 1e6
 
     @property
-    def megabytes_4_bit(self) -> float | None:
-        """The same of a spiking model in 4 bits, whose scales, a byte for 32 inputs, are all fetched."""
-        if self.rates is None:
+    def megabytes_int8(self) -> float | None:
+        """The same in int8, as the event-driven runtime has them."""
+        if "model" not in self.record:
             return None
-        return (4 * self.rates["nonzero"] + 8 / 32) * sum(weights_of(self.config).values()) / 8e6
+        return self._fetched() * sum(weights_of(self.config).values()) / 1e6
+
+    def _fetched(self) -> float:
+        """Share of the weights."""
+        return self.rates["nonzero"] if self.adds and self.rates else 1.0
 
 
 @functools.cache
-def weights_of(config: str) -> dict[str, int]:
-    """Of all projections of a configuration's model, by the kind of their block."""
+def matrices_of(config: str) -> dict[str, list[tuple[int, int]]]:
+    """Inputs and outputs of all projections of a configuration's model, by the kind of their block."""
     about = SpikingMambaConfig.from_pretrained(config)
     with torch.device("meta"):
         model = SpikingMambaForCausalLM(about)
-    counts = {"mamba": 0, "mlp": 0}
+    sizes: dict[str, list[tuple[int, int]]] = {"mamba": [], "mlp": []}
     for number, block in enumerate(model.backbone.layers):
-        sizes = (p.in_features * p.out_features for _, p in spike_fed(block))
-        counts[about.block_type(number)] += sum(sizes)
-    return counts
+        sizes[about.block_type(number)] += [(p.in_features, p.out_features) for _, p in spike_fed(block)]
+    return sizes
+
+
+def weights_of(config: str) -> dict[str, int]:
+    """How many there are, by the kind of their block."""
+    return {kind: sum(m * n for m, n in sizes) for kind, sizes in matrices_of(config).items()}
 
 
 def _of(*keys: str, scale: float = 1.0) -> Callable[[Student], float | None]:
@@ -203,7 +232,7 @@ def _task(name: str) -> Callable[[Student], float | None]:
 
 
 def _gain(name: str) -> Callable[[Student], float | None]:
-    return lambda s: None if s.rates is None else ENERGIES[name](s.energy)
+    return lambda s: ENERGIES[name](s.energy) if s.adds else None
 
 
 GAINS = (
@@ -239,13 +268,14 @@ MEASURES: dict[str, Callable[[Student], float | None]] = {
     "nonzero": _of("spikes", "both", "nonzero"),
     "mean_abs.text": _of("spikes", "text", "mean_abs"),
     "nonzero.text": _of("spikes", "text", "nonzero"),
-    "projections": lambda s: None if s.rates is None else s.energy["projections"]["fp32"]["gain"],
+    "projections": lambda s: s.energy["projections"]["fp32"]["gain"] if s.adds else None,
     **{name: _gain(name) for name in GAINS},
     "fp32": lambda s: s.microjoules("fp32", ("model",)),
     "int8": lambda s: s.microjoules("int8", ("model",)),
     "int8_decoding": lambda s: s.decoding_microjoules,
+    "int8_skipping": lambda s: s.skipping,
     "megabytes": lambda s: s.megabytes,
-    "megabytes_4_bit": lambda s: s.megabytes_4_bit,
+    "megabytes_int8": lambda s: s.megabytes_int8,
 }
 
 
@@ -261,17 +291,17 @@ class Seeds:
         self.name, self.students = name, list(students)
 
     @property
-    def rates(self) -> dict[str, float] | None:
-        return self.students[0].rates
+    def adds(self) -> bool:
+        return self.students[0].adds
 
     @property
     def clean(self) -> bool:
         return all(student.clean for student in self.students)
 
     def measure(self, name: str) -> float | None:
-        """The mean of a number of theirs, or with ``.low`` or ``.high`` behind it an end of its interval."""
+        """The mean of a number of theirs; with ``.low`` or ``.high`` an end of its interval; its ``.sd``."""
         what, _, end = name.rpartition(".")
-        what, end = (what, end) if end in ("low", "high") else (name, "mean")
+        what, end = (what, end) if end in ("low", "high", "sd") else (name, "mean")
         values = [number for student in self.students if (number := measure(student, what)) is not None]
         return interval(values)[end] if len(values) == len(self.students) else None
 

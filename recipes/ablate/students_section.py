@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import field
 from pathlib import Path
 
+import numpy as np
 from placeholders import PLACEHOLDER
 from students import Seeds, Student, measure, of_file, over_seeds
 
@@ -40,14 +41,15 @@ TEXTS = {
 COST = {
     "mean abs s": "{mean_abs:.3f}",
     "non-zero": "{nonzero:.3f}",
-    "MB of weights a token": "{megabytes:.0f}",
+    "MB of weights a token, in their bits": "{megabytes:.0f}",
+    "in int8": "{megabytes_int8:.0f}",
     "gain: projections": "{projections:.2f}",
     "with neurons": "{with_neurons:.2f}",
     "whole model": "{whole_model:.2f}",
     "decoding, all weights read": "{decoding:.2f}",
-    "over the same integers multiplied, int8": "{quantised_with_neurons:.2f}",
     "µJ a token: compute, fp32": "{fp32:.1f}",
     "compute, int8": "{int8:.1f}",
+    "its integers multiplied, zeros skipped": "{int8_skipping:.1f}",
     "decoding, int8": "{int8_decoding:.0f}",
 }
 OVER_SEEDS = {
@@ -103,6 +105,13 @@ class About:
     findings: list[str] = field(default_factory=list)
     logs: dict[str, Name] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        named = {"made": self.made, "drawn": self.drawn, "multiplied": self.multiplied, "seeds": self.seeds}
+        for number, names in enumerate((*self.pairs, *self.seeds.values())):
+            named[f"pair or seeds {number}"] = names
+        for key, names in named.items():
+            reject_unknown_keys(dict.fromkeys(names), self.labels, f"{key} of students")
+
     def scored(self) -> tuple[dict[str, Student], dict[str, Seeds]]:
         """What was scored, and the groups of seeds of it."""
         students = of_file(Path(self.records), self.config, self.logs, self.multiplied)
@@ -122,8 +131,8 @@ def section(about: About) -> list[Block]:
         header = ["model, of so many seeds", *OVER_SEEDS]
         names = {name: f"{about.labels[name]}, {len(group.students)}" for name, group in groups.items()}
         blocks.append(Cells(header, [cells(names[name], each, OVER_SEEDS) for name, each in groups.items()]))
-    blocks += compared(about, students)
     known = {**students, **groups}
+    blocks += compared(about, known)
 
     def find(name: str) -> float | None:
         who, _, what = name.partition(".")
@@ -143,7 +152,7 @@ def section(about: About) -> list[Block]:
     return blocks
 
 
-def compared(about: About, students: Mapping[str, Student]) -> list[Block]:
+def compared(about: About, students: Mapping[str, Student | Seeds]) -> list[Block]:
     """Tables of differences between models, and of what each was made by."""
     blocks: list[Block] = []
     pairs = [[students[name] for name in names] for names in about.pairs if all(n in students for n in names)]
@@ -174,20 +183,28 @@ def perturbed(path: Path, text: str) -> list[Block]:
     return [Paragraph(text), Code(PERTURB), Cells(header, rows)]
 
 
-def differences(one: Student, other: Student, folder: Path) -> list[str]:
+def differences(one: Student | Seeds, other: Student | Seeds, folder: Path) -> list[str]:
     """What one has more than another with its interval, over the same items, of ability, six sets and all.
 
-    Ability is in per cent of the teacher's, which is taken as known.
+    Of several seeds an item counts as the share of them that have it right. Ability is in per cent of the
+    teacher's, which is taken as known.
     """
-    right = [main_outcomes(folder / f"{student.name}.npz") for student in (one, other)]
-    sets = one.record["sets"]
-    whole = one.record["ability"] / one.record["kept"]["share"]
+    right = [items_of(each, folder) for each in (one, other)]
+    record = (one.students[0] if isinstance(one, Seeds) else one).record
+    sets, whole = record["sets"], record["ability"] / record["kept"]["share"]
     texts = []
     for names, scale in ((sets, len(sets) / whole), (SOURCE_TASKS, 1.0), (list(right[0]), 1.0)):
         gap = paired_gap(*({name: side[name] for name in names} for side in right))
         more, low, high = (100 * scale * gap[key] for key in ("gap", "low", "high"))
         texts.append(f"{more:+.1f} [{low:+.1f}, {high:+.1f}]")
     return texts
+
+
+def items_of(who: Student | Seeds, folder: Path) -> dict[str, list[float]]:
+    """Whether each item of each set is right, by the metric that counts for it."""
+    each = who.students if isinstance(who, Seeds) else [who]
+    found = [main_outcomes(folder / f"{student.name}.npz") for student in each]
+    return {task: np.mean([np.asarray(f[task], float) for f in found], 0).tolist() for task in found[0]}
 
 
 def cells(label: str, student: Student | Seeds, columns: Mapping[str, str]) -> list[str]:

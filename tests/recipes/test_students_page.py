@@ -1,5 +1,6 @@
 """What the results page says of students of the converted model, from records of score_student.py."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -99,13 +100,22 @@ def test_numbers_are_those_of_the_records():
 
 
 def test_a_quantiser_whose_counts_are_multiplied_is_priced_as_integers_of_8_bits(tmp_path):
-    """It takes what the teacher takes whose inputs were rounded, and fetches its own weights."""
+    """It takes what the teacher takes whose inputs were rounded, and fetches its update besides."""
     path = tmp_path / "students.jsonl"
-    rows = [spiking("levels", 6.5, 0.89), spiking("s63", 1.05, 0.62), record("a8", activations=8)]
+    packed = {"model": "runs/packed"}
+    rows = [spiking("levels", 6.5, 0.89) | packed, spiking("s63", 1.05, 0.62), record("a8", activations=8)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = students.of_file(path, CONFIG, multiplied=["levels"])
-    for name in ("int8", "int8_decoding", "megabytes", "fp32", "projections", "with_neurons"):
+    for name in ("int8", "megabytes_int8", "fp32", "projections", "with_neurons"):
         assert students.measure(found["levels"], name) == students.measure(found["a8"], name), name
+    more = [
+        students.measure(found["levels"], name) - students.measure(found["a8"], name)
+        for name in ("megabytes", "int8_decoding")
+    ]
+    assert more == pytest.approx([update_by_hand(), 24.96 * update_by_hand()])
+    # of the projections' multiplications, 0.3 + 0.1 pJ each, those of zeros are spared
+    spared = students.measure(found["levels"], "int8") - students.measure(found["levels"], "int8_skipping")
+    assert spared == pytest.approx(0.11 * sum(weights_by_hand()) * 0.3, rel=0.05)
     assert students.measure(found["levels"], "mean_abs") == 6.5
     assert students.measure(found["s63"], "projections") > 1
 
@@ -117,12 +127,18 @@ def test_seeds_are_averaged_and_their_interval_is_student_s(about):
         row["kept"] = {"share": share, "low": 0, "high": 1}
     Path(about.records).write_text("".join(json.dumps(row) + "\n" for row in rows))
     about.seeds = {"s": ["s-0", "s-1", "s-2"], "lacking": ["s-0", "s-9"]}
-    about.labels = {"s-0": "one", "s": "student"}
+    about.labels = {"s-0": "one", "s-1": "", "s-2": "", "s-9": "", "s": "student", "lacking": ""}
     about.findings = ["{s.kept:.2f} from {s.kept.low:.2f} to {s.kept.high:.2f}"]
     _, groups = about.scored()
     assert list(groups) == ["s"]
     half = 4.30265 * np.std([90, 91, 95], ddof=1) / 3**0.5
-    wanted = {"kept": 92, "kept.low": 92 - half, "kept.high": 92 + half, "mean_abs.text": 1.01}
+    wanted = {
+        "kept": 92,
+        "kept.low": 92 - half,
+        "kept.high": 92 + half,
+        "kept.sd": np.std([90, 91, 95], ddof=1),
+    }
+    wanted |= {"mean_abs.text": 1.01}
     assert {n: students.measure(groups["s"], n) for n in wanted} == pytest.approx(wanted, abs=1e-4)
     assert students.measure(groups["s"], "ability") is None  # of none it is known
     text = to_markdown(students_section.section(about))
@@ -288,23 +304,36 @@ def weights_by_hand():
     return 30 * (width * projected + inner * width) / 1e6, 30 * (width * 2 * gated + gated * width) / 1e6
 
 
+def update_by_hand():
+    """MB of the updates of rank 32, in 16 bits."""
+    config = json.loads(Path(CONFIG, "config.json").read_text())
+    width, gated = config["hidden_size"], config["intermediate_size"]
+    return 30 * 2 * 32 * ((width + 2 * gated) + (gated + width)) / 1e6
+
+
 def test_the_weights_that_a_token_fetches():
     """Four bits and a scale for 32 of the mixers as packed, Q4_1 of the MLPs; what they were rounded to."""
     mixers, mlps = weights_by_hand()
     w8a8 = record("w8a8", weights=8, activations=8)
     w4a8 = record("w4a8", weights=4, activations=8)
-    spikes = spiking("s63", 1.05, 0.62)
+    spikes = spiking("s63", 1.05, 0.62) | {"model": "runs/packed"}
+    whole = spikes | {"progress": {"settings": {"rank": None}}}
+    packed = (mixers + mlps) * 0.31 + mixers / 16 + mlps / 8 + update_by_hand()
+    dense = record("dense") | {"model": "state.pt", "progress": {"settings": {"rank": 32}}}
     for entry, megabytes in (
         (record("teacher"), mixers * 18 / 32 + mlps * 20 / 32),
+        (dense, mixers * 18 / 32 + mlps * 20 / 32 + update_by_hand()),
         (w8a8, mixers + mlps),
         (w4a8, (mixers + mlps) * 18 / 32),
-        (spikes, (mixers + mlps) * 0.62),
-        (spikes | {"weights": 4}, (mixers + mlps) * (0.31 + 1 / 32)),
+        (spikes, packed),
+        (whole, mixers * (0.31 + 1 / 16) + mlps * 2 * 0.62),
+        (spikes | {"weights": 8}, (mixers + mlps) * 0.62),
+        (spikes | {"weights": 4}, (mixers + mlps) * (0.31 + 1 / 16)),
     ):
         found = students.measure(students.Student(entry, CONFIG), "megabytes")
         assert found == pytest.approx(megabytes), entry["name"]
     found = {name: students.Student(each, CONFIG) for name, each in (("8", w8a8), ("4", w4a8), ("s", spikes))}
-    assert students.measure(found["s"], "megabytes_4_bit") == pytest.approx((mixers + mlps) * (0.31 + 1 / 32))
+    assert students.measure(found["s"], "megabytes_int8") == pytest.approx((mixers + mlps) * 0.62)
     spared = [
         students.measure(found["8"], "int8_decoding") - students.measure(found[k], "int8_decoding")
         for k in "4s"
@@ -363,32 +392,79 @@ def test_what_small_changes_of_weights_did(about, tmp_path):
     assert text.index("Weights moved.") < text.index("perturb.yaml") < text.index("weights/x")
 
 
-def test_the_picture_has_a_mark_for_what_has_a_cost(about, tmp_path):
+def test_the_picture_has_a_mark_for_what_has_a_cost_and_a_worth(about, tmp_path):
     about.drawn = {"teacher": "dense", "s63": "spiking", "w8a8": "W8A8", "s40": "not scored"}
     found = students.of_file(Path(about.records), CONFIG)
     drawn = [(label, found[name]) for name, label in about.drawn.items() if name in found]
-    marks = students_picture.marks(drawn, "megabytes")
+    marks = students_picture.marks(drawn, "megabytes", "six")
     assert [(mark.label, mark.spiking) for mark in marks] == [
         ("dense", False),
         ("spiking", True),
         ("W8A8", False),
     ]
-    assert [mark.kept for mark in marks] == pytest.approx([100, 93, 100])
-    assert (marks[1].below, marks[1].above) == pytest.approx((2, 2))
-    assert [mark.label for mark in students_picture.marks(drawn, "int8")] == ["spiking", "W8A8"]
-    assert students_picture.draw_students(tmp_path / "students.png", about)
+    assert [mark.worth for mark in marks] == [students.measure(each, "six") for _, each in drawn]
+    assert {(mark.below, mark.above) for mark in marks} == {(0, 0)}  # there is no interval of it
+    assert [mark.label for mark in students_picture.marks(drawn, "int8", "six")] == ["spiking", "W8A8"]
+    (mark,) = students_picture.marks(drawn, "megabytes", "kept")  # of the others it was not asked
+    assert (mark.worth, mark.below, mark.above) == pytest.approx((93, 2, 2))
+    assert students_picture.draw_students(tmp_path / "students.png", about, ["kept", "six"])
     about.drawn = {"teacher": "dense"}
     assert not students_picture.draw_students(tmp_path / "none.png", about)
     assert [path.name for path in tmp_path.glob("*.png")] == ["students.png"]
 
 
+def test_names_in_a_panel_do_not_cover_one_another():
+    from matplotlib.figure import Figure
+
+    place = {"below": 0, "above": 0}
+    marks = [
+        students_picture.Mark(at, worth, **place, label=f"a model {number}", spiking=bool(number % 2))
+        for number, (at, worth) in enumerate([(50, 90), (51, 90.1), (52, 90), (95, 90), (97, 90.2), (96, 80)])
+    ]
+    figure = Figure(figsize=(4.1, 4.2))
+    axes = figure.subplots()
+    students_picture._panel(axes, marks)
+    figure.canvas.draw()
+    students_picture._label(axes, marks)
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert sorted(text.get_text() for text in axes.texts) == [f"a model {number}" for number in range(6)]
+    for number, box in enumerate(boxes):
+        assert not any(box.overlaps(other) for other in boxes[:number])
+
+
+@pytest.mark.parametrize("key", ["made", "drawn", "multiplied", "seeds", "pairs"])
+def test_a_misspelt_record_is_named(about, key):
+    """Silently, a rival would be priced as if it added, or a finding would vanish."""
+    given = {
+        "made": {"w8a9": ""},
+        "drawn": {"w8a9": ""},
+        "multiplied": ["w8a9"],
+        "seeds": {"teacher": ["w8a9"]},
+    }
+    given["pairs"] = [["w8a9", "teacher"]]
+    with pytest.raises(ValueError, match="w8a9"):
+        dataclasses.replace(about, **{key: given[key]})
+
+
+def test_an_item_of_seeds_counts_as_the_share_of_them(tmp_path):
+    scored = {"sets": ["piqa"], "ability": 0.5, "kept": {"share": 0.9}}
+    right = {"one": [1, 1, 0, 0], "two": [1, 0, 0, 0]}
+    for name, each in right.items():
+        write_outcomes(
+            tmp_path / f"{name}.npz", {"piqa": dict.fromkeys(("acc", "acc_norm"), np.array(each) > 0)}
+        )
+    group = students.Seeds("both", [students.Student(record(name, **scored), CONFIG) for name in right])
+    assert students_section.items_of(group, tmp_path) == {"piqa": [1, 0.5, 0, 0]}
+    assert students_section.items_of(group.students[0], tmp_path) == {"piqa": [1, 1, 0, 0]}
+
+
 def test_the_shipped_picture_is_of_its_records(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
     settings = results.parse_settings(results.ResultsSettings, ["recipes/ablate/results.yaml"])
-    assert students_picture.draw_students(
-        tmp_path / "students.png", students_section.About(**settings.students)
-    )
-    assert (tmp_path / "students.png").read_bytes() == Path("docs/students.png").read_bytes()
+    about = students_section.About(**settings.students)
+    for name, worths in (("students", ["kept"]), ("students_texts", ["six", "kl", "perplexity"])):
+        assert students_picture.draw_students(tmp_path / f"{name}.png", about, worths)
+        assert (tmp_path / f"{name}.png").read_bytes() == Path(f"docs/{name}.png").read_bytes()
 
 
 def test_no_record_has_a_path_of_a_machine():
