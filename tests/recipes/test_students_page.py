@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import results
 import students
-import students_picture
 import students_section
 from pydantic import ValidationError
 
@@ -19,57 +18,15 @@ from spiking_mamba.evaluation.outcomes import write_outcomes
 from spiking_mamba.evaluation.statistics import kept_share, paired_gap
 from spiking_mamba.reports.document import to_markdown
 from tests.helpers.commands import ROOT
+from tests.helpers.student_records import CONFIG, MAIN, about_records, record, spiking
 
-CONFIG = str(ROOT / "weights/smollm2-mamba2")
-MAIN = {
-    "hellaswag": "acc_norm", "piqa": "acc", "arc_easy": "acc", "arc_challenge": "acc_norm", "boolq": "acc",
-    "winogrande": "acc",
-}  # fmt: skip
-
-
-def record(name, shift=0.0, commit="a" * 40, **others):
-    tasks = {
-        task: {"acc": 0.5 + shift, "acc_norm": 0.5 + shift} | {metric: 0.4 + shift + 0.01 * number}
-        for number, (task, metric) in enumerate(MAIN.items())
-    }
-    about = {"commit": commit, "date": "2026-12-01T10:00:00+00:00", "hardware": {"device": "one H200"}}
-    base = {"name": name, "model": CONFIG, "tasks": tasks, "perplexity_web": 40.0, "provenance": about}
-    return base | others
-
-
-def spiking(name, mean_abs, nonzero, **others):
-    both = {"mean_abs": mean_abs, "nonzero": nonzero, "tokens": 10}
-    return record(
-        name,
-        -0.02,
-        neuron={"class": "neurons.SILIFNode", "args": {"max_spike_count": 127}},
-        spikes={"text": both, "first": both, "both": both},
-        kept={"share": 0.93, "low": 0.91, "high": 0.95},
-        gap={"gap": 2.0, "low": 1.5, "high": 2.5},
-        teacher_kl_web=0.1,
-        teacher_agreement_web=0.8,
-        progress={"tokens": 22_000_000},
-        **others,
-    )
+RECORDS = ROOT / "docs/results/smollm2"
+ITEMS = {"source": "source", "teacher": "packed", "w8a8": "w8a8", "s63-packed": "s63-packed"}
 
 
 @pytest.fixture
 def about(tmp_path):
-    records = [
-        record("teacher"),
-        spiking("s63", 1.05, 0.62),
-        record("w8a8", -0.001, commit="b" * 40 + "-dirty", weights=8, activations=8),
-    ]
-    path = tmp_path / "students.jsonl"
-    path.write_text("".join(json.dumps(each) + "\n" for each in records))
-    return students_section.About(
-        title="Students",
-        text="Of a teacher.",
-        records=str(path),
-        config=CONFIG,
-        labels={"teacher": "dense", "s63": "student, 63%", "s40": "student, 40%", "w8a8": "int8"},
-        findings=["Kept {s63.kept:.1f} % at {s63.nonzero:.2f}.", "Left out: {s40.kept:.1f} %."],
-    )
+    return about_records(tmp_path)
 
 
 def test_numbers_are_those_of_the_records():
@@ -237,10 +194,6 @@ def test_the_page_takes_it(about, tmp_path):
     assert Path(page).is_file()
 
 
-RECORDS = ROOT / "docs/results/smollm2"
-ITEMS = {"source": "source", "teacher": "packed", "w8a8": "w8a8", "s63-packed": "s63-packed"}
-
-
 def items(name):
     """What was right, by set, of the metric that counts."""
     with np.load(RECORDS / f"{ITEMS[name]}.npz") as held:
@@ -392,46 +345,6 @@ def test_what_small_changes_of_weights_did(about, tmp_path):
     assert text.index("Weights moved.") < text.index("perturb.yaml") < text.index("weights/x")
 
 
-def test_the_picture_has_a_mark_for_what_has_a_cost_and_a_worth(about, tmp_path):
-    about.drawn = {"teacher": "dense", "s63": "spiking", "w8a8": "W8A8", "s40": "not scored"}
-    found = students.of_file(Path(about.records), CONFIG)
-    drawn = [(label, found[name]) for name, label in about.drawn.items() if name in found]
-    marks = students_picture.marks(drawn, "megabytes", "six")
-    assert [(mark.label, mark.spiking) for mark in marks] == [
-        ("dense", False),
-        ("spiking", True),
-        ("W8A8", False),
-    ]
-    assert [mark.worth for mark in marks] == [students.measure(each, "six") for _, each in drawn]
-    assert {(mark.below, mark.above) for mark in marks} == {(0, 0)}  # there is no interval of it
-    assert [mark.label for mark in students_picture.marks(drawn, "int8", "six")] == ["spiking", "W8A8"]
-    (mark,) = students_picture.marks(drawn, "megabytes", "kept")  # of the others it was not asked
-    assert (mark.worth, mark.below, mark.above) == pytest.approx((93, 2, 2))
-    assert students_picture.draw_students(tmp_path / "students.png", about, ["kept", "six"])
-    about.drawn = {"teacher": "dense"}
-    assert not students_picture.draw_students(tmp_path / "none.png", about)
-    assert [path.name for path in tmp_path.glob("*.png")] == ["students.png"]
-
-
-def test_names_in_a_panel_do_not_cover_one_another():
-    from matplotlib.figure import Figure
-
-    place = {"below": 0, "above": 0}
-    marks = [
-        students_picture.Mark(at, worth, **place, label=f"a model {number}", spiking=bool(number % 2))
-        for number, (at, worth) in enumerate([(50, 90), (51, 90.1), (52, 90), (95, 90), (97, 90.2), (96, 80)])
-    ]
-    figure = Figure(figsize=(4.1, 4.2))
-    axes = figure.subplots()
-    students_picture._panel(axes, marks)
-    figure.canvas.draw()
-    students_picture._label(axes, marks)
-    boxes = [text.get_window_extent() for text in axes.texts]
-    assert sorted(text.get_text() for text in axes.texts) == [f"a model {number}" for number in range(6)]
-    for number, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:number])
-
-
 @pytest.mark.parametrize("key", ["made", "drawn", "multiplied", "seeds", "pairs"])
 def test_a_misspelt_record_is_named(about, key):
     """Silently, a rival would be priced as if it added, or a finding would vanish."""
@@ -456,15 +369,6 @@ def test_an_item_of_seeds_counts_as_the_share_of_them(tmp_path):
     group = students.Seeds("both", [students.Student(record(name, **scored), CONFIG) for name in right])
     assert students_section.items_of(group, tmp_path) == {"piqa": [1, 0.5, 0, 0]}
     assert students_section.items_of(group.students[0], tmp_path) == {"piqa": [1, 1, 0, 0]}
-
-
-def test_the_shipped_picture_is_of_its_records(monkeypatch, tmp_path):
-    monkeypatch.chdir(ROOT)
-    settings = results.parse_settings(results.ResultsSettings, ["recipes/ablate/results.yaml"])
-    about = students_section.About(**settings.students)
-    for name, worths in (("students", ["kept"]), ("students_texts", ["six", "kl", "perplexity"])):
-        assert students_picture.draw_students(tmp_path / f"{name}.png", about, worths)
-        assert (tmp_path / f"{name}.png").read_bytes() == Path(f"docs/{name}.png").read_bytes()
 
 
 def test_no_record_has_a_path_of_a_machine():
