@@ -66,6 +66,7 @@ class ResultsSettings:
         referee: what a referee would ask.
         records: folder of the other records that they name.
         students: of the converted model, see ``students.About``; null: none.
+        appendix, appendix_text: what stands above the tables' rows.
     """
 
     tables: Annotated[Names, Field(min_length=1)]
@@ -74,6 +75,8 @@ class ResultsSettings:
     referee: list[mapping_of(Question)] = field(default_factory=list)
     records: Name = "docs/results"
     students: mapping_of(About) | None = None
+    appendix: str = ""
+    appendix_text: str = ""
 
 
 def write(settings: ResultsSettings) -> None:
@@ -90,16 +93,18 @@ def write(settings: ResultsSettings) -> None:
             "docs/results, a line a run: there is no number without a run behind it."
             + ("" if runs else " Nothing has been run yet: this is the plan.")
         ),
-        Paragraph(answer(everything)),
     ]
     image = Path(settings.page).with_name("frontier.png")
     image.parent.mkdir(parents=True, exist_ok=True)
-    if draw(image, everything):
-        blocks.append(Picture(image, "Perplexity above the best dense model against energy"))
     if settings.students is not None:
         blocks += converted_students(About(**settings.students), image.with_name("students.png"))
     if settings.referee:
         blocks += referee(settings, rows)
+    if settings.appendix:
+        blocks += [Heading(settings.appendix), Paragraph(settings.appendix_text)]
+    blocks.append(Paragraph(answer(everything)))
+    if draw(image, everything):
+        blocks.append(Picture(image, "Perplexity above the best dense model against energy"))
     blocks += [Heading("How to read the tables"), *reading(everything)]
     blocks += plan({path: rows[table.name] for path, table in tables.items()})
     for path, table in tables.items():
@@ -112,11 +117,14 @@ def converted_students(about: About, image: Path) -> list[Block]:
     """The section on students of the converted model, its picture behind the heading."""
     blocks = of_students(about)
     if blocks and draw_students(image, about):
-        blocks.insert(1, Picture(image, "Ability kept against weights fetched and energy"))
+        tables = [number for number, block in enumerate(blocks) if isinstance(block, Cells)]
+        above = len(about.glance[:1])  # tables above the text
         texts = image.with_name(f"{image.stem}_texts.png")
         if draw_students(texts, about, ("six", "kl", "perplexity")):
             said = "The six sets, KL and perplexity against weights fetched and energy"
-            blocks.insert(2, Picture(texts, said))
+            blocks.insert(tables[above + 2] + 1, Picture(texts, said))
+        first = 1 + 2 * above
+        blocks.insert(first, Picture(image, "Ability kept against weights fetched and energy"))
     return blocks
 
 

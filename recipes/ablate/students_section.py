@@ -76,6 +76,8 @@ class About:
 
     Attributes:
         title: of the section.
+        glance: a table above all else, its header and its rows; in cells ``{name.measure:.2f}``, and where
+            there is no such number "not run". source: where its figures that are not ours come from.
         text: before the tables.
         records: file of what ``score_student.py`` has logged.
         config: folder of the teacher.
@@ -95,6 +97,8 @@ class About:
     records: Name
     config: Name
     labels: dict[str, str]
+    glance: list[list[str]] = field(default_factory=list)
+    source: str = ""
     seeds: dict[str, list[str]] = field(default_factory=dict)
     multiplied: list[str] = field(default_factory=list)
     made: dict[str, str] = field(default_factory=dict)
@@ -124,21 +128,26 @@ def section(about: About) -> list[Block]:
     found = [(label, students[name]) for name, label in about.labels.items() if name in students]
     if not found:
         return []
-    blocks: list[Block] = [Heading(about.title), Paragraph(about.text), Code(COMMAND)]
-    for columns in (ACCURACY, TEXTS, COST):
-        blocks.append(Cells(["model", *columns], [cells(label, s, columns) for label, s in found]))
-    if groups:
-        header = ["model, of so many seeds", *OVER_SEEDS]
-        names = {name: f"{about.labels[name]}, {len(group.students)}" for name, group in groups.items()}
-        blocks.append(Cells(header, [cells(names[name], each, OVER_SEEDS) for name, each in groups.items()]))
     known = {**students, **groups}
-    blocks += compared(about, known)
 
     def find(name: str) -> float | None:
         who, _, what = name.partition(".")
         reject_unknown_keys({who: 0}, about.labels, "a finding")
         return measure(known[who], what) if who in known else None
 
+    blocks: list[Block] = [Heading(about.title)]
+    if about.glance:
+        header, *rows = about.glance
+        glance = [[fill(cell, find) or "not run" if cell else "" for cell in row] for row in rows]
+        blocks += [Cells(header, glance), Paragraph(about.source)]
+    blocks += [Paragraph(about.text), Code(COMMAND)]
+    for columns in (ACCURACY, TEXTS, COST):
+        blocks.append(Cells(["model", *columns], [cells(label, s, columns) for label, s in found]))
+    if groups:
+        header = ["model, of so many seeds", *OVER_SEEDS]
+        names = {name: f"{about.labels[name]}, {len(group.students)}" for name, group in groups.items()}
+        blocks.append(Cells(header, [cells(names[name], each, OVER_SEEDS) for name, each in groups.items()]))
+    blocks += compared(about, known)
     texts = [fill(text, find) for text in about.findings]
     blocks += [Paragraph(text) for text in texts if text is not None]
     if about.perturbed is not None:

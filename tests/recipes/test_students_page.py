@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from spiking_mamba.common.records import read_records
 from spiking_mamba.evaluation.outcomes import write_outcomes
 from spiking_mamba.evaluation.statistics import kept_share, paired_gap
-from spiking_mamba.reports.document import to_markdown
+from spiking_mamba.reports.document import Heading, to_markdown
 from tests.helpers.commands import ROOT
 from tests.helpers.student_records import CONFIG, MAIN, about_records, record, spiking
 
@@ -171,6 +171,16 @@ def test_without_records_there_is_no_section(about, tmp_path):
     assert students_section.section(about) == []
 
 
+def test_a_glance_stands_above_all_else(about):
+    """What was not scored is said; what says no number stands as it is."""
+    about.glance = [["", "student", "other"], ["kept", "{s63.kept:.1f}", "{s40.kept:.1f}"], ["", "4.78", ""]]
+    about.source = "Of a paper."
+    heading, table, source, *_ = students_section.section(about)
+    assert isinstance(heading, Heading)
+    assert (table.header, table.rows) == (about.glance[0], [["kept", "93.0", "not run"], ["", "4.78", ""]])
+    assert source.text == "Of a paper."
+
+
 def test_what_is_no_measure_is_named(about):
     about.findings = ["{s63.keptt:.1f}"]
     with pytest.raises(ValueError, match=r"keptt.*kept"):
@@ -242,10 +252,12 @@ def test_the_shipped_page_has_the_section_of_its_records(monkeypatch):
     """As results.yaml words it: every number, and nothing that was typed."""
     monkeypatch.chdir(ROOT)
     settings = results.parse_settings(results.ResultsSettings, ["recipes/ablate/results.yaml"])
-    text = to_markdown(students_section.section(students_section.About(**settings.students)))
-    heading, _, rest = text.strip().partition("\n\n")  # between which the picture stands
-    assert f"{heading}\n\n![" in Path("docs/results.md").read_text()
-    assert rest in Path("docs/results.md").read_text()
+    blocks = students_section.section(students_section.About(**settings.students))
+    text, page, at = to_markdown(blocks), Path("docs/results.md").read_text(), 0
+    for block in blocks:  # pictures stand between them
+        found = page.find(to_markdown([block]).strip(), at)
+        assert found >= at
+        at = found + 1
     assert "keep 92.1, 91.5 and 89.6 % of the converted teacher's ability" in " ".join(text.split())
 
 
