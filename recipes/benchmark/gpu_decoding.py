@@ -96,7 +96,7 @@ def dense_bytes(model: SpikingMambaForCausalLM, batch: int) -> float:
     weights = sum(p.numel() for p in {id(p): p for p in model.parameters()}.values())
     if not config.tie_word_embeddings:
         weights -= model.backbone.embeddings.weight.numel()
-    return width * (weights + 2.0 * batch * config.num_hidden_layers * each)
+    return width * (weights + 2.0 * batch * config.number_of_blocks("mamba") * each)
 
 
 @torch.no_grad()

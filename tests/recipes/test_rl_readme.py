@@ -1,5 +1,6 @@
 """The table over seeds in recipes/rl/README.md, recomputed from docs/results/preference.jsonl."""
 
+import importlib
 import importlib.util
 import json
 import re
@@ -116,6 +117,17 @@ def test_spikes_and_energy(label, path, form):
     expected = {column: cell([value(r["after"]) for r in runs(column)], form) for column in ("DPO", "KTO")}
     (student,) = {f"{value(r['before']):{form}}" for r in runs("DPO") + runs("KTO")}
     assert row(label) == {"student": student, "teacher": "", "teacher, DPO": ""} | expected
+
+
+def test_what_was_chosen_is_the_table_of_its_records(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "recipes/rl"))
+    choose = importlib.import_module("choose")
+    records = read_records(ROOT / "docs/results/choice.jsonl")
+    assert choose.choose(records, 0.05) == records
+    assert all(is_clean(record["provenance"]["commit"]) for record in records)
+    assert choose.table(records) in README
+    (commit,) = {record["provenance"]["commit"][:7] for record in records}
+    assert f"at commit {commit}" in README
 
 
 def test_the_run_on_two_processes_is_marked():
