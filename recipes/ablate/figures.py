@@ -369,8 +369,7 @@ def main_of(settings: FigureSettings) -> list[str]:
     rows = {table.name: recorded.read(table) for table in tables}
     known: dict[str, Student | Seeds] = {}
     if settings.students:
-        students, groups = About(**read_yaml(Path(settings.students))["students"]).scored()
-        known = {**students, **groups}
+        known = About(**read_yaml(Path(settings.students))["students"]).scored()
     records, wrong = Records(rows, Path(settings.results), known), []
     for page, about in settings.pages.items():
         try:

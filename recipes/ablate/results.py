@@ -114,27 +114,25 @@ def write(settings: ResultsSettings) -> None:
 
 
 def converted_students(about: About, image: Path) -> list[Block]:
-    """The section on students of the converted model, its picture behind the heading."""
-    blocks = of_students(about)
-    if blocks and draw_students(image, about):
-        tables = [number for number, block in enumerate(blocks) if isinstance(block, Cells)]
-        above = len(about.glance[:1])  # tables above the text
-        texts = image.with_name(f"{image.stem}_texts.png")
-        if draw_students(texts, about, ("six", "kl", "perplexity")):
-            said = "The six sets, KL and perplexity against weights fetched and energy"
-            blocks.insert(tables[above + 2] + 1, Picture(texts, said))
-        first = 1 + 2 * above
-        blocks.insert(first, Picture(image, "Ability kept against weights fetched and energy"))
-    return blocks
+    """The section on students of the converted model, with its pictures."""
+    texts = image.with_name(f"{image.stem}_texts.png")
+    drawn = {
+        image: (("kept",), "Ability kept against weights fetched and energy"),
+        texts: (
+            ("six", "kl", "perplexity"),
+            "The six sets, KL and perplexity against weights fetched and energy",
+        ),
+    }
+    return of_students(
+        about, [Picture(p, said) for p, (w, said) in drawn.items() if draw_students(p, about, w)]
+    )
 
 
 def referee(settings: ResultsSettings, rows: Mapping[str, Sequence[Row]]) -> list[Block]:
     """The table of what a referee would ask."""
     students: dict[str, Student | Seeds] = {}
     if settings.students is not None:
-        about = About(**settings.students)
-        found, groups = about.scored()
-        students = {**found, **groups}
+        students = About(**settings.students).scored()
     records = Records(rows, Path(settings.records), students)
     body = []
     for number, line in enumerate(settings.referee, 1):

@@ -56,8 +56,7 @@ def marks(drawn: Sequence[tuple[str, Student | Seeds]], cost: str, worth: str) -
 
 def draw_students(path: Path, about: About, worths: Sequence[str] = ("kept",)) -> bool:
     """A row of panels for each worth, a mark a model; whether there was a student to draw."""
-    students, groups = about.scored()
-    known: dict[str, Student | Seeds] = {**students, **groups}
+    known = about.scored()
     drawn = [(label, known[name]) for name, label in about.drawn.items() if name in known]
     if not any(student.adds for _, student in drawn):
         return False

@@ -1,7 +1,7 @@
 """The source's table at its own size: the page's section on students of a converted model."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import field
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from spiking_mamba.common.schema import Name, schema
 from spiking_mamba.data.benchmarks import SOURCE_TASKS
 from spiking_mamba.evaluation.outcomes import main_outcomes
 from spiking_mamba.evaluation.statistics import paired_gap
-from spiking_mamba.reports.document import Block, Code, Heading, Paragraph
+from spiking_mamba.reports.document import Block, Code, Heading, Paragraph, Picture
 from spiking_mamba.reports.document import Table as Cells
 
 __all__ = ["About", "section"]
@@ -116,19 +116,20 @@ class About:
         for key, names in named.items():
             reject_unknown_keys(dict.fromkeys(names), self.labels, f"{key} of students")
 
-    def scored(self) -> tuple[dict[str, Student], dict[str, Seeds]]:
-        """What was scored, and the groups of seeds of it."""
+    def scored(self) -> dict[str, Student | Seeds]:
+        """What was scored, and the groups of seeds of it, by their names."""
         students = of_file(Path(self.records), self.config, self.logs, self.multiplied)
-        return students, over_seeds(students, self.seeds)
+        return {**students, **over_seeds(students, self.seeds)}
 
 
-def section(about: About) -> list[Block]:
-    """The section; nothing where nothing was scored."""
-    students, groups = about.scored()
+def section(about: About, pictures: Sequence[Picture] = ()) -> list[Block]:
+    """The section, a picture above its text, others below its tables; nothing where nothing was scored."""
+    known = about.scored()
+    students = {name: each for name, each in known.items() if isinstance(each, Student)}
+    groups = {name: each for name, each in known.items() if isinstance(each, Seeds)}
     found = [(label, students[name]) for name, label in about.labels.items() if name in students]
     if not found:
         return []
-    known = {**students, **groups}
 
     def find(name: str) -> float | None:
         who, _, what = name.partition(".")
@@ -140,9 +141,10 @@ def section(about: About) -> list[Block]:
         header, *rows = about.glance
         glance = [[fill(cell, find) or "not run" if cell else "" for cell in row] for row in rows]
         blocks += [Cells(header, glance), Paragraph(about.source)]
-    blocks += [Paragraph(about.text), Code(COMMAND)]
+    blocks += [*pictures[:1], Paragraph(about.text), Code(COMMAND)]
     for columns in (ACCURACY, TEXTS, COST):
         blocks.append(Cells(["model", *columns], [cells(label, s, columns) for label, s in found]))
+    blocks += pictures[1:]
     if groups:
         header = ["model, of so many seeds", *OVER_SEEDS]
         names = {name: f"{about.labels[name]}, {len(group.students)}" for name, group in groups.items()}

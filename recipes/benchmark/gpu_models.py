@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ TEXT = (
 TINY = {"vocab_size": 300, "hidden_size": 64, "num_hidden_layers": 2, "num_heads": 4, "head_dim": 32}
 
 
-class Models:
+class Models(ABC):
     """Models of one configuration, made where they are needed first."""
 
     shares: tuple[float | str, ...]  # that the event-driven ones are made for
@@ -47,13 +48,13 @@ class Models:
         ids = torch.randint(self.config.vocab_size, (batch, PROMPT), generator=generator)
         return ids.to(self.args.device)
 
+    @abstractmethod
     def dense(self) -> SpikingMambaForCausalLM:
         """In float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spiking(self, share: float | str) -> SpikingMambaForCausalLM:
         """In float32."""
-        raise NotImplementedError
 
     def bf16(self) -> SpikingMambaForCausalLM:
         if BF16 not in self._made:

@@ -16,3 +16,12 @@ def interruptible_tests():
 @pytest.fixture
 def drawn(monkeypatch):
     return Drawn(monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def convert():
+    """The modules of recipes/convert by name."""
+    from tests.helpers.converting import recipe_modules  # imports torch and transformers
+
+    with recipe_modules() as modules:
+        yield modules

@@ -18,14 +18,7 @@ from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.converted import load_mixers, mixers_of
 from spiking_mamba.model.llama import NotLlamaError
 from spiking_mamba.model.source import load_source
-from tests.helpers.converting import FOLDER, recipe_modules, transformer, write_prepared
-
-
-@pytest.fixture(scope="module")
-def convert():
-    """The recipe's modules by name."""
-    with recipe_modules() as modules:
-        yield modules
+from tests.helpers.converting import FOLDER, transformer, write_prepared
 
 
 @pytest.fixture(scope="module")

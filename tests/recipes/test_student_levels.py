@@ -4,14 +4,7 @@ import pytest
 import torch
 
 from spiking_mamba.model.checkpoint import load_dense
-from tests.helpers.converting import recipe_modules
 from tests.helpers.students import prepare, settings
-
-
-@pytest.fixture(scope="module")
-def convert():
-    with recipe_modules() as modules:
-        yield modules
 
 
 @pytest.fixture(scope="module")

@@ -15,14 +15,8 @@ from spiking_mamba.data.benchmarks import BENCHMARK_SETS
 from spiking_mamba.evaluation.outcomes import read_outcomes, write_outcomes
 from spiking_mamba.model.checkpoint import load_dense
 from tests.helpers.commands import run as run_command
-from tests.helpers.converting import FOLDER, recipe_modules
+from tests.helpers.converting import FOLDER
 from tests.helpers.students import ROOT, lines, prepare
-
-
-@pytest.fixture(scope="module")
-def convert():
-    with recipe_modules() as modules:
-        yield modules
 
 
 @pytest.fixture(scope="module")

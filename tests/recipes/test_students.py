@@ -11,14 +11,7 @@ from safetensors.torch import load_file, save_file
 from spiking_mamba.common.errors import CheckpointError, DataError
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.spikes.counting import count_spikes
-from tests.helpers.converting import recipe_modules
 from tests.helpers.students import lines, prepare, run, settings
-
-
-@pytest.fixture(scope="module")
-def convert():
-    with recipe_modules() as modules:
-        yield modules
 
 
 @pytest.fixture(scope="module")
