@@ -42,7 +42,7 @@ class KitSettings:
         source: a name of ``source.PACKAGES``.
         data: folder that ``prepare.py`` has written.
         output: folder for the kit, whose folders are ``1``, ``2`` and so on.
-        python: version of the other machine's Python, on x86-64 Linux; it has torch, transformers and scipy.
+        python: version of the other machine's Python, on x86-64 Linux; it has torch and scipy.
         wheels: packages, as constraints.txt names them.
         pure: a package that is built here, without its extensions.
         megabytes: of a folder, at most.

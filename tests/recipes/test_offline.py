@@ -81,6 +81,21 @@ def test_a_part_that_is_missing_is_told(carried, missing):
     assert not (folder / "base" / "cache" / SOURCE).exists()
 
 
+@pytest.mark.parametrize("command", ["unpack", "setup"])
+def test_a_transformers_that_was_not_tested_is_refused(carried, command):
+    """Its warning would be lost there, and what is measured would be something else."""
+    folder, _ = carried
+    for k in range(2):
+        offline(folder, CONVERT, "keep", carry=f"carry{k}")
+    about = folder / "base" / "site" / "transformers-5.17.0.dist-info" / "METADATA"
+    about.parent.mkdir(parents=True)
+    about.write_text("Metadata-Version: 2.1\nName: transformers\nVersion: 5.17.0\n")
+    result = offline(folder, CONVERT, command)
+    assert result.returncode != 0
+    assert "transformers 5.17.0 is outside the range" in result.stderr
+    assert "incomplete" not in result.stdout
+
+
 PYTHON = """#!/bin/sh
 echo "GPU ${CUDA_VISIBLE_DEVICES:-any}: $*" >>"$BASE/calls"
 case "$*" in *output=*/broken*) exit 5 ;; esac
