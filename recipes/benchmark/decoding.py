@@ -21,7 +21,7 @@ from versions import about, line
 
 from neurons import set_backend
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
-from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.model import scan as ssd
@@ -142,6 +142,8 @@ def seconds_a_token(
             print(f"{name}: the first call took {time.perf_counter() - start:.0f} s", file=sys.stderr)
         except Exception as error:
             print(f"{name} does not run here and is left out: {type(error).__name__}: {str(error)[:200]}")
+    if not times:
+        raise RunError("Nothing runs here, for the reasons given above.")
     for _ in range(args.repeats):
         for name in times:  # in turn; the difference of two lengths leaves the prompt out
             seconds = []

@@ -32,7 +32,7 @@ from gpu_tables import BF16, draw, table
 
 from neurons.cupy.event_linear import plan as layouts
 from spiking_mamba import EventDrivenMambaForCausalLM, SpikingMambaForCausalLM
-from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.machine import device_name
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.provenance import provenance
@@ -325,6 +325,8 @@ def arguments() -> argparse.Namespace:
 def show(args: argparse.Namespace, about: dict[str, Any]) -> None:
     """Print what is known of a size so far, and put it into the folder as a table and a picture."""
     records = [r for r in read_records(args.out / RECORDS) if r["size"] == args.size]
+    if not records:
+        raise RunError("Nothing runs here, for the reasons given above.")
     text = f"{device_name()}, copy {(about['copy_bytes_per_second'] or 0) / 1e12:.2f} TB/s; "
     text += f"weights {', '.join(args.weights)}, states {args.states}; "
     text += f"{args.repeats} repeats of {args.tokens} tokens in turn\n\n{table(records)}"

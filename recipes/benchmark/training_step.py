@@ -33,7 +33,7 @@ from versions import about, line
 
 from neurons import set_backend
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
-from spiking_mamba.common.errors import fail_clearly
+from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.interruption import interruptible, measured_so_far
 from spiking_mamba.common.machine import device_name, keep_freed_memory
 from spiking_mamba.common.progress import quiet
@@ -192,6 +192,8 @@ def measure(
             steps[name], times[name] = step, []
         except Exception as error:  # transformers, say, picks its kernels at import, for all devices
             print(f"{name} does not run here and is left out: {type(error).__name__}: {str(error)[:200]}")
+    if not steps:
+        raise RunError("Nothing runs here, for the reasons given above.")
     for _ in range(args.repeats):
         for name, step in steps.items():  # in turn, so that the machine's moods hit all alike
             times[name].append(seconds(step))

@@ -1,5 +1,7 @@
 """The benchmark of decoding on a GPU: it runs small on a processor; its tables say what was measured."""
 
+import argparse
+import importlib
 import json
 
 import gpu_decoding
@@ -8,6 +10,7 @@ import gpu_tables
 import pytest
 import torch
 
+from spiking_mamba.common.errors import RunError
 from spiking_mamba.common.records import read_records
 from spiking_mamba.model.checkpoint import load_model
 from spiking_mamba.model.modes import hooked
@@ -126,6 +129,27 @@ def test_what_cannot_run_is_said(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("name", ["gpu_decoding", "decoding", "training_step"])
+def test_a_benchmark_of_which_nothing_runs_says_so(name, tmp_path, monkeypatch):
+    """As where a library is too old for all of it: no table of nothing, and no traceback."""
+
+    def broken(*_):
+        raise AttributeError("'DynamicCache' object has no attribute 'get_recurrent_state'")
+
+    module = importlib.import_module(name)
+    args = argparse.Namespace(repeats=1, tokens=4, device="cpu", size="none", batches=[1], out=tmp_path)
+    calls = {
+        "gpu_decoding": lambda: module.show(args, {"copy_bytes_per_second": None}),
+        "decoding": lambda: module.seconds_a_token({"dense": broken}, torch.zeros(1, 4), args),
+        "training_step": lambda: module.measure(argparse.Namespace(vocab_size=9), args, 1, 4),
+    }
+    if name == "training_step":
+        monkeypatch.setattr(module, "contenders", lambda *_: {"dense": broken})
+    with pytest.raises(RunError, match="Nothing runs here"):
+        calls[name]()
+    assert not list(tmp_path.iterdir())
+
+
 RESULTS = ROOT / "docs/results"
 
 
@@ -156,6 +180,7 @@ def equal_cells(name, text):
         ("On a GPU, with 4 bits#1", "1.3b", "22f4f99", ""),
         ("On a GPU, an earlier run#1", "1.3b", "35c2b38", ""),
         ("On a GPU#2", "130m", "35c2b38", ""),
+        ("On a GPU, the shipped student#1", "smollm2-spiking", "e5a1c2c", ""),
     ],
 )
 def test_the_pages_tables_are_those_of_their_records(table, size, commit, bits):
@@ -197,4 +222,5 @@ def test_how_much_generate_scatters():
 def test_every_record_is_on_the_page():
     records = (RESULTS / "gpu_decoding.jsonl").read_text().splitlines()
     runs = {(r["size"], r["provenance"]["commit"][:7]) for r in map(json.loads, records)}
-    assert runs == {("1.3b", "4d6e0e8"), ("1.3b", "22f4f99"), ("1.3b", "35c2b38"), ("130m", "35c2b38")}
+    of_a_size = {("1.3b", "4d6e0e8"), ("1.3b", "22f4f99"), ("1.3b", "35c2b38"), ("130m", "35c2b38")}
+    assert runs == {*of_a_size, ("smollm2-spiking", "e5a1c2c")}
