@@ -66,6 +66,7 @@ class ResultsSettings:
         referee: what a referee would ask.
         records: folder of the other records that they name.
         students: of the converted model, see ``students.About``; null: none.
+        configuration: the YAML file of the source's own configuration on that model; null: none.
         appendix, appendix_text: what stands above the tables' rows.
     """
 
@@ -75,15 +76,18 @@ class ResultsSettings:
     referee: list[mapping_of(Question)] = field(default_factory=list)
     records: Name = "docs/results"
     students: mapping_of(About) | None = None
+    configuration: Name | None = None
     appendix: str = ""
     appendix_text: str = ""
 
 
 def write(settings: ResultsSettings) -> None:
     override = [] if settings.results is None else [f"results={settings.results}"]
-    tables = {path: parse_settings(Table, [path, *override]) for path in settings.tables}
+    paths = [*settings.tables, *([settings.configuration] if settings.configuration else [])]
+    tables = {path: parse_settings(Table, [path, *override]) for path in paths}
     rows = {table.name: read(table) for table in tables.values()}
-    everything = [row for found in rows.values() for row in found]
+    configuration = tables.pop(settings.configuration or "", None)
+    everything = [row for table in tables.values() for row in rows[table.name]]
     runs = [run for row in everything for run in row.runs]
     blocks: list[Block] = [
         Heading("Results", 1),
@@ -98,6 +102,8 @@ def write(settings: ResultsSettings) -> None:
     image.parent.mkdir(parents=True, exist_ok=True)
     if settings.students is not None:
         blocks += converted_students(About(**settings.students), image.with_name("students.png"))
+    if configuration is not None:
+        blocks += section(configuration, rows, str(settings.configuration))
     if settings.referee:
         blocks += referee(settings, rows)
     if settings.appendix:

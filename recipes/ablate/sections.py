@@ -42,11 +42,12 @@ def section(table: Table, tables: Tables, path: str) -> list[Block]:
         tables: the rows of all tables on the page by the tables' names: a text may name those of others.
         path: of the table's YAML file.
     """
-    rows, everything = tables[table.name], [row for rows in tables.values() for row in rows]
+    rows = tables[table.name]
+    alike = [row for rows in tables.values() for row in rows if row.table.teacher == table.teacher]
     find = finder(table, tables)
     blocks: list[Block] = [Heading(table.title), Paragraph(table.about)]
     blocks.append(Code(f"python recipes/ablate/study.py {path}"))
-    if body := [cells(row, everything) for row in rows if row.runs]:
+    if body := [cells(row, alike) for row in rows if row.runs]:
         blocks.append(Cells(HEADER, body))
     if missing := [f"{row.name} ({row.tokens / 1e6:.1f}M tokens)" for row in rows if not row.runs]:
         blocks.append(Paragraph(f"Planned, not run: {'; '.join(missing)}."))
@@ -103,18 +104,18 @@ def mean(values: Sequence[float], form: str) -> str:
     return f"{interval(values)['mean']:{form}}" if values else ""
 
 
-def cells(row: Row, everything: Sequence[Row]) -> list[str]:
+def cells(row: Row, alike: Sequence[Row]) -> list[str]:
     troubles = sorted({run["status"] for run in row.runs if run["status"] != "done"})
     state = f"{len(row.done)} of {len(row.seeds)}"
     after = row.values(*PERPLEXITY)
-    over = spread(row.over(best_dense(everything)), "+.2f", 100.0) if after else ""
+    over = spread(row.over(best_dense(alike)), "+,.2f", 100.0) if after else ""
     gains = ("with_neurons", "whole_model", "decoding", "quantised")
     return [
         row.label,
         ", ".join([state, *troubles]),
         f"{row.tokens / 1e6:.1f}",
-        mean(row.values("before", "perplexity"), ".2f"),
-        spread(interval(after), ".3f") if after else "",
+        mean(row.values("before", "perplexity"), ",.2f"),
+        spread(interval(after), ",.3f") if after else "",
         over,
         mean(row.values("after", "mean_abs"), ".3f"),
         mean(row.values("after", "nonzero_share"), ".3f"),
@@ -151,13 +152,17 @@ def origin(runs: Sequence[dict[str, Any]]) -> str:
     machines = sorted({run["hardware"]["device"] for run in runs})
     dates = {run["date"][:10] for run in runs}
     when = " to ".join(sorted({min(dates), max(dates)}))
-    torches = sorted({str(run["versions"]["torch"]) for run in runs})
+    libraries = [
+        f"{name} {', '.join(found)}"
+        for name in ("torch", "transformers")
+        if (found := sorted({str(version) for run in runs if (version := run["versions"].get(name))}))
+    ]
     minutes = sum(run["seconds"] for run in runs) / 60
     tokens = {run["held_out_tokens"] for run in runs if "held_out_tokens" in run}
     commits = sorted({commit(run["commit"]) for run in runs})
     return (
         f"{len(runs)} runs, {minutes:.1f} minutes on {', '.join(machines)}; {when}; "
-        f"torch {', '.join(torches)}; {', '.join(f'{n:,}' for n in sorted(tokens))} held-out tokens; "
+        f"{'; '.join(libraries)}; {', '.join(f'{n:,}' for n in sorted(tokens))} held-out tokens; "
         f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}."
     )
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from placeholders import ENERGIES
 from recorded import energy_of
@@ -18,6 +19,7 @@ from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.provenance import is_clean
 from spiking_mamba.common.records import read_records
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS, SOURCE_TASKS
+from spiking_mamba.evaluation.outcomes import main_outcomes
 from spiking_mamba.evaluation.statistics import interval
 from spiking_mamba.model.projection import spike_fed
 
@@ -39,22 +41,29 @@ class Student:
         source: the record of the Transformer that everything was converted from, if it was scored.
         teacher: that of the dense model of `config`, if it was.
         multiplied: its counts are integers of 8 bits that are multiplied, whatever they were trained as.
+        packs: its weights have the bits that they are packed in.
     """
 
     def __init__(
         self,
-        record: Mapping[str, Any],
+        record: dict[str, Any],
         config: str,
         source: Mapping[str, Any] | None = None,
         teacher: Mapping[str, Any] | None = None,
         multiplied: bool = False,
+        packs: bool = True,
     ) -> None:
         self.record, self.config, self.name = record, config, record["name"]
-        self.source, self.teacher, self.multiplied = source, teacher, multiplied
+        self.source, self.teacher, self.multiplied, self.packs = source, teacher, multiplied, packs
 
     @property
     def clean(self) -> bool:
         return is_clean(self.record["provenance"]["commit"])
+
+    def items(self, folder: Path) -> dict[str, list[float]]:
+        """Whether each item of each set is right, by the metric that counts for it."""
+        found = main_outcomes(folder / self.record.get("items", f"{self.name}.npz"))
+        return {task: np.asarray(right, float).tolist() for task, right in found.items()}
 
     def score(self, task: str) -> float:
         """Accuracy on a set by the metric that counts for it, in per cent."""
@@ -171,7 +180,7 @@ class Student:
 
         Of what adds, those that counts which are not zero ask for, all scales, and updates whole.
         """
-        if "model" not in self.record:
+        if "model" not in self.record or not self.packs:
             return None
         bits, update = dict(OWN_BITS), 0.0
         if (rounded := self.record.get("weights")) is not None:  # of 8 bits an output has one scale
@@ -274,6 +283,30 @@ MEASURES: dict[str, Callable[[Student], float | None]] = {
     "int8": lambda s: s.microjoules("int8", ("model",)),
     "int8_decoding": lambda s: s.decoding_microjoules,
     "int8_skipping": lambda s: s.skipping,
+    "preferred": _of("alignment", "preferred"),
+    "gained": _of("alignment", "gained", "gain"),
+    "gained.low": _of("alignment", "gained", "low"),
+    "gained.high": _of("alignment", "gained", "high"),
+    "gained.again": _of("alignment", "again"),
+    "behind": _of("alignment", "behind", "gap"),
+    "behind.low": _of("alignment", "behind", "low"),
+    "behind.high": _of("alignment", "behind", "high"),
+    "behind.five": _of("alignment", "behind_five", "gap"),
+    "behind.five.low": _of("alignment", "behind_five", "low"),
+    "behind.five.high": _of("alignment", "behind_five", "high"),
+    "behind.ability": _of("alignment", "behind_ability", "gap"),
+    "behind.ability.low": _of("alignment", "behind_ability", "low"),
+    "behind.ability.high": _of("alignment", "behind_ability", "high"),
+    "answer": _of("alignment", "answer"),
+    "cut": _of("alignment", "cut"),
+    "longer": _of("alignment", "longer", "gap"),
+    "longer.low": _of("alignment", "longer", "low"),
+    "longer.high": _of("alignment", "longer", "high"),
+    "mJ": _of("decoded", "mJ"),
+    "mJ_net": _of("decoded", "mJ_net"),
+    "ms": _of("decoded", "seconds", scale=1e3),
+    "moved": _of("reference_kl_web"),
+    "moved.wiki": _of("reference_kl_wiki"),
     "megabytes": lambda s: s.megabytes,
     "megabytes_int8": lambda s: s.megabytes_int8,
 }
@@ -325,7 +358,11 @@ def measure(student: Student | Seeds, name: str) -> float | None:
 
 
 def of_file(
-    path: Path, config: str, logs: Mapping[str, str] | None = None, multiplied: Collection[str] = ()
+    path: Path,
+    config: str,
+    logs: Mapping[str, str] | None = None,
+    multiplied: Collection[str] = (),
+    unpacked: Collection[str] = (),
 ) -> dict[str, Student]:
     """The students of a file by their names; of a name that is there twice, the later one.
 
@@ -334,6 +371,7 @@ def of_file(
         config: folder of the teacher.
         logs: of trainings, whose last lines are the progress of records that have none, as packed students'.
         multiplied: names of those whose counts are multiplied.
+        unpacked: names of those whose weights do not have the bits that they are packed in.
     """
     records = {record["name"]: record for record in read_records(path)}
     for name, log in (logs or {}).items():
@@ -344,5 +382,6 @@ def of_file(
     whole = [r for name, r in records.items() if r.get("model") == config and name not in rounded]
     teacher = whole[0] if whole else None
     return {
-        name: Student(record, config, source, teacher, name in multiplied) for name, record in records.items()
+        name: Student(record, config, source, teacher, name in multiplied, name not in unpacked)
+        for name, record in records.items()
     }

@@ -6,15 +6,15 @@ from dataclasses import field
 from pathlib import Path
 
 import numpy as np
+from alignment import ALIGNED, Alignment, attach
 from placeholders import PLACEHOLDER
 from students import Seeds, Student, measure, of_file, over_seeds
 
 from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.provenance import MARK, is_clean
 from spiking_mamba.common.records import read_records
-from spiking_mamba.common.schema import Name, schema
+from spiking_mamba.common.schema import Name, mapping_of, schema
 from spiking_mamba.data.benchmarks import SOURCE_TASKS
-from spiking_mamba.evaluation.outcomes import main_outcomes
 from spiking_mamba.evaluation.statistics import paired_gap
 from spiking_mamba.reports.document import Block, Code, Heading, Paragraph, Picture
 from spiking_mamba.reports.document import Table as Cells
@@ -87,6 +87,9 @@ class About:
         made: by what a record's model was made, and scored.
         multiplied: names of records whose counts are multiplied, as integers of 8 bits.
         pairs: of names, whose difference is given.
+        alignment: what ``recipes/rl`` made of them, see :class:`alignment.Alignment`; null: nothing.
+        decoded: file of what ``gpu_decoding.py`` has recorded; null: none. size: what it calls the student.
+        ways: of its ways, one a token, by the names of records that were decoded so.
         perturbed: file of what ``perturb.py`` has recorded; null: none. perturbed_text: before its table.
         drawn: what the picture calls a record, by its name.
         findings: behind the tables, with ``{name.measure:.2f}``; one without a number is left out.
@@ -103,6 +106,10 @@ class About:
     multiplied: list[str] = field(default_factory=list)
     made: dict[str, str] = field(default_factory=dict)
     pairs: list[list[str]] = field(default_factory=list)
+    alignment: mapping_of(Alignment) | None = None
+    decoded: Name | None = None
+    size: str = ""
+    ways: dict[str, str] = field(default_factory=dict)
     perturbed: Name | None = None
     perturbed_text: str = ""
     drawn: dict[str, str] = field(default_factory=dict)
@@ -111,14 +118,31 @@ class About:
 
     def __post_init__(self) -> None:
         named = {"made": self.made, "drawn": self.drawn, "multiplied": self.multiplied, "seeds": self.seeds}
+        named |= {"ways": self.ways}
+        if (alignment := self.aligned) is not None:
+            named["alignment"] = [*alignment.students, *alignment.teachers]
         for number, names in enumerate((*self.pairs, *self.seeds.values())):
             named[f"pair or seeds {number}"] = names
         for key, names in named.items():
             reject_unknown_keys(dict.fromkeys(names), self.labels, f"{key} of students")
 
+    @property
+    def aligned(self) -> Alignment | None:
+        return None if self.alignment is None else Alignment(**self.alignment)
+
     def scored(self) -> dict[str, Student | Seeds]:
         """What was scored, and the groups of seeds of it, by their names."""
-        students = of_file(Path(self.records), self.config, self.logs, self.multiplied)
+        alignment = self.aligned
+        unpacked = () if alignment is None else alignment.optimised
+        students = of_file(Path(self.records), self.config, self.logs, self.multiplied, unpacked)
+        if alignment is not None:
+            attach(students, alignment, Path(self.records).parent)
+        if self.decoded is not None:
+            found = read_records(Path(self.decoded))
+            ways = {r["way"]: r for r in found if (r["size"], r["batch"]) == (self.size, 1)}
+            for name, way in self.ways.items():
+                if name in students and way in ways:
+                    students[name].record["decoded"] = ways[way]
         return {**students, **over_seeds(students, self.seeds)}
 
 
@@ -149,6 +173,10 @@ def section(about: About, pictures: Sequence[Picture] = ()) -> list[Block]:
         header = ["model, of so many seeds", *OVER_SEEDS]
         names = {name: f"{about.labels[name]}, {len(group.students)}" for name, group in groups.items()}
         blocks.append(Cells(header, [cells(names[name], each, OVER_SEEDS) for name, each in groups.items()]))
+    if (alignment := about.aligned) is not None:
+        names = [n for n in (*alignment.teachers, *alignment.students) if n in students]
+        body = [cells(about.labels[name], students[name], ALIGNED) for name in names]
+        blocks.append(Cells(["model", *ALIGNED], body))
     blocks += compared(about, known)
     texts = [fill(text, find) for text in about.findings]
     blocks += [Paragraph(text) for text in texts if text is not None]
@@ -214,8 +242,8 @@ def differences(one: Student | Seeds, other: Student | Seeds, folder: Path) -> l
 def items_of(who: Student | Seeds, folder: Path) -> dict[str, list[float]]:
     """Whether each item of each set is right, by the metric that counts for it."""
     each = who.students if isinstance(who, Seeds) else [who]
-    found = [main_outcomes(folder / f"{student.name}.npz") for student in each]
-    return {task: np.mean([np.asarray(f[task], float) for f in found], 0).tolist() for task in found[0]}
+    found = [student.items(folder) for student in each]
+    return {task: np.mean([items[task] for items in found], 0).tolist() for task in found[0]}
 
 
 def cells(label: str, student: Student | Seeds, columns: Mapping[str, str]) -> list[str]:

@@ -72,6 +72,28 @@ def settings(tmp_path):
     return results.ResultsSettings(tables=[str(path)], page=str(tmp_path / "results.md"))
 
 
+def test_the_source_s_configuration_is_a_study_of_its_own(settings, tmp_path):
+    """Of another teacher: its rows are in no other table's best dense model, plan or picture."""
+    content = yaml.safe_load(Path(settings.tables[0]).read_text())
+    own = content | {"name": "own", "title": "The source's own", "teacher": "another", "about": "Of another."}
+    path = tmp_path / "own.yaml"
+    path.write_text(yaml.safe_dump(own | {"claims": [], "levers": [], "findings": []}))
+    put(settings, "fine", 0, 12.0, gain=2.0)
+    put(settings, "control", 0, 9.0)
+    settings.configuration, settings.appendix = str(path), "The appendix"
+    alone = results.ResultsSettings(tables=[str(path)])
+    put(alone, "fine", 0, 6.0, gain=2.0)
+    put(alone, "control", 0, 3.0)
+    text = page(settings)
+    before, after = text.split("## The appendix")
+    assert "## The source's own" in before
+    assert "## A small table" in after
+    assert "own.yaml" not in after  # of the plan
+    over = {part: float(cells(part, "fine")[5].replace(",", "")) for part in (before, after)}
+    assert over[before] == pytest.approx(100.0)  # 6 over 3
+    assert over[after] == pytest.approx(100 / 3, abs=0.01)  # 12 over 9
+
+
 def put(settings, name, seed, perplexity, gain=None, status="done", **others):
     table = parse_settings(Table, settings.tables)
     row = next(row for row in table.rows if row["name"] == name)

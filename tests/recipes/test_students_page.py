@@ -21,7 +21,8 @@ from tests.helpers.commands import ROOT
 from tests.helpers.student_records import CONFIG, MAIN, about_records, record, spiking
 
 RECORDS = ROOT / "docs/results/smollm2"
-ITEMS = {"source": "source", "teacher": "packed", "w8a8": "w8a8", "s63-packed": "s63-packed"}
+# of every record that is on the page the file of its items
+ITEMS = {r["name"]: r.get("items", f"{r['name']}.npz") for r in read_records(RECORDS / "students.jsonl")}
 
 
 @pytest.fixture
@@ -206,7 +207,7 @@ def test_the_page_takes_it(about, tmp_path):
 
 def items(name):
     """What was right, by set, of the metric that counts."""
-    with np.load(RECORDS / f"{ITEMS[name]}.npz") as held:
+    with np.load(RECORDS / ITEMS[name]) as held:
         return {
             task: np.unpackbits(held[f"{task}/{benchmark.main}"])[: int(held[f"{task}/items"])]
             for task, benchmark in students.BENCHMARK_SETS.items()
