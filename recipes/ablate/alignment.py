@@ -16,6 +16,8 @@ from spiking_mamba.evaluation.statistics import paired_gap
 
 __all__ = ["ALIGNED", "Alignment", "attach"]
 
+Items = dict[str, list[float]]  # by their set
+
 # Of the table on the page, see ``students.MEASURES``.
 ALIGNED = {
     "preferred, Social IQA": "{preferred:.3f}",
@@ -23,7 +25,9 @@ ALIGNED = {
     "six sets, %": "{six:.2f}",
     "below the teacher so treated, points": "{behind:.2f} [{behind.low:.2f}, {behind.high:.2f}]",
     "there, without BoolQ": "{behind.five:.2f} [{behind.five.low:.2f}, {behind.five.high:.2f}]",
+    "more than before": "{wider:+.2f} [{wider.low:+.2f}, {wider.high:+.2f}]",
     "in ability, %": "{behind.ability:.1f} [{behind.ability.low:.1f}, {behind.ability.high:.1f}]",
+    "more in ability": "{wider.ability:+.1f} [{wider.ability.low:+.1f}, {wider.ability.high:+.1f}]",
     "ability, % of the teacher's before": "{kept:.1f} [{kept.low:.1f}, {kept.high:.1f}]",
     "KL from before, web": "{moved:.3f}",
     "perplexity, web": "{perplexity:.2f}",
@@ -87,9 +91,12 @@ def attach(students: Mapping[str, Student], alignment: Alignment, folder: Path) 
         for name in names:
             if name in students:
                 students[name].record["alignment"] = _facts(name, names, runs, answered)
+    before = None
     for one, other in zip(alignment.students, alignment.teachers, strict=True):
         if one in students and other in students:
-            students[one].record["alignment"] |= _behind(students[one], students[other], folder)
+            apart = _apart(students[one], students[other], folder)
+            students[one].record["alignment"] |= _behind(students[one], apart, before)
+            before = before or apart
 
 
 def _facts(
@@ -101,9 +108,10 @@ def _facts(
     if not made:
         return {}
     first, last = made[0], made[-1]
-    facts: dict[str, Any] = {
-        "preferred": first["before" if before else "after"]["accuracy"]["sum"]["average"]
-    }
+    then = first["before" if before else "after"]
+    facts: dict[str, Any] = {"preferred": then["accuracy"]["sum"]["average"]}
+    if then.get("mean_abs") is not None:
+        facts |= {"mean_abs": then["mean_abs"], "gain": then["energy"]["fp32"]}
     if not before:
         facts["gained"] = first["change"]["accuracy"]["sum"]["average"]
         facts["again"] = last["change"]["accuracy"]["sum"]["average"]["gain"]
@@ -115,20 +123,28 @@ def _facts(
     return facts
 
 
-def _behind(student: Student, teacher: Student, folder: Path) -> dict[str, dict[str, float]]:
-    """By how much the student lies below, with intervals over the same items.
+def _apart(student: Student, teacher: Student, folder: Path) -> Items:
+    """Of every item, by how much the teacher's outcome is better."""
+    sides = [each.items(folder) for each in (teacher, student)]
+    return {task: np.subtract(right, sides[1][task]).tolist() for task, right in sides[0].items()}
+
+
+def _behind(student: Student, apart: Items, before: Items | None) -> dict[str, dict[str, float]]:
+    """By how much the student lies below, and how much more that is than before, over the same items.
 
     In points on the source's sets and on those without BoolQ, and in ability, in per cent of the teacher's
     before.
     """
-    sides = [each.items(folder) for each in (teacher, student)]
     sets, whole = student.record["sets"], student.record["ability"] / student.record["kept"]["share"]
+    nothing = {task: [0.0] * len(items) for task, items in apart.items()}
     found = {}
     for key, tasks, scale in (
-        ("behind", SOURCE_TASKS, 1.0),
-        ("behind_five", [task for task in SOURCE_TASKS if task != "boolq"], 1.0),
-        ("behind_ability", sets, len(sets) / whole),
+        ("", SOURCE_TASKS, 1.0),
+        ("_five", [task for task in SOURCE_TASKS if task != "boolq"], 1.0),
+        ("_ability", sets, len(sets) / whole),
     ):
-        gap = paired_gap(*({task: side[task] for task in tasks} for side in sides))
-        found[key] = {end: 100 * scale * gap[end] for end in ("gap", "low", "high")}
+        for name, less in (("behind", nothing), ("wider", before)):
+            if less is not None:
+                gap = paired_gap(*({task: side[task] for task in tasks} for side in (apart, less)))
+                found[f"{name}{key}"] = {end: 100 * scale * gap[end] for end in ("gap", "low", "high")}
     return found

@@ -207,7 +207,7 @@ def reading(rows: Sequence[Row]) -> list[Block]:
         return [Paragraph(text)]
     marks = (
         f"{MARK} stands beside what rests on a run whose code differed from its commit, or had none: "
-        f"{changed} of {len(runs)} runs. New results are recorded from committed code alone."
+        f"{changed} of the study's {len(runs)} runs. New results are recorded from committed code alone."
     )
     return [Paragraph(text), Paragraph(marks)]
 

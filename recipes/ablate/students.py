@@ -288,15 +288,14 @@ MEASURES: dict[str, Callable[[Student], float | None]] = {
     "gained.low": _of("alignment", "gained", "low"),
     "gained.high": _of("alignment", "gained", "high"),
     "gained.again": _of("alignment", "again"),
-    "behind": _of("alignment", "behind", "gap"),
-    "behind.low": _of("alignment", "behind", "low"),
-    "behind.high": _of("alignment", "behind", "high"),
-    "behind.five": _of("alignment", "behind_five", "gap"),
-    "behind.five.low": _of("alignment", "behind_five", "low"),
-    "behind.five.high": _of("alignment", "behind_five", "high"),
-    "behind.ability": _of("alignment", "behind_ability", "gap"),
-    "behind.ability.low": _of("alignment", "behind_ability", "low"),
-    "behind.ability.high": _of("alignment", "behind_ability", "high"),
+    **{
+        f"{name}{kind}{end}": _of("alignment", f"{name}{kind.replace('.', '_')}", end[1:] or "gap")
+        for name in ("behind", "wider")
+        for kind in ("", ".five", ".ability")
+        for end in ("", ".low", ".high")
+    },
+    "pairs.mean_abs": _of("alignment", "mean_abs"),
+    "pairs.gain": _of("alignment", "gain"),
     "answer": _of("alignment", "answer"),
     "cut": _of("alignment", "cut"),
     "longer": _of("alignment", "longer", "gap"),

@@ -77,7 +77,8 @@ class About:
     Attributes:
         title: of the section.
         glance: a table above all else, its header and its rows; in cells ``{name.measure:.2f}``, and where
-            there is no such number "not run". source: where its figures that are not ours come from.
+            there is no such number "not run". source: where its figures that are not ours come from; it may
+            have such places, too.
         text: before the tables.
         records: file of what ``score_student.py`` has logged.
         config: folder of the teacher.
@@ -164,7 +165,7 @@ def section(about: About, pictures: Sequence[Picture] = ()) -> list[Block]:
     if about.glance:
         header, *rows = about.glance
         glance = [[fill(cell, find) or "not run" if cell else "" for cell in row] for row in rows]
-        blocks += [Cells(header, glance), Paragraph(about.source)]
+        blocks += [Cells(header, glance), Paragraph(fill(about.source, find) or about.source)]
     blocks += [*pictures[:1], Paragraph(about.text), Code(COMMAND)]
     for columns in (ACCURACY, TEXTS, COST):
         blocks.append(Cells(["model", *columns], [cells(label, s, columns) for label, s in found]))
@@ -186,7 +187,9 @@ def section(about: About, pictures: Sequence[Picture] = ()) -> list[Block]:
     devices = sorted({run["hardware"]["device"] for run in runs})
     commits, dates = (sorted({str(run[key]) for run in runs}) for key in ("commit", "date"))
     when = " to ".join(sorted({dates[0][:10], dates[-1][:10]}))
-    text = f"Scored on {', '.join(devices)}, {when}; commit {', '.join(c[:7] for c in commits)}."
+    versions = sorted({run.get("versions", {}).get("transformers") for run in runs} - {None})
+    by = f"; transformers {', '.join(versions)}" if versions else ""
+    text = f"Scored on {', '.join(devices)}, {when}{by}; commit {', '.join(c[:7] for c in commits)}."
     blocks.append(Paragraph(text))
     return blocks
 

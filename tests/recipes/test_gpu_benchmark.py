@@ -219,6 +219,13 @@ def test_how_much_generate_scatters():
     assert sum(1e3 * t < 0.95 * graph for t in own["event-driven, 63%, generate()"]["times"]) == 2
 
 
+def test_how_much_generate_of_the_student_scatters():
+    own = {r["way"]: r for r in kept("smollm2-spiking", "e5a1c2c")}
+    for way, low, high in (("event-driven", "0.46", "0.80"), ("event-driven int4", "0.35", "2.44")):
+        times = [1e3 * seconds for seconds in own[f"{way}, as trained, generate()"]["times"]]
+        assert (f"{min(times):.2f}", f"{max(times):.2f}") == (low, high)
+
+
 def test_every_record_is_on_the_page():
     records = (RESULTS / "gpu_decoding.jsonl").read_text().splitlines()
     runs = {(r["size"], r["provenance"]["commit"][:7]) for r in map(json.loads, records)}

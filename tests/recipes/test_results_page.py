@@ -275,7 +275,7 @@ def test_what_no_commit_has_is_marked_wherever_it_shows(settings, commit):
     assert "Reproduced at this scale. † |" in text
     assert "Run, not yet judged. |" in text
     assert "gain of 5.00x in the projections alone.\n" in text  # it rests on others
-    assert "or had none: 1 of 8 runs. New results" in text
+    assert "or had none: 1 of the study's 8 runs. New results" in text
     assert f"; commits 0123456, {'unknown' if commit is None else '0123456'} †." in text
 
 
