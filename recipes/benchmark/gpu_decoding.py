@@ -43,6 +43,7 @@ from spiking_mamba.spikes.joules import JouleMeter, NoEnergyCounter
 
 RECORDS = "gpu_decoding.jsonl"
 JOULE_REPEATS = 3
+PROMPTS_TIMED = 7  # of each length, in turn
 RIVAL = "mamba-ssm, CUDA graph"
 
 
@@ -198,15 +199,24 @@ def synchronize() -> None:
 
 @torch.no_grad()
 def seconds_a_token(way: Way, tokens: int) -> float:
-    """Of decoding so many; where a prompt is in it, by the difference of two lengths."""
-    found = []
-    for count in (tokens // 4, tokens) if way.prompts else (tokens,):
+    """Of decoding so many; where a prompt is in it, by the difference of two lengths, each timed often.
+
+    A prompt's own time scatters by as much as many tokens take.
+    """
+
+    def seconds(count: int) -> float:
         synchronize()
         start = time.perf_counter()
         way.decode(count)
         synchronize()
-        found.append(time.perf_counter() - start)
-    return found[0] / tokens if len(found) == 1 else (found[1] - found[0]) / (tokens - tokens // 4)
+        return time.perf_counter() - start
+
+    if not way.prompts:
+        return seconds(tokens) / tokens
+    short = tokens // 4
+    each = [(seconds(short), seconds(tokens)) for _ in range(PROMPTS_TIMED)]
+    few, many = (statistics.median(times) for times in zip(*each, strict=True))
+    return (many - few) / (tokens - short)
 
 
 def replay_milliseconds(graph: torch.cuda.CUDAGraph, repeats: int = 30) -> float:

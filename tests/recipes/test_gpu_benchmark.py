@@ -89,6 +89,21 @@ def test_all_of_it_runs_small(tmp_path):
     assert "its floor" in (tmp_path / "smoke.md").read_text()
 
 
+def test_a_prompt_s_scatter_does_not_move_what_a_token_takes(monkeypatch):
+    """A clock on which a token takes 1 ms and a prompt 50 ms, now and then 150."""
+    now, calls = [0.0], [0]
+
+    def decode(count):
+        calls[0] += 1
+        now[0] += 1e-3 * count + (0.15 if calls[0] % 5 == 2 else 0.05)
+
+    monkeypatch.setattr(gpu_decoding.time, "perf_counter", lambda: now[0])
+    way = gpu_decoding.Way(decode, bytes=1.0, prompts=True)
+    assert [gpu_decoding.seconds_a_token(way, 40) for _ in range(5)] == pytest.approx([1e-3] * 5)
+    alone = gpu_decoding.Way(lambda count: now.__setitem__(0, now[0] + 2e-3 * count), bytes=1.0)
+    assert gpu_decoding.seconds_a_token(alone, 40) == pytest.approx(2e-3)
+
+
 def test_a_student_as_it_was_trained(tmp_path):
     """Its share is that of its own spikes on the text, counted in the model itself."""
     folder = "recipes/quickstart/student"
