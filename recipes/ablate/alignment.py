@@ -78,6 +78,7 @@ def attach(students: Mapping[str, Student], alignment: Alignment, folder: Path) 
 
     Args:
         students: of ``students.of_file``.
+        alignment: whose runs and answers, and where they are.
         folder: of the items' outcomes.
     """
     answered = {
