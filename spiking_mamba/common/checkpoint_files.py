@@ -16,6 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.common.hub import unreachable
 
 __all__ = [
     "INDEX",
@@ -50,7 +51,8 @@ def _folder(name: str | Path) -> Path:
     if folder.is_absolute() or str(name).startswith(".") or str(name).count("/") != 1:
         raise CheckpointError(f"There is no checkpoint folder {name}.")
     try:
-        return Path(snapshot_download(str(name), allow_patterns=["*.json", "*.safetensors", "*.bin"]))
+        wanted = ["*.json", "*.safetensors", "*.bin"]
+        return Path(snapshot_download(str(name), allow_patterns=wanted, local_files_only=unreachable()))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise CheckpointError(
             f"{name} is neither a local folder nor to be had from the hub: {one_line(error)}"

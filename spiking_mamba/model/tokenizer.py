@@ -7,6 +7,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from spiking_mamba.common.checkpoint_files import check_links, model_of_run
 from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.common.hub import unreachable
 from spiking_mamba.model.converted import is_converted, read_index
 from spiking_mamba.model.source import load_source_tokenizer
 
@@ -46,11 +47,12 @@ def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) 
             f"There is no folder {name} that a tokenizer could be loaded from; name another by tokenizer=..."
         )
     try:
-        return AutoTokenizer.from_pretrained(name)
+        return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir() or unreachable())
     except Exception as error:  # a broken file or no network; readers of both raise what they please
         reason = str(error).partition("\n")[0]
+        where = name if Path(name).is_dir() else f"{name}, which is no folder here"
         raise CheckpointError(
-            f"No tokenizer can be loaded from {name}; name another by tokenizer=...: {reason}"
+            f"No tokenizer can be loaded from {where}; name another by tokenizer=...: {reason}"
         ) from error
 
 
