@@ -92,12 +92,13 @@ def attach(students: Mapping[str, Student], alignment: Alignment, folder: Path) 
         for name in names:
             if name in students:
                 students[name].record["alignment"] = _facts(name, names, runs, answered)
-    before = None
+    before = None  # unless the two were scored as they were
     for one, other in zip(alignment.students, alignment.teachers, strict=True):
         if one in students and other in students:
             apart = _apart(students[one], students[other], folder)
             students[one].record["alignment"] |= _behind(students[one], apart, before)
-            before = before or apart
+            if one == alignment.students[0]:
+                before = apart
 
 
 def _facts(

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import alignment
 import numpy as np
@@ -113,6 +114,18 @@ def test_how_much_wider_the_gap_has_become_is_over_the_same_items(about):
         draws.append(100 * change / len(MAIN))
     ends = [students.measure(known["student-dpo"], f"wider.{end}") for end in ("low", "high")]
     assert ends == pytest.approx(np.quantile(draws, [0.025, 0.975]), abs=0.5)
+
+
+def test_without_the_teacher_as_it_was_nothing_is_wider(about):
+    found, _ = about
+    path = Path(found.records)
+    lines = [line for line in path.read_text().splitlines() if json.loads(line)["name"] != "teacher"]
+    path.write_text("\n".join(lines) + "\n")
+    found.alignment["students"].append("student-dpo")  # a third, behind what is then the first
+    found.alignment["teachers"].append("teacher-dpo")
+    known = found.scored()
+    assert students.measure(known["student-dpo"], "behind") is not None
+    assert students.measure(known["student-dpo"], "wider") is None
 
 
 def test_the_first_run_was_scored_and_the_last_one_answered(about):
