@@ -16,6 +16,7 @@ import pyarrow.parquet
 from spiking_mamba.common.errors import DataError
 from spiking_mamba.data.answer_preference import NAME, answer_preference
 from spiking_mamba.data.contamination import evaluated_words
+from spiking_mamba.data.hub import load_hub
 
 __all__ = ["HALVES", "draw", "half_of", "item_of", "load_preferences"]
 
@@ -53,14 +54,8 @@ def _rows_of(source: str, name: str, subset: str, split: str) -> Sequence[dict[s
         "jsonl",
         "parquet",
     ):
-        try:
-            return datasets.load_dataset(name, subset or None, split=split)
-        except (
-            Exception
-        ) as error:  # the hub's client raises many kinds; each is about this name or the network
-            raise DataError(
-                f"Could not load {source} from the hub: {error}. Without it, there is {NAME}."
-            ) from error
+        rows: Sequence[dict[str, Any]] = load_hub(source, name, subset, split, f"is {NAME}")
+        return rows
     raise DataError(
         f"There are no preferences {source!r}: name {NAME}, a .jsonl, .json or .parquet file, or "
         "owner/name[:config] on the hub."

@@ -20,6 +20,7 @@ import pyarrow.parquet
 import transformers
 
 from spiking_mamba.common.errors import DataError
+from spiking_mamba.data.hub import load_hub
 from spiking_mamba.data.packages import CORPORA, read_corpus
 from spiking_mamba.data.tokens import END_OF_TEXT, texts_of, tokenize
 
@@ -194,12 +195,7 @@ def _read_parquet(path: Path) -> pa.Table:
 
 def _read_hub(source: str) -> datasets.Dataset:
     name, _, config = source.partition(":")
-    try:
-        documents = datasets.load_dataset(name, config or None, split="train")
-    except Exception as error:  # the hub's client raises many kinds; each is about this name or the network
-        raise DataError(
-            f"Could not load {source} from the hub: {error}. Without it, there are {', '.join(CORPORA)}."
-        ) from error
+    documents = load_hub(source, name, config, "train", f"are {', '.join(CORPORA)}")
     if "text" not in documents.column_names:
         raise DataError(f"{source} has no column `text` but {', '.join(documents.column_names)}.")
     documents = documents.select_columns("text")

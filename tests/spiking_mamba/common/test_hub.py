@@ -4,12 +4,15 @@ import json
 import socket
 import time
 
+import datasets
 import pytest
 from huggingface_hub import constants
 
 from spiking_mamba.common import hub
 from spiking_mamba.common.checkpoint_files import locate
-from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.common.errors import CheckpointError, DataError
+from spiking_mamba.data.preference_rows import load_preferences
+from spiking_mamba.data.text import load_text
 from spiking_mamba.model.source import load_source, load_source_tokenizer
 from spiking_mamba.model.tokenizer import load_tokenizer
 from tests.helpers.tiny import tiny_model
@@ -61,3 +64,25 @@ def test_a_name_that_is_known_or_a_proxy_can_be_asked(monkeypatch, alone):
     monkeypatch.setattr(constants, "ENDPOINT", "https://mirror.example:8443/hub")
     assert not hub.unreachable()
     assert asked == ["mirror.example"]
+
+
+@pytest.mark.usefixtures("alone")
+@pytest.mark.parametrize(
+    ("load", "instead"),
+    [
+        (load_text, "there are wikipedia-leads"),
+        (lambda name: load_preferences(name, "train"), "there is answer"),
+    ],
+    ids=["text", "preferences"],
+)
+def test_a_mistyped_data_set_is_told_at_once(load, instead, monkeypatch, tmp_path):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
+    start = time.perf_counter()
+    with pytest.raises(DataError, match=f"wrong/name from the hub: it is no file here.*{instead}"):
+        load("wrong/name")
+    assert time.perf_counter() - start < 5
+    (tmp_path / "wrong___name").mkdir()  # fetched before: the hub's client has its say
+    monkeypatch.setattr(
+        datasets, "load_dataset", lambda *_, **__: datasets.Dataset.from_dict({"text": ["a"]})
+    )
+    assert load("wrong/name")
