@@ -2,21 +2,17 @@
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from students import Student
+from students import Items, Student, points_apart
 
 from spiking_mamba.common.records import read_records
 from spiking_mamba.common.schema import Name, Names, schema
 from spiking_mamba.data.benchmarks import SOURCE_TASKS
-from spiking_mamba.evaluation.statistics import paired_gap
 
 __all__ = ["ALIGNED", "Alignment", "attach"]
-
-Items = dict[str, list[float]]  # by their set
 
 # Of the table on the page, see ``students.MEASURES``.
 ALIGNED = {
@@ -64,15 +60,6 @@ class Alignment:
         return (*self.students[1:], *self.teachers[1:])
 
 
-@dataclass(frozen=True)
-class Answered:
-    """How long a model's answers are, in tokens, and how many were cut, in per cent."""
-
-    answer: float
-    cut: float
-    change: Mapping[str, float]
-
-
 def attach(students: Mapping[str, Student], alignment: Alignment, folder: Path) -> None:
     """Put under ``alignment`` of each record what is known of it; nothing of names that were not scored.
 
@@ -81,17 +68,14 @@ def attach(students: Mapping[str, Student], alignment: Alignment, folder: Path) 
         alignment: whose runs and answers, and where they are.
         folder: of the items' outcomes.
     """
-    answered = {
-        r["model"]: Answered(float(np.mean(r["tokens"])), 100 - 100 * float(np.mean(r["ended"])), r["change"])
-        for r in read_records(Path(alignment.answers))
-    }
+    answers = {record["model"]: record for record in read_records(Path(alignment.answers))}
     runs: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in read_records(Path(alignment.runs)):
         runs[run["name"]].append(run)
     for names in (alignment.students, alignment.teachers):
         for name in names:
             if name in students:
-                students[name].record["alignment"] = _facts(name, names, runs, answered)
+                students[name].record["alignment"] = _facts(name, names, runs, answers)
     before = None  # unless the two were scored as they were
     for one, other in zip(alignment.students, alignment.teachers, strict=True):
         if one in students and other in students:
@@ -102,7 +86,7 @@ def attach(students: Mapping[str, Student], alignment: Alignment, folder: Path) 
 
 
 def _facts(
-    name: str, names: Sequence[str], runs: Mapping[str, Sequence[Any]], answered: Mapping[str, Answered]
+    name: str, names: Sequence[str], runs: Mapping[str, Sequence[Any]], answers: Mapping[str, Any]
 ) -> dict[str, Any]:
     """Of one model: the first run's accuracy, what it gained, and how long the last one's answers are."""
     before = name == names[0]
@@ -118,10 +102,12 @@ def _facts(
         facts["gained"] = first["change"]["accuracy"]["sum"]["average"]
         facts["again"] = last["change"]["accuracy"]["sum"]["average"]["gain"]
     model = first["provenance"]["settings"]["model"] if before else last["model"]
-    if model in answered:
-        found = answered[model]
-        facts |= {"answer": found.answer, "cut": found.cut}
-        facts |= {} if before else {"longer": dict(found.change)}
+    if (found := answers.get(model)) is not None:
+        facts |= {
+            "answer": float(np.mean(found["tokens"])),
+            "cut": 100 - 100 * float(np.mean(found["ended"])),
+        }
+        facts |= {} if before else {"longer": found["change"]}
     return facts
 
 
@@ -137,16 +123,14 @@ def _behind(student: Student, apart: Items, before: Items | None) -> dict[str, d
     In points on the source's sets and on those without BoolQ, and in ability, in per cent of the teacher's
     before.
     """
-    sets, whole = student.record["sets"], student.record["ability"] / student.record["kept"]["share"]
     nothing = {task: [0.0] * len(items) for task, items in apart.items()}
     found = {}
     for key, tasks, scale in (
         ("", SOURCE_TASKS, 1.0),
         ("_five", [task for task in SOURCE_TASKS if task != "boolq"], 1.0),
-        ("_ability", sets, len(sets) / whole),
+        ("_ability", student.record["sets"], student.ability_scale),
     ):
-        for name, less in (("behind", nothing), ("wider", before)):
-            if less is not None:
-                gap = paired_gap(*({task: side[task] for task in tasks} for side in (apart, less)))
-                found[f"{name}{key}"] = {end: 100 * scale * gap[end] for end in ("gap", "low", "high")}
+        found[f"behind{key}"] = points_apart(apart, nothing, tasks, scale)
+        if before is not None:
+            found[f"wider{key}"] = points_apart(apart, before, tasks, scale)
     return found

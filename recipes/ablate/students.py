@@ -5,7 +5,7 @@ Of records that ``recipes/convert/score_student.py`` has written, all on full se
 
 import functools
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,12 @@ from spiking_mamba.common.provenance import is_clean
 from spiking_mamba.common.records import read_records
 from spiking_mamba.data.benchmarks import BENCHMARK_SETS, SOURCE_TASKS
 from spiking_mamba.evaluation.outcomes import main_outcomes
-from spiking_mamba.evaluation.statistics import interval
+from spiking_mamba.evaluation.statistics import interval, paired_gap
 from spiking_mamba.model.projection import spike_fed
 
-__all__ = ["MEASURES", "Seeds", "Student", "measure", "of_file", "over_seeds"]
+__all__ = ["MEASURES", "Items", "Seeds", "Student", "measure", "of_file", "over_seeds", "points_apart"]
+
+Items = Mapping[str, list[float]]  # of every item of a set how far it is right
 
 SCALE = 16 / 32  # bits a weight, of what has a scale of 16 bits for every 32
 # Of a weight, and of what is fetched with it, fires its input or not: packed; Q4_1, which has a least, too.
@@ -60,10 +62,15 @@ class Student:
     def clean(self) -> bool:
         return is_clean(self.record["provenance"]["commit"])
 
-    def items(self, folder: Path) -> dict[str, list[float]]:
+    def items(self, folder: Path) -> Items:
         """Whether each item of each set is right, by the metric that counts for it."""
         found = main_outcomes(folder / self.record.get("items", f"{self.name}.npz"))
         return {task: np.asarray(right, float).tolist() for task, right in found.items()}
+
+    @property
+    def ability_scale(self) -> float:
+        """Makes a mean over the ability's sets a share of the teacher's ability, which is taken as known."""
+        return len(self.record["sets"]) * self.record["kept"]["share"] / self.record["ability"]
 
     def score(self, task: str) -> float:
         """Accuracy on a set by the metric that counts for it, in per cent."""
@@ -336,6 +343,12 @@ class Seeds:
         what, end = (what, end) if end in ("low", "high", "sd") else (name, "mean")
         values = [number for student in self.students if (number := measure(student, what)) is not None]
         return interval(values)[end] if len(values) == len(self.students) else None
+
+
+def points_apart(one: Items, other: Items, tasks: Iterable[str], scale: float = 1.0) -> dict[str, float]:
+    """``gap`` of two models' means over the same items of some sets, ``low`` and ``high``, in points."""
+    gap = paired_gap(*({task: side[task] for task in tasks} for side in (one, other)))
+    return {end: 100 * scale * gap[end] for end in ("gap", "low", "high")}
 
 
 def over_seeds(students: Mapping[str, Student], seeds: Mapping[str, Sequence[str]]) -> dict[str, Seeds]:

@@ -8,14 +8,13 @@ from pathlib import Path
 import numpy as np
 from alignment import ALIGNED, Alignment, attach
 from placeholders import PLACEHOLDER
-from students import Seeds, Student, measure, of_file, over_seeds
+from students import Items, Seeds, Student, measure, of_file, over_seeds, points_apart
 
 from spiking_mamba.common.keys import reject_unknown_keys
 from spiking_mamba.common.provenance import MARK, is_clean
 from spiking_mamba.common.records import read_records
 from spiking_mamba.common.schema import Name, mapping_of, schema
 from spiking_mamba.data.benchmarks import SOURCE_TASKS
-from spiking_mamba.evaluation.statistics import paired_gap
 from spiking_mamba.reports.document import Block, Code, Heading, Paragraph, Picture
 from spiking_mamba.reports.document import Table as Cells
 
@@ -232,17 +231,16 @@ def differences(one: Student | Seeds, other: Student | Seeds, folder: Path) -> l
     teacher's, which is taken as known.
     """
     right = [items_of(each, folder) for each in (one, other)]
-    record = (one.students[0] if isinstance(one, Seeds) else one).record
-    sets, whole = record["sets"], record["ability"] / record["kept"]["share"]
-    texts = []
-    for names, scale in ((sets, len(sets) / whole), (SOURCE_TASKS, 1.0), (list(right[0]), 1.0)):
-        gap = paired_gap(*({name: side[name] for name in names} for side in right))
-        more, low, high = (100 * scale * gap[key] for key in ("gap", "low", "high"))
-        texts.append(f"{more:+.1f} [{low:+.1f}, {high:+.1f}]")
-    return texts
+    first = one.students[0] if isinstance(one, Seeds) else one
+    found = (
+        points_apart(*right, first.record["sets"], first.ability_scale),
+        points_apart(*right, SOURCE_TASKS),
+        points_apart(*right, list(right[0])),
+    )
+    return [f"{each['gap']:+.1f} [{each['low']:+.1f}, {each['high']:+.1f}]" for each in found]
 
 
-def items_of(who: Student | Seeds, folder: Path) -> dict[str, list[float]]:
+def items_of(who: Student | Seeds, folder: Path) -> Items:
     """Whether each item of each set is right, by the metric that counts for it."""
     each = who.students if isinstance(who, Seeds) else [who]
     found = [student.items(folder) for student in each]

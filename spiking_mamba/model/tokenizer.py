@@ -47,7 +47,8 @@ def load_tokenizer(checkpoint: str | Path, tokenizer: str | Path | None = None) 
             f"There is no folder {name} that a tokenizer could be loaded from; name another by tokenizer=..."
         )
     try:
-        return AutoTokenizer.from_pretrained(name, local_files_only=Path(name).is_dir() or unreachable())
+        local = not Path(name).is_dir() and unreachable()
+        return AutoTokenizer.from_pretrained(name, local_files_only=local)
     except Exception as error:  # a broken file or no network; readers of both raise what they please
         reason = str(error).partition("\n")[0]
         where = name if Path(name).is_dir() else f"{name}, which is no folder here"

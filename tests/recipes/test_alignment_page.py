@@ -34,7 +34,7 @@ def run(name, gained, start, model, before=0.5):
 
 @pytest.fixture
 def about(tmp_path):
-    """Half of the items of BoolQ right by the student, and by all others as drawn."""
+    """Four models, what is right of each by chance; two runs of the student's, one of the teacher's."""
     random = np.random.default_rng(0)
     chances = {"teacher": 0.6, "student": 0.5, "teacher-dpo": 0.8, "student-dpo": 0.7}
     right = {}
