@@ -18,6 +18,7 @@ import argparse
 import dataclasses
 import gc
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -102,6 +103,8 @@ def fused_lif(x_seq: torch.Tensor) -> torch.Tensor:
 
 def prepared_lif() -> Forward:
     """LIFNode as the precision API prepares it: V in bfloat16, in one kernel over all steps."""
+    # tuned by keys, dtypes among them, that Triton cannot write to its cache of tuning results
+    os.environ.pop("TRITON_CACHE_AUTOTUNING", None)
     config = PrecisionConfig(mode="bf16", neuron_storage="bf16")
     node = sj_neuron.LIFNode(step_mode="m")
     return node_forward(prepare_model_for_precision(node.cuda(), "cuda", config).model)

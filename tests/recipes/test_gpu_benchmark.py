@@ -190,7 +190,9 @@ def equal_cells(name, text):
 @pytest.mark.parametrize(
     ("table", "size", "commit", "bits"),
     [
-        ("On a GPU#1", "1.3b", "4d6e0e8", "int8"),
+        ("On a GPU#1", "1.3b", "6758f75", "int8"),
+        ("On a GPU, 2.7B#1", "2.7b", "6758f75", ""),
+        ("On a GPU, the run before#1", "1.3b", "4d6e0e8", "int8"),
         ("On a GPU, scales fetched early#1", "1.3b", "4d6e0e8", "int4"),
         ("On a GPU, with 4 bits#1", "1.3b", "22f4f99", ""),
         ("On a GPU, an earlier run#1", "1.3b", "35c2b38", ""),
@@ -225,13 +227,18 @@ def test_early_scales_were_slower():
     assert gained == pytest.approx([1.01, 1.01], abs=0.005)
 
 
+def test_growth_with_the_batch_is_that_of_its_record():
+    printed = equal_cells(
+        "On a GPU, with the batch#1", gpu_tables.table(kept("1.3b", "6758f75")).split("\n\n")[1]
+    )
+    assert "commit 6758f75" in printed["record"]
+
+
 def test_how_much_generate_scatters():
-    own = {r["way"]: r for r in kept("1.3b", "4d6e0e8")}
-    for share, low, high in (("63%", "0.60", "0.97"), ("42%", "0.64", "1.14")):
+    own = {r["way"]: r for r in kept("1.3b", "6758f75") if r["batch"] == 1}
+    for share, low, high in (("63%", "0.62", "0.99"), ("42%", "0.48", "0.93")):
         times = [1e3 * seconds for seconds in own[f"event-driven, {share}, generate()"]["times"]]
         assert (f"{min(times):.2f}", f"{max(times):.2f}") == (low, high)
-    graph = own["event-driven, 63%"]["replay_ms"]
-    assert sum(1e3 * t < 0.95 * graph for t in own["event-driven, 63%, generate()"]["times"]) == 2
 
 
 def test_how_much_generate_of_the_student_scatters():
@@ -244,5 +251,5 @@ def test_how_much_generate_of_the_student_scatters():
 def test_every_record_is_on_the_page():
     records = (RESULTS / "gpu_decoding.jsonl").read_text().splitlines()
     runs = {(r["size"], r["provenance"]["commit"][:7]) for r in map(json.loads, records)}
-    of_a_size = {("1.3b", "4d6e0e8"), ("1.3b", "22f4f99"), ("1.3b", "35c2b38"), ("130m", "35c2b38")}
-    assert runs == {*of_a_size, ("smollm2-spiking", "e5a1c2c")}
+    of_a_size = {("1.3b", "6758f75"), ("2.7b", "6758f75"), ("1.3b", "4d6e0e8"), ("1.3b", "22f4f99")}
+    assert runs == {*of_a_size, ("1.3b", "35c2b38"), ("130m", "35c2b38"), ("smollm2-spiking", "e5a1c2c")}
