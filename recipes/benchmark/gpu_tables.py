@@ -95,7 +95,8 @@ def _bars(panel: Any, records: list[dict[str, Any]], values: list[float]) -> Non
 
 
 def _growth(panel: Any, records: list[dict[str, Any]]) -> None:
-    ways = dict.fromkeys(r["way"] for r in records if "generate()" not in r["way"])  # near the loop's, and scattered
+    # generate()'s lie near the loop's, and scatter
+    ways = dict.fromkeys(r["way"] for r in records if "generate()" not in r["way"])
     for number, way in enumerate(ways):
         own = sorted((r["batch"], r["batch"] / r["seconds"]) for r in records if r["way"] == way)
         style = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}

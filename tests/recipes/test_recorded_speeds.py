@@ -1,0 +1,66 @@
+"""The tables of docs/results/speeds.jsonl whose own records are kept say what these say."""
+
+import json
+
+import pytest
+
+from spiking_mamba.common.records import read_records
+from tests.helpers.commands import ROOT
+
+RESULTS = ROOT / "docs/results"
+COLUMNS = {
+    "floor": None,
+    "SI-LIF, cupy": "SI-LIF, cupy",
+    "SI-LIF, torch": "SI-LIF, torch",
+    "ILIFNode": "spikingjelly ILIFNode",
+    "ILIF, V in fp32": "spikingjelly ILIF, fused",
+    "LIFNode": "spikingjelly LIFNode",
+    "LIF, V in fp32": "spikingjelly LIF, fused",
+    "TernaryLIFNode": "spikingjelly TernaryLIFNode",
+    "compiled clamp and round": "compiled clamp and round",
+    "one fused pass (cupy)": "SI-LIF, cupy",
+    "cupy spikes, mixed by torch": "cupy, mixed by torch",
+    "torch": "SI-LIF, torch",
+    "torch, compiled": "compiled",
+}
+
+
+def printed(name):
+    (table,) = [r for r in read_records(RESULTS / "speeds.jsonl") if r["table"] == name]
+    return table, {row[0]: dict(zip(table["header"][1:], row[1:], strict=True)) for row in table["rows"]}
+
+
+def same_figure(cell, number):
+    """A printed cell is the number, to its last digit."""
+    digits = len(cell.partition(".")[2])
+    return float(cell) == pytest.approx(number, abs=0.51 * 10**-digits)
+
+
+@pytest.mark.parametrize("name", ["Neurons#1", "Neurons#2"])
+def test_neurons(name):
+    record = json.loads((RESULTS / "neuron_speed.json").read_text())
+    table, rows = printed(name)
+    assert f"commit {record['commit'][:7]}, {record['date']}" in table["record"]
+    kept = {row["name"].replace(" blend", ""): row for row in record["rows"]}
+    for row, cells in rows.items():
+        (own,) = [kept[key] for key in kept if key.startswith(row)]
+        for column, key in COLUMNS.items():
+            if (cell := cells.get(column)) is None:
+                continue
+            number = own["floor_ms"] if key is None else own["results"].get(key, {}).get("ms")
+            assert cell == "-" if number is None else same_figure(cell, number), (row, column)
+
+
+def test_a_training_step():
+    record = json.loads((RESULTS / "training_step.json").read_text())
+    table, rows = printed("Training step on a GPU#1")
+    assert f"commit {record['commit'][:7]}, {record['date']}" in table["record"]
+    (run,) = record["runs"]
+    found = run["found"]
+    assert rows.keys() == found.keys()
+    for way, cells in rows.items():
+        seconds = found[way]["seconds"]
+        assert same_figure(cells["tokens/s"], run["batch"] * run["length"] / seconds)
+        assert same_figure(cells["time / mamba-ssm"], seconds / found["mamba-ssm"]["seconds"])
+        assert same_figure(cells["time / dense"], seconds / found["dense"]["seconds"])
+        assert same_figure(cells["peak GiB of a step"], found[way]["peak"] / 2**30)
