@@ -131,10 +131,15 @@ class Measures:
         return [rows.with_format("numpy") for rows in kept]  # fetched three times as fast as lists
 
     def measure(self, model: SpikingMambaForCausalLM) -> dict[str, Any]:
-        """Held-out perplexity, spikes and energy of the very same forward passes, in float32."""
+        """Held-out perplexity, spikes and energy of the very same forward passes, in float32.
+
+        Of all but the teacher also KL to it, and how often both have the same likeliest next token.
+        """
+        teacher = None if model is self.teacher else self.teacher
         with count_spikes(model, histogram=False) as spikes:
-            measured = perplexity(model, self.held_out, batch_size=32, progress=False)
+            measured = perplexity(model, self.held_out, batch_size=32, progress=False, reference=teacher)
         text = {"perplexity": measured["perplexity"], "nll": measured["nll_per_token"]}
+        text |= {name: measured[name] for name in ("kl", "top1_agreement") if name in measured}
         return text | self.cost(model, spikes)
 
     def cost(self, model: SpikingMambaForCausalLM, spikes: SpikeCounts) -> dict[str, Any]:

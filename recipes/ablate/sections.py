@@ -31,6 +31,9 @@ HEADER = [
     "int8, over quantised, sparse",
 ]
 
+TO_TEACHER = ["KL to the teacher, nats", "same likeliest token, %"]  # behind perplexity, in tables that have them
+PLACE = HEADER.index("mean abs s")
+
 Tables = Mapping[str, Sequence[Row]]
 
 
@@ -48,7 +51,12 @@ def section(table: Table, tables: Tables, path: str) -> list[Block]:
     blocks: list[Block] = [Heading(table.title), Paragraph(table.about)]
     blocks.append(Code(f"python recipes/ablate/study.py {path}"))
     if body := [cells(row, alike) for row in rows if row.runs]:
-        blocks.append(Cells(HEADER, body))
+        header = HEADER
+        if any(row.values("after", "kl") for row in rows):
+            header = [*HEADER[:PLACE], *TO_TEACHER, *HEADER[PLACE:]]
+            near = [to_teacher(row) for row in rows if row.runs]
+            body = [[*each[:PLACE], *own, *each[PLACE:]] for each, own in zip(body, near, strict=True)]
+        blocks.append(Cells(header, body))
     if missing := [f"{row.name} ({row.tokens / 1e6:.1f}M tokens)" for row in rows if not row.runs]:
         blocks.append(Paragraph(f"Planned, not run: {'; '.join(missing)}."))
     if body := changes(table, find):
@@ -122,6 +130,12 @@ def cells(row: Row, alike: Sequence[Row]) -> list[str]:
         mean(row.values("after", "gain", "fp32"), ".2f"),
         *(mean(row.energies(name), ".2f") for name in gains),
     ]
+
+
+def to_teacher(row: Row) -> list[str]:
+    """The cells of ``TO_TEACHER``: empty for runs from before these were measured."""
+    kl, same = (row.values("after", name) for name in ("kl", "top1_agreement"))
+    return [mean(kl, ".3f"), mean([100 * share for share in same], ".1f")]
 
 
 def changes(table: Table, find: Callable[[str], Row]) -> list[list[str]]:

@@ -143,6 +143,8 @@ def line(result: dict[str, Any], dense: float) -> str:
         return f"{result['status']}: {result['error']}"
     after = result["after"]
     text = f"perplexity {after['perplexity']:.2f}, {after['perplexity'] / dense:.4f} of the teacher's"
+    if "kl" in after:
+        text += f", KL to it {after['kl']:.3f} nats, same likeliest token {after['top1_agreement']:.1%}"
     if after["mean_abs"] is not None:
         text += f", mean |s| {after['mean_abs']:.3f}, gain {after['gain']['fp32'] or math.inf:.2f}x"
     if "train_seconds" in result:

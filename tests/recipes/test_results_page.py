@@ -212,6 +212,18 @@ def test_numbers_by_hand(settings, tmp_path):
     assert not (tmp_path / "frontier.png").exists()  # nothing that it draws is known
 
 
+def test_how_far_from_the_teacher_stands_beside_perplexity_where_it_is_known(settings):
+    put(settings, "fine", 0, 10.1, gain=5.0)
+    assert "KL to the teacher" not in page(settings)
+    near = {"kl": 0.125, "top1_agreement": 0.75, "perplexity": 10.2, "gain": {"fp32": 5.0}, "mean_abs": 1.0}
+    put(settings, "fine", 1, 10.2, gain=5.0, after=near)
+    put(settings, "control", 0, 9.9)
+    text = page(settings)
+    assert cells(text, "row")[6:9] == ["KL to the teacher, nats", "same likeliest token, %", "mean abs s"]
+    assert cells(text, "fine")[6:9] == ["0.125", "75.0", "1.011"]  # of the seed that has it; of both
+    assert cells(text, "control")[6:8] == ["", ""]
+
+
 def test_a_result_of_other_settings_does_not_count(settings):
     fill(settings)
     path = Path(settings.tables[0])

@@ -14,7 +14,8 @@ from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM, data
 from spiking_mamba.common import provenance
 from spiking_mamba.common.records import put_record, read_records
 from spiking_mamba.common.settings import parse_settings
-from spiking_mamba.model.checkpoint import export, load_model
+from spiking_mamba.model.checkpoint import export, load_dense, load_model
+from spiking_mamba.model.tokenizer import load_tokenizer
 from tests.helpers import commands
 from tests.helpers.commands import HELPERS, ROOT
 
@@ -128,6 +129,33 @@ def test_a_row_is_run_once(folder, monkeypatch, capsys):
     study.study(table(folder, rows, held_out_rows=3, only="b"))
     assert counted.take() == [(0.3, 0)]
     assert "teacher: perplexity" in capsys.readouterr().out
+
+
+def test_how_far_a_student_is_from_its_teacher(folder):
+    """KL and the same likeliest token beside perplexity, against softmaxes in float64."""
+    dense = {"name": "dense", "neuron": None, "threshold": 1.0, "loss": {"kl": 0.0, "cross_entropy": 1.0}}
+    assert study.study(table(folder, [{"name": "a", "threshold": 0.5}, dense])) == 0
+    held_out = read_text_rows(folder)
+    teacher = load_dense(folder / "teacher")
+    for name in ("a", "dense"):
+        found = result(folder, name)
+        assert not {"kl", "top1_agreement"} & {*found["teacher"]}
+        (place,) = (folder / "runs/small").glob(f"{name}-0-*/model")
+        with torch.no_grad():
+            p, q = (m(held_out).logits[:, :-1].double().softmax(-1) for m in (teacher, load_model(place)))
+        kl = (p * (p.log() - q.log())).sum(-1).mean()
+        assert found["after"]["kl"] == pytest.approx(float(kl), rel=1e-4)
+        same = (p.argmax(-1) == q.argmax(-1)).double().mean()
+        assert found["after"]["top1_agreement"] == pytest.approx(float(same), abs=1e-9)
+    assert result(folder, "a")["before"]["kl"] > result(folder, "dense")["after"]["kl"] > 0
+    assert "kl" not in result(folder, "dense")["before"]  # which is the teacher itself
+
+
+def read_text_rows(folder):
+    """What ``held_out_rows`` leaves of the held-out text, as a study cuts it."""
+    tokenizer = load_tokenizer(folder / "teacher")
+    rows = data.tokenize(data.load_text(str(folder / "held_out.txt")), tokenizer, 512)
+    return torch.tensor(rows[:2]["input_ids"])
 
 
 def test_results_of_code_that_is_in_no_commit_are_renewed_if_asked(folder, monkeypatch):
