@@ -31,7 +31,8 @@ HEADER = [
     "int8, over quantised, sparse",
 ]
 
-TO_TEACHER = ["KL to the teacher, nats", "same likeliest token, %"]  # behind perplexity, in tables that have them
+# beside perplexity, in tables that have them
+TO_TEACHER = ["KL to the teacher, nats", "same likeliest token, %"]
 PLACE = HEADER.index("mean abs s")
 
 Tables = Mapping[str, Sequence[Row]]
