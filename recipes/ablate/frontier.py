@@ -47,7 +47,7 @@ def answer(rows: Sequence[Row]) -> str:
         f"The target, at most {TARGET_GAP:.0%} above the best dense model's perplexity at a gain of at least "
         f"{TARGET_GAIN}x in the projections alone, is {'met' if gap['mean'] <= TARGET_GAP else 'missed'}: "
         f"'{row.name}' stands {100 * gap['mean']:+.2f} %{ends} from {reference} ({_seeds(row)}), the best "
-        f"dense model of all lengths of further training and learning rates{_controls(rows)}. It has a gain "
+        f"dense model of all that were tried{_controls(rows)}. It has a gain "
         f"of {_mean(row, 'gain'):.2f}x in the projections alone"
     )
     if row.energies("with_neurons"):

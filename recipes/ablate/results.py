@@ -199,7 +199,7 @@ def reading(rows: Sequence[Row]) -> list[Block]:
         "Changes between rows with the same seeds are compared in pairs, others by Welch's interval; of one "
         f"seed, or against one, there is none. An interval over seeds is none over texts.{noise(rows)} "
         "'Before' is converted and not trained. Rows were chosen on the very documents that report them: "
-        "there is no split yet that nothing was chosen by."
+        "no part of the corpus is left that nothing was chosen by."
     )
     runs = [run for row in rows for run in row.runs]
     changed = sum(not Row(row.table, row.row, [run]).clean for row in rows for run in row.runs)

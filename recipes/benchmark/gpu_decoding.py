@@ -44,6 +44,7 @@ from spiking_mamba.spikes.joules import JouleMeter, NoEnergyCounter
 RECORDS = "gpu_decoding.jsonl"
 JOULE_REPEATS = 3
 PROMPTS_TIMED = 7  # of each length, in turn
+PROMPTS_TOKENS = 8  # as many times the tokens behind a prompt: its own time scatters by that of dozens
 RIVAL = "mamba-ssm, CUDA graph"
 
 
@@ -213,10 +214,10 @@ def seconds_a_token(way: Way, tokens: int) -> float:
 
     if not way.prompts:
         return seconds(tokens) / tokens
-    short = tokens // 4
-    each = [(seconds(short), seconds(tokens)) for _ in range(PROMPTS_TIMED)]
+    short, long = tokens // 4, PROMPTS_TOKENS * tokens
+    each = [(seconds(short), seconds(long)) for _ in range(PROMPTS_TIMED)]
     few, many = (statistics.median(times) for times in zip(*each, strict=True))
-    return (many - few) / (tokens - short)
+    return (many - few) / (long - short)
 
 
 def replay_milliseconds(graph: torch.cuda.CUDAGraph, repeats: int = 30) -> float:

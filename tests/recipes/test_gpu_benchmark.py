@@ -3,6 +3,7 @@
 import argparse
 import importlib
 import json
+import random
 
 import gpu_decoding
 import gpu_models
@@ -100,6 +101,14 @@ def test_a_prompt_s_scatter_does_not_move_what_a_token_takes(monkeypatch):
     monkeypatch.setattr(gpu_decoding.time, "perf_counter", lambda: now[0])
     way = gpu_decoding.Way(decode, bytes=1.0, prompts=True)
     assert [gpu_decoding.seconds_a_token(way, 40) for _ in range(5)] == pytest.approx([1e-3] * 5)
+    draw = random.Random(0)
+
+    def restless(count):  # 20 ms up or down each time, as on a machine with neighbours
+        now[0] += 1e-3 * count + draw.uniform(0.03, 0.07)
+
+    way = gpu_decoding.Way(restless, bytes=1.0, prompts=True)
+    found = [gpu_decoding.seconds_a_token(way, 60) for _ in range(50)]
+    assert found == pytest.approx([1e-3] * 50, rel=0.08)
     alone = gpu_decoding.Way(lambda count: now.__setitem__(0, now[0] + 2e-3 * count), bytes=1.0)
     assert gpu_decoding.seconds_a_token(alone, 40) == pytest.approx(2e-3)
 
@@ -166,6 +175,7 @@ def test_a_benchmark_of_which_nothing_runs_says_so(name, tmp_path, monkeypatch):
 
 
 RESULTS = ROOT / "docs/results"
+FORMS = ("{:.2f}".format, "{:.1f}".format, "{:.1f}".format)
 
 
 def kept(size, commit, bits=""):
@@ -235,10 +245,42 @@ def test_growth_with_the_batch_is_that_of_its_record():
 
 
 def test_how_much_generate_scatters():
-    own = {r["way"]: r for r in kept("1.3b", "6758f75") if r["batch"] == 1}
-    for share, low, high in (("63%", "0.62", "0.99"), ("42%", "0.48", "0.93")):
-        times = [1e3 * seconds for seconds in own[f"event-driven, {share}, generate()"]["times"]]
-        assert (f"{min(times):.2f}", f"{max(times):.2f}") == (low, high)
+    own = {(r["way"], r["batch"]): r for r in kept("1.3b", "6758f75")}
+    for share, least in (("63%", "0.62"), ("42%", "0.48")):
+        times = [1e3 * t for t in own[f"event-driven, {share}, generate()", 1]["times"]]
+        assert f"{min(times):.2f}" == least
+        assert sum(t < own[f"event-driven, {share}", 1]["replay_ms"] for t in times) == 1
+    times = own["event-driven, 63%, generate()", 4]["times"]
+    assert sum(1e3 * t < own["event-driven, 63%", 4]["replay_ms"] for t in times) == 2
+    assert f"{1e3 * own['event-driven, 100%, generate()', 1]['seconds']:.2f}" == "1.15"
+
+
+def test_what_four_runs_gave():
+    """The ranges that docs/benchmarks.md and docs/energy.md give over all runs at 1.3B and batch 1."""
+    over = {share: {key: [] for key in ("seconds", "mJ", "mJ_net")} for share in ("63%", "42%")}
+    dense = []
+    for commit in ("6758f75", "4d6e0e8", "22f4f99", "35c2b38"):
+        own = {r["way"]: r for r in kept("1.3b", commit) if r["batch"] == 1}
+        dense.append(f"{1 / own['dense bf16']['seconds']:.0f}")
+        for share, found in over.items():
+            for key, ratios in found.items():
+                ratios.append(own["dense bf16"][key] / own[f"event-driven, {share}"][key])
+    assert (dense[0], min(dense[1:]), max(dense[1:])) == ("502", "523", "528")
+    ranges = {
+        share: [f"{form(min(r))} to {form(max(r))}" for r, form in zip(found.values(), FORMS, strict=True)]
+        for share, found in over.items()
+    }
+    assert ranges["63%"] == ["2.50 to 2.58", "2.1 to 2.2", "1.8 to 2.0"]
+    assert ranges["42%"] == ["2.70 to 2.75", "2.5 to 2.9", "2.3 to 2.9"]
+    last = {r["way"]: r for r in kept("1.3b", "6758f75") if r["batch"] == 1}
+    each = [last["dense bf16"]["mJ"] / mJ for mJ in last["event-driven, 42%"]["mJ_each"]]
+    assert f"{min(each):.1f}" == "2.6"
+    times = [1e3 * t for t in last["mamba-ssm, CUDA graph"]["times"]]
+    assert (f"{min(times):.2f}", f"{max(times):.2f}") == ("1.75", "1.94")
+    here = 1e3 * last["event-driven, 63%"]["seconds"]
+    assert (f"{min(times) / here:.1f}", f"{max(times) / here:.1f}") == ("2.3", "2.5")
+    eight = {r["way"]: r["seconds"] for r in kept("1.3b", "6758f75") if r["batch"] == 8}
+    assert f"{eight['dense bf16'] / eight['mamba-ssm, CUDA graph']:.2f}" == "1.15"
 
 
 def test_how_much_generate_of_the_student_scatters():

@@ -51,6 +51,22 @@ def test_neurons(name):
             assert cell == "-" if number is None else same_figure(cell, number), (row, column)
 
 
+def test_neurons_one_call_after_another():
+    """What the head of docs/benchmarks.md says of them looped, over ours."""
+    record = json.loads((RESULTS / "neuron_speed.json").read_text())
+    kept = {row["name"]: row["results"] for row in record["rows"]}
+    wanted = {
+        ("node, fp32, T=1, N=64Mi", "spikingjelly ILIFNode"): "1.8",
+        ("node, fp32, T=2048, N=24576", "spikingjelly ILIFNode"): "5.4",
+        ("node, bf16, T=2048, N=24576", "spikingjelly ILIF, fused"): "3.2",
+        ("node, bf16, T=2048, N=24576", "spikingjelly LIF, fused"): "2.5",
+    }
+    page = (ROOT / "docs/benchmarks.md").read_text()
+    for (row, rival), ratio in wanted.items():
+        assert f"{kept[row][rival]['looped_ms'] / kept[row]['SI-LIF, cupy']['looped_ms']:.1f}" == ratio
+        assert f"; looped {ratio}x |" in page
+
+
 def test_a_training_step():
     record = json.loads((RESULTS / "training_step.json").read_text())
     table, rows = printed("Training step on a GPU#1")
