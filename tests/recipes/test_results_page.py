@@ -201,7 +201,8 @@ def test_numbers_by_hand(settings, tmp_path):
         in text
     )
     assert (
-        "learning rates: 2 dense controls, trained further, lie +0.00 to +10.00 % from the teacher." in text
+        "of all that were tried: 2 dense controls, trained further, lie +0.00 to +10.00 % from the teacher."
+        in text
     )
     assert "It has a gain of 5.00x in the projections alone." in text
     assert "8 runs, 4.0 minutes on NVIDIA H100; 2026-11-23 to 2026-11-25; torch 2.11.0; 12,345" in text
