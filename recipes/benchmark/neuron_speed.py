@@ -289,7 +289,8 @@ def sweep(timer: Timer) -> list[dict[str, Any]]:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    with picture(path, 24, 8, dpi=110, nrows=2, ncols=-(-len(report["rows"]) // 2)) as (figure, axes):
+    lines = -(-len(report["rows"]) // 2)
+    with picture(path, 11, 2.7 * lines, dpi=110, nrows=lines, ncols=2, squeeze=False) as (figure, axes):
         for axis, row in zip(axes.flat, report["rows"], strict=False):
             timed = {k: v["ms"] for k, v in row["results"].items() if "ms" in v}
             names = list(timed)[::-1]
@@ -302,6 +303,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axis.set_xscale("log")
             axis.set_xlim(row["floor_ms"] / 2, max([*timed.values(), row["floor_ms"]]) * 8)
             axis.set_title(row["name"], fontsize=10)
+        for axis in axes[-1]:
             axis.set_xlabel("ms, forward and backward")
         for axis in axes.flat[len(report["rows"]) :]:
             axis.set_axis_off()
