@@ -8,6 +8,7 @@ read the weights once, at the speed of a copy measured in the same run, over the
 """
 
 import argparse
+import functools
 import importlib.util
 import json
 import statistics
@@ -17,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from prompts import seconds_behind_a_prompt
 from versions import about, line
 
 from neurons import set_backend
@@ -30,6 +32,7 @@ from spiking_mamba.reports.document import markdown_table
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
 WAYS = ("plain", "captured", "generate()")
+PROMPTS_TIMED = 3  # of each length a repeat
 Way = Callable[[torch.Tensor, int], None]  # decodes so many tokens behind a prompt
 
 
@@ -145,16 +148,18 @@ def seconds_a_token(
     if not times:
         raise RunError("Nothing runs here, for the reasons given above.")
     for _ in range(args.repeats):
-        for name in times:  # in turn; the difference of two lengths leaves the prompt out
-            seconds = []
-            for tokens in (args.tokens // 4, args.tokens):
-                synchronize()
-                start = time.perf_counter()
-                ways[name](prompt, tokens)
-                synchronize()
-                seconds.append(time.perf_counter() - start)
-            times[name].append((seconds[1] - seconds[0]) / (args.tokens - args.tokens // 4))
+        for name, own in times.items():  # in turn
+            seconds = functools.partial(seconds_of, ways[name], prompt, synchronize)
+            own.append(seconds_behind_a_prompt(seconds, args.tokens // 4, args.tokens, PROMPTS_TIMED))
     return times
+
+
+def seconds_of(way: Way, prompt: torch.Tensor, synchronize: Callable[[], None], tokens: int) -> float:
+    synchronize()
+    start = time.perf_counter()
+    way(prompt, tokens)
+    synchronize()
+    return time.perf_counter() - start
 
 
 @fail_clearly()

@@ -29,6 +29,7 @@ import torch
 from decoding import copy_bytes_per_second, rival
 from gpu_models import Models, models_of, way_name
 from gpu_tables import BF16, draw, table
+from prompts import seconds_behind_a_prompt
 
 from neurons.cupy.event_linear import plan as layouts
 from spiking_mamba import EventDrivenMambaForCausalLM, SpikingMambaForCausalLM
@@ -200,10 +201,7 @@ def synchronize() -> None:
 
 @torch.no_grad()
 def seconds_a_token(way: Way, tokens: int) -> float:
-    """Of decoding so many; where a prompt is in it, by the difference of two lengths, each timed often.
-
-    A prompt's own time scatters by as much as many tokens take.
-    """
+    """Of decoding so many; where a prompt is in it, by the difference of two lengths."""
 
     def seconds(count: int) -> float:
         synchronize()
@@ -214,10 +212,7 @@ def seconds_a_token(way: Way, tokens: int) -> float:
 
     if not way.prompts:
         return seconds(tokens) / tokens
-    short, long = tokens // 4, PROMPTS_TOKENS * tokens
-    each = [(seconds(short), seconds(long)) for _ in range(PROMPTS_TIMED)]
-    few, many = (statistics.median(times) for times in zip(*each, strict=True))
-    return (many - few) / (long - short)
+    return seconds_behind_a_prompt(seconds, tokens // 4, PROMPTS_TOKENS * tokens, PROMPTS_TIMED)
 
 
 def replay_milliseconds(graph: torch.cuda.CUDAGraph, repeats: int = 30) -> float:

@@ -5,6 +5,7 @@ import importlib
 import json
 import random
 
+import decoding
 import gpu_decoding
 import gpu_models
 import gpu_tables
@@ -101,6 +102,11 @@ def test_a_prompt_s_scatter_does_not_move_what_a_token_takes(monkeypatch):
     monkeypatch.setattr(gpu_decoding.time, "perf_counter", lambda: now[0])
     way = gpu_decoding.Way(decode, bytes=1.0, prompts=True)
     assert [gpu_decoding.seconds_a_token(way, 40) for _ in range(5)] == pytest.approx([1e-3] * 5)
+    args = argparse.Namespace(repeats=5, tokens=40, device="cpu")
+    times = decoding.seconds_a_token(
+        {"dense": lambda prompt, tokens: decode(tokens)}, torch.zeros(1, 4), args
+    )
+    assert times["dense"] == pytest.approx([1e-3] * 5)
     draw = random.Random(0)
 
     def restless(count):  # 20 ms up or down each time, as on a machine with neighbours
