@@ -95,7 +95,7 @@ def _bars(panel: Any, records: list[dict[str, Any]], values: list[float]) -> Non
 
 
 def _growth(panel: Any, records: list[dict[str, Any]]) -> None:
-    # generate()'s lie near the loop's, and scatter
+    # generate()'s scatter: a prompt's time is in them
     ways = dict.fromkeys(r["way"] for r in records if "generate()" not in r["way"])
     for number, way in enumerate(ways):
         own = sorted((r["batch"], r["batch"] / r["seconds"]) for r in records if r["way"] == way)
