@@ -1,5 +1,6 @@
 """The student beside the quickstart's teacher is what its card says."""
 
+import json
 import re
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers import AutoModelForCausalLM
 from spiking_mamba import spike_driven
 from spiking_mamba.common.files import file_sha256
 from spiking_mamba.common.records import read_records
+from spiking_mamba.evaluation.measuring import weights_sha256
 from spiking_mamba.evaluation.scoring import perplexity
 from spiking_mamba.model.checkpoint import load_dense, load_model
 from spiking_mamba.model.tokenizer import load_tokenizer
@@ -78,6 +80,22 @@ def test_the_cards_head_is_of_its_records():
         assert np.log(float(end)) == pytest.approx(mean + sign * 1.96 * error, abs=0.1 * error)
     assert f"| perplexity | 17.10 | {found.metric_value:.2f} |" in CARD
     assert ModelCard(CARD).data.to_dict() == documents.head("student", [record]).to_dict()
+
+
+@pytest.mark.parametrize("folder", [STUDENT, TEACHER])
+def test_scores_are_of_the_weights_that_are_shipped_and_of_whole_sets(folder):
+    (model,) = json.loads((ROOT / f"docs/results/{folder.name}/tasks.json").read_text())["models"]
+    assert model["weights_sha256"] == weights_sha256(folder)
+    tasks = model["tasks"]
+    assert {name: task["n"] for name, task in tasks.items()} == {
+        "hellaswag": 10042, "piqa": 1838, "arc_easy": 2376, "arc_challenge": 1172, "boolq": 3270,
+        "winogrande": 1267, "lambada_openai": 5153, "sciq": 1000, "openbookqa": 500, "copa": 100,
+    }  # fmt: skip
+    for task in tasks.values():
+        for metric, items in task["items"].items():
+            if metric in ("acc", "acc_norm"):
+                assert np.mean(items) == pytest.approx(task["metrics"][metric]["value"])
+                assert len(items) == task["n"]
 
 
 @pytest.mark.parametrize("folder", [STUDENT, TEACHER, *sorted((ROOT / "weights").iterdir())])
