@@ -98,6 +98,29 @@ def test_scores_are_of_the_weights_that_are_shipped_and_of_whole_sets(folder):
                 assert len(items) == task["n"]
 
 
+def test_what_the_card_says_of_differences_item_by_item():
+    student, teacher = (
+        json.loads((ROOT / f"docs/results/{name}/tasks.json").read_text())["models"][0]["tasks"]
+        for name in ("student", "teacher")
+    )
+
+    def lost(task, metric):
+        pair = (np.array(tasks[task]["items"][metric], dtype=float) for tasks in (teacher, student))
+        each = np.subtract(*pair)
+        return each.mean(), each.std(ddof=1) / np.sqrt(len(each))
+
+    points, error = lost("boolq", "acc")
+    nats, of_nats = lost("lambada_openai", "loglikelihood")
+    words = re.sub(r"\s+", " ", CARD)
+    assert f"loses {100 * points:.1f} ± {100 * error:.1f} points on BoolQ" in words
+    assert f"{nats:.3f} ± {of_nats:.3f} nats a last word" in words
+    both = (tasks["lambada_openai"]["metrics"]["perplexity"]["value"] for tasks in (student, teacher))
+    assert "perplexity {:.0f}, the teacher's {:.0f}".format(*both) in words
+    for task in student.keys() - {"boolq"}:
+        mean, error = lost(task, student[task]["main"])
+        assert abs(mean) < 2 * error
+
+
 @pytest.mark.parametrize("folder", [STUDENT, TEACHER, *sorted((ROOT / "weights").iterdir())])
 def test_the_hub_could_read_the_head_of_every_card(folder):
     card = ModelCard.load(folder / "README.md")  # raises for a head that is not right
