@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from prompts import seconds_behind_a_prompt
+from stopwatch import seconds_behind_a_prompt, seconds_of
 from versions import about, line
 
 from neurons import set_backend
@@ -135,7 +135,6 @@ def seconds_a_token(
     ways: dict[str, Way], prompt: torch.Tensor, args: argparse.Namespace
 ) -> dict[str, list[float]]:
     """Each way's time of a token, once a repeat; ways that do not run here are left out."""
-    synchronize = torch.cuda.synchronize if args.device == "cuda" else lambda: None
     times: dict[str, list[float]] = {}
     for name, run in ways.items():
         start = time.perf_counter()
@@ -149,17 +148,9 @@ def seconds_a_token(
         raise RunError("Nothing runs here, for the reasons given above.")
     for _ in range(args.repeats):
         for name, own in times.items():  # in turn
-            seconds = functools.partial(seconds_of, ways[name], prompt, synchronize)
+            seconds = functools.partial(seconds_of, ways[name], prompt)
             own.append(seconds_behind_a_prompt(seconds, args.tokens // 4, args.tokens, PROMPTS_TIMED))
     return times
-
-
-def seconds_of(way: Way, prompt: torch.Tensor, synchronize: Callable[[], None], tokens: int) -> float:
-    synchronize()
-    start = time.perf_counter()
-    way(prompt, tokens)
-    synchronize()
-    return time.perf_counter() - start
 
 
 @fail_clearly()

@@ -15,6 +15,7 @@ a processor too.
 """
 
 import argparse
+import functools
 import importlib.util
 import itertools
 import math
@@ -29,7 +30,7 @@ import torch
 from decoding import copy_bytes_per_second, rival
 from gpu_models import Models, models_of, way_name
 from gpu_tables import BF16, draw, table
-from prompts import seconds_behind_a_prompt
+from stopwatch import seconds_behind_a_prompt, seconds_of
 
 from neurons.cupy.event_linear import plan as layouts
 from spiking_mamba import EventDrivenMambaForCausalLM, SpikingMambaForCausalLM
@@ -194,22 +195,10 @@ def generate_way(made: EventDrivenMambaForCausalLM, prompt: torch.Tensor, watche
     return Way(decode, *event_bytes(made, prompt, watched), prompts=True)
 
 
-def synchronize() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
 @torch.no_grad()
 def seconds_a_token(way: Way, tokens: int) -> float:
     """Of decoding so many; where a prompt is in it, by the difference of two lengths."""
-
-    def seconds(count: int) -> float:
-        synchronize()
-        start = time.perf_counter()
-        way.decode(count)
-        synchronize()
-        return time.perf_counter() - start
-
+    seconds = functools.partial(seconds_of, way.decode)
     if not way.prompts:
         return seconds(tokens) / tokens
     return seconds_behind_a_prompt(seconds, tokens // 4, PROMPTS_TOKENS * tokens, PROMPTS_TIMED)

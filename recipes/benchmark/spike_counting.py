@@ -7,11 +7,12 @@ that does other work at the same time spoils them.
 """
 
 import argparse
+import functools
 import statistics
-import time
 from contextlib import nullcontext
 
 import torch
+from stopwatch import seconds_of
 
 from neurons import set_backend
 from spiking_mamba import SpikingMambaConfig, SpikingMambaForCausalLM
@@ -51,15 +52,7 @@ def main() -> None:
     mask = torch.ones_like(input_ids)
     mask[0, : args.length // 2] = 0
     inputs = {"input_ids": input_ids} | ({"attention_mask": mask} if args.padded else {})
-    synchronize = torch.cuda.synchronize if input_ids.is_cuda else lambda: None
-
-    def forward() -> float:
-        synchronize()
-        start = time.perf_counter()
-        model(**inputs, use_cache=False)
-        synchronize()
-        return time.perf_counter() - start
-
+    forward = functools.partial(seconds_of, functools.partial(model, **inputs, use_cache=False))
     ways = {
         "not counted": nullcontext,
         "counted": lambda: count_spikes(model, histogram=False),

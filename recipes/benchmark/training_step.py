@@ -18,7 +18,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
+from stopwatch import seconds_of
 from torch.nn import functional as F
 from transformers import Mamba2Config, Mamba2ForCausalLM
 from versions import about, line
@@ -170,24 +170,15 @@ def measure(
     torch.compiler.reset()  # or a second shape would be compiled for shapes that change, which a run's do not
     input_ids = torch.randint(0, config.vocab_size, (batch, length), device=args.device)
     cuda, steps, times, peak = args.device == "cuda", {}, {}, {}
-    synchronize = torch.cuda.synchronize if cuda else lambda: None
-
-    def seconds(step: Step) -> float:
-        synchronize()
-        start = time.perf_counter()
-        step(input_ids)
-        synchronize()
-        return time.perf_counter() - start
-
     for name, make in contenders(config, args).items():
         try:
             step = make()
             for _ in range(3):
-                seconds(step)
+                seconds_of(step, input_ids)
             if cuda:
                 held = torch.cuda.memory_allocated()  # by this one's weights, and by those before it
                 torch.cuda.reset_peak_memory_stats()
-                seconds(step)
+                seconds_of(step, input_ids)
                 peak[name] = float(torch.cuda.max_memory_allocated() - held)
             steps[name], times[name] = step, []
         except Exception as error:  # transformers, say, picks its kernels at import, for all devices
@@ -196,7 +187,7 @@ def measure(
         raise RunError("Nothing runs here, for the reasons given above.")
     for _ in range(args.repeats):
         for name, step in steps.items():  # in turn, so that the machine's moods hit all alike
-            times[name].append(seconds(step))
+            times[name].append(seconds_of(step, input_ids))
     steps.clear()
     gc.collect()
     if cuda:

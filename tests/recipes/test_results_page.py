@@ -335,6 +335,15 @@ TABLES = [
 ]
 
 
+def test_no_record_names_a_place_of_a_machine():
+    """Commands and settings are those that anybody could give."""
+    folder = ROOT / "docs/results"
+    files = [path for path in folder.rglob("*") if path.suffix in (".json", ".jsonl", ".log")]
+    assert len(files) > 20
+    place = re.compile(r"(?<![\w.$}])/(?:work|tmp|root|home|mnt|data|opt|Users)/")
+    assert {path.name: found[0] for path in files if (found := place.findall(path.read_text()))} == {}
+
+
 @pytest.mark.parametrize("table", TABLES, ids=lambda table: table.name)
 def test_every_record_is_on_the_page_and_will_not_be_run_again(table):
     records = {tuple(map(record.get, IDENTITY)): record for record in read_records(ROOT / table.records)}
