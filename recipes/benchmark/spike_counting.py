@@ -12,6 +12,7 @@ import statistics
 from contextlib import nullcontext
 
 import torch
+from sizes import add_sizes, config_of_sizes
 from stopwatch import seconds_of
 
 from neurons import set_backend
@@ -21,7 +22,6 @@ from spiking_mamba.common.machine import keep_freed_memory
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.spikes.counting import count_spikes
-from spiking_mamba.training.pretraining import PretrainingSettings
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
 
@@ -31,9 +31,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    sizes = {"hidden_size": 256, "head_dim": 32, "state_size": 64, "layers": 10, "vocab_size": 4096}
-    for name, default in (sizes | {"chunk_size": 64, "batch": 8, "length": 256, "repeats": 30}).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_sizes(parser, batch=8, length=256, repeats=30)
     parser.add_argument("--backend", default="torch", choices=("torch", "cupy"), help="of the neurons")
     parser.add_argument("--bf16", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--padded", action="store_true", help="pass an attention mask with padding")
@@ -42,10 +40,7 @@ def main() -> None:
     quiet()
     keep_freed_memory()
     torch.manual_seed(0)
-    names = ("hidden_size", "head_dim", "state_size", "chunk_size")
-    fields = {name: getattr(args, name) for name in names} | {"num_hidden_layers": args.layers}
-    dense = PretrainingSettings(output="", model=fields).make_config(args.vocab_size, end=0)
-    config = SpikingMambaConfig.from_dict(dense.to_dict() | {"neuron": NEURON})
+    config = SpikingMambaConfig.from_dict(config_of_sizes(args).to_dict() | {"neuron": NEURON})
     model = SpikingMambaForCausalLM(config).to(args.device).eval()
     set_backend(model, args.backend)
     input_ids = torch.randint(0, args.vocab_size, (args.batch, args.length), device=args.device)

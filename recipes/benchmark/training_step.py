@@ -26,6 +26,7 @@ from typing import Any
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
+from sizes import add_sizes, config_of_sizes
 from stopwatch import seconds_of
 from torch.nn import functional as F
 from transformers import Mamba2Config, Mamba2ForCausalLM
@@ -42,7 +43,6 @@ from spiking_mamba.model.state_spaces import published_config
 from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.reports.figures import picture
 from spiking_mamba.training.head_loss import head_loss
-from spiking_mamba.training.pretraining import PretrainingSettings
 
 NEURON = {"class": "neurons.SILIFNode", "args": {"max_spike_count": 4}}
 SGC = {"mode": "blend", "schedule": "constant"}
@@ -54,9 +54,7 @@ Step = Callable[[torch.Tensor], None]
 def make_config(args: argparse.Namespace) -> SpikingMambaConfig:
     if args.size:
         return published_config(f"state-spaces/mamba2-{args.size}")
-    names = ("hidden_size", "head_dim", "state_size", "chunk_size")
-    model = {name: getattr(args, name) for name in names} | {"num_hidden_layers": args.layers}
-    return PretrainingSettings(output="", model=model).make_config(args.vocab_size, end=0)
+    return config_of_sizes(args)
 
 
 class WithLoss(torch.nn.Module):
@@ -261,9 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    sizes = {"hidden_size": 256, "head_dim": 32, "state_size": 64, "layers": 10, "vocab_size": 4096}
-    for name, default in (sizes | {"chunk_size": 64, "repeats": 15}).items():
-        parser.add_argument(f"--{name}", type=int, default=default)
+    add_sizes(parser, repeats=15)
     parser.add_argument("--size", help="a published one instead: 130m, 370m, 780m, 1.3b or 2.7b")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, help="256, or 2048 with --size")
