@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.common.checkpoint_files import MIXERS
-from spiking_mamba.common.files import file_sha256, refuse_file, write_whole
+from spiking_mamba.common.files import file_sha256, refuse_file, share_weights, write_whole
 from spiking_mamba.model.converted import mixers_of
 from spiking_mamba.model.modes import hooked
 
@@ -170,6 +170,7 @@ def pack_mixers(
         save_file(tensors, draft)
         draft.replace(paths[-1])
     model.config.save_pretrained(folder)
+    share_weights(folder)
     index = {
         "source": source,
         "bits": bits,

@@ -19,6 +19,7 @@ __all__ = [
     "refuse_file",
     "remove_whole",
     "replace_folder",
+    "share_weights",
     "sweep",
     "unused",
     "write_whole",
@@ -40,6 +41,13 @@ def write_whole(path: Path, text: str) -> None:
             draft.unlink()
         raise
     draft.replace(path)
+
+
+def share_weights(folder: Path) -> None:
+    """Let all read a model's weights who may read its ``config.json``: safetensors 0.8 heeds no umask."""
+    for weights in folder.glob("*.safetensors"):
+        with contextlib.suppress(OSError):  # not all file systems have modes; another rank writes the config
+            shutil.copymode(folder / "config.json", weights)
 
 
 def remove_whole(path: Path) -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, Mamba2Config, Mamba2ForCausalLM, 
 from spiking_mamba.common.checkpoint_files import WEIGHTS, locate, one_line
 from spiking_mamba.common.claims import whole_folder
 from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.common.files import share_weights
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.conversion import fold_thresholds
 from spiking_mamba.model.converted import is_converted, read_converted
@@ -97,6 +98,7 @@ def _write_dense(model: SpikingMambaForCausalLM | Mamba2ForCausalLM, folder: Pat
         dense.tie_weights()
         dense.generation_config = copy.deepcopy(model.generation_config)
         dense.save_pretrained(folder)
+        share_weights(folder)
     else:
         config = model.config
         if not isinstance(config, SpikingMambaConfig):  # transformers', which has the same fields

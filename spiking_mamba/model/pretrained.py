@@ -23,6 +23,7 @@ from spiking_mamba.common.checkpoint_files import (
     read_mapping,
 )
 from spiking_mamba.common.errors import CheckpointError
+from spiking_mamba.common.files import share_weights
 from spiking_mamba.model.block import SpikingMambaMixer
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.projection import ENDS, SpikeEncoder
@@ -147,6 +148,7 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
                 self.config.neuron = None if nodes[0] is None else neurons.spec_of(nodes[0])
         # or names of the first form, if it was loaded from them
         super().save_pretrained(*args, **{"save_original_format": False} | kwargs)
+        share_weights(Path(args[0] if args else kwargs["save_directory"]))
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):

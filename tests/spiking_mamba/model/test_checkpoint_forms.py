@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -319,3 +320,20 @@ def test_mamba_ssm_writes_and_reads_our_folders(mamba_ssm, tmp_path):
         again = torch.load(tmp_path / f"{name}.bin")
         assert first.keys() == again.keys()
         assert all(torch.equal(first[key], again[key]) for key in first)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+@pytest.mark.parametrize("form", ["spiking", *FORMS])
+def test_weights_are_as_readable_as_their_config(umask, form, tmp_path):
+    model = tiny_model(**({"neuron": INTEGER} if form == "spiking" else {}))
+    before = os.umask(umask)
+    try:
+        if form == "spiking":
+            model.save_pretrained(tmp_path / "m")
+        else:
+            export_dense(model, tmp_path / "m", form)
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()}
+    assert len(modes) >= 2
+    assert set(modes.values()) == {0o666 & ~umask}, modes
