@@ -60,8 +60,7 @@ def calibrate_levels(
     """
     if teacher.config.neuron is not None:
         raise ValueError("Levels are calibrated by a dense teacher; this one has neurons.")
-    if first >= input_ids.shape[1]:
-        raise ValueError(f"Of rows of {input_ids.shape[1]} tokens nothing is left without the first {first}.")
+    _check_text(input_ids, first)
     levels: dict[str, torch.Tensor] = {}
 
     def watch(name: str) -> Any:
@@ -114,12 +113,13 @@ def calibrate_thresholds(
         ``threshold`` of the config takes.
 
     Raises:
-        ValueError: ``mean_abs`` or ``nonzero`` is not positive, both are None, the teacher is not dense, or
-            no V_th gives what is asked for.
+        ValueError: ``mean_abs`` or ``nonzero`` is not positive, both are None, the teacher is not dense, no
+            place is looked at, or no V_th gives what is asked for.
     """
     targets = _targets(mean_abs, nonzero)
     if teacher.config.neuron is not None:
         raise ValueError("Thresholds are calibrated by a dense teacher; this one has neurons.")
+    _check_text(input_ids, first)
     input_ids = input_ids.to(teacher.device)
     batches = input_ids.split(max(1, _BATCH // input_ids.shape[1]))
     cost, information = _cost_and_information(teacher, batches, first, levels or {})
@@ -136,6 +136,13 @@ def calibrate_thresholds(
         _, _, layer, _, projection = name.split(".")
         layers[int(layer)][projection] = float(f"{scale * value:.4g}")
     return layers
+
+
+def _check_text(input_ids: torch.Tensor, first: int) -> None:
+    if input_ids.dim() != 2 or not input_ids.numel():
+        raise ValueError(f"A calibration takes rows of tokens, [rows, length], not {list(input_ids.shape)}.")
+    if not 0 <= first < input_ids.shape[1]:
+        raise ValueError(f"Of rows of {input_ids.shape[1]} tokens nothing is left without the first {first}.")
 
 
 def _targets(mean_abs: float | None, nonzero: float | None) -> dict[str, float]:

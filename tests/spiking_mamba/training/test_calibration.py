@@ -1,5 +1,6 @@
 """Calibrated thresholds: the rule against one worked out neuron by neuron, and what it is good for."""
 
+import functools
 import math
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from spiking_mamba import SpikingMambaForCausalLM
 from spiking_mamba.model.checkpoint import load_dense
 from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.spikes.counting import count_spikes
-from spiking_mamba.training.calibration import calibrate_thresholds, resolve_threshold
+from spiking_mamba.training.calibration import calibrate_levels, calibrate_thresholds, resolve_threshold
 from spiking_mamba.training.distillation import DistillationSettings, distill
 from tests.helpers.tiny import INTEGER, tiny_model, tokens
 
@@ -124,6 +125,24 @@ def test_the_teacher_stays_as_it_is():
 def test_a_mean_that_is_none(mean_abs):
     with pytest.raises(ValueError, match="mean_abs must be a positive number"):
         calibrate_thresholds(tiny_model(), tokens(1, 8), mean_abs, FINE)
+
+
+@pytest.mark.parametrize(
+    "calibrate", [calibrate_levels, functools.partial(calibrate_thresholds, mean_abs=1.0, neuron=FINE)]
+)
+@pytest.mark.parametrize(
+    ("shape", "first", "said"),
+    [
+        ((2, 8), 8, "nothing is left without the first 8"),
+        ((2, 8), -1, "nothing is left without the first -1"),
+        ((2, 0), 0, r"rows of tokens, \[rows, length\], not \[2, 0\]"),
+        ((0, 8), 0, r"not \[0, 8\]"),
+        ((8,), 0, r"not \[8\]"),
+    ],
+)
+def test_text_of_which_nothing_is_looked_at(calibrate, shape, first, said):
+    with pytest.raises(ValueError, match=said):
+        calibrate(tiny_model(), torch.zeros(shape, dtype=torch.long), first=first)
 
 
 def test_what_cannot_be_reached():
