@@ -197,3 +197,19 @@ def energy_of(
     count = getattr(node, "max_spike_count", getattr(surrogate, "max_spike_count", 1))
     config = SpikingMambaConfig.from_pretrained(teacher, neuron=spec, membrane=membrane, shift_inputs=shifted)
     return energy_of_rates(config, mean_abs, nonzero, max_spike_count=int(count))
+
+
+def chosen_gains(records: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Gains on the half to report on, of settings that ``choose.py`` chose: ``{"student dpo mean": ...}``.
+
+    Named by the model's folder and the method: ``mean``, ``low`` and ``high`` over seeds, ``runs``.
+    """
+    gains: dict[str, list[float]] = {}
+    for record in records:
+        if record["chosen"]:
+            name = f"{Path(record['provenance']['settings']['model']).name} {record['method']}"
+            gains.setdefault(name, []).append(record["report"]["sum"]["gain"])
+    found = {name: interval(values) for name, values in gains.items()}
+    return {
+        f"{name} {key}": v for name, values in found.items() for key, v in values.items() if v is not None
+    }

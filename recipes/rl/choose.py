@@ -1,10 +1,11 @@
-"""Choose among runs on one half of the held-out questions, and report the chosen one on the other.
+"""Choose among settings on one half of the held-out questions, and report the chosen ones on the other.
 
 python recipes/rl/choose.py recipes/rl/choose.yaml
 """
 
 import dataclasses
 import json
+import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,11 +15,11 @@ from pydantic import Field
 from spiking_mamba.common.errors import RunError, fail_clearly
 from spiking_mamba.common.progress import quiet
 from spiking_mamba.common.provenance import refuse_changed_code
-from spiking_mamba.common.records import put_record
+from spiking_mamba.common.records import put_record, read_records
 from spiking_mamba.common.schema import Name, Names, Positive, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.data.preferences import Preference
-from spiking_mamba.evaluation.statistics import paired_gap
+from spiking_mamba.evaluation.statistics import interval, paired_gap
 from spiking_mamba.model.tokenizer import load_tokenizer
 from spiking_mamba.reports.document import markdown_table
 from spiking_mamba.training.preference import PreferenceSettings
@@ -26,6 +27,9 @@ from spiking_mamba.training.preference import PreferenceSettings
 IDENTITY = ("method", "run")
 KEPT = ("rows", "held_out", "seconds", "provenance")  # of a run, as it is
 SIDE = ("perplexity", "mean_abs")  # of the model before and after
+OF_A_SEED = ("seed", "output", "resume", "overwrite")  # settings in which runs of one candidate may differ
+HEADER = ["model", "run", "seeds", "gained, half to tune on", "perplexity"]
+HEADER += ["half to report on", "the same per token"]
 
 
 @schema
@@ -34,7 +38,8 @@ class ChooseSettings:
 
     Attributes:
         runs: folders of align.py's runs, each measured on all held-out questions (``held_out_half: null``);
-            of those of one method, one is chosen.
+            one that is gone is taken as ``results`` has it. Runs that differ in their seed alone are one
+            candidate; of those of one model and method, one is chosen.
         rise: by how much perplexity may rise at most, as a share.
         results: file of the records, one a run.
     """
@@ -108,44 +113,103 @@ def of_run(folder: str) -> dict[str, Any]:
     }
 
 
-def choose(records: Sequence[dict[str, Any]], rise: float) -> list[dict[str, Any]]:
-    """The same records with ``chosen``: of each method the run that gains most on the half to tune on.
+def candidates(records: Sequence[Mapping[str, Any]]) -> list[list[Mapping[str, Any]]]:
+    """The records in groups that differ in their seed alone, in the order of their first.
 
-    Among those whose perplexity rises by no more than ``rise``.
+    Raises:
+        RunError: two are the same run.
     """
-    best: dict[str, dict[str, Any]] = {}
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for record in records:
-        other = best.get(record["method"])
-        gained = record["tune"]["sum"]["gain"]
-        if (record["perplexity_ratio"] or 1.0) <= 1 + rise and (
-            other is None or gained > other["tune"]["sum"]["gain"]
+        settings = record["provenance"]["settings"]
+        same = {key: value for key, value in settings.items() if key not in OF_A_SEED}
+        found.setdefault(json.dumps(same, sort_keys=True), []).append(record)
+    for candidate in found.values():
+        seeds = [record["provenance"]["settings"]["seed"] for record in candidate]
+        if len(set(seeds)) < len(seeds):
+            names = ", ".join(record["run"] for record in candidate)
+            raise RunError(f"{names}: two have the same settings and seed, which make one run.")
+    return list(found.values())
+
+
+def mean(candidate: Sequence[Mapping[str, Any]], half: str, kind: str = "sum") -> float:
+    return statistics.fmean(record[half][kind]["gain"] for record in candidate)
+
+
+def ratio(candidate: Sequence[Mapping[str, Any]]) -> float | None:
+    """Perplexity after over before, the geometric mean of the seeds; None where none was measured."""
+    ratios = [record["perplexity_ratio"] for record in candidate]
+    return None if None in ratios else statistics.geometric_mean(ratios)
+
+
+def choose(records: Sequence[dict[str, Any]], rise: float) -> list[dict[str, Any]]:
+    """The same records with ``chosen``: of each model and method the settings that gain most to tune on.
+
+    Among those whose perplexity rises by no more than ``rise``; gains are means over seeds.
+    """
+    best: dict[tuple[str, str], list[Mapping[str, Any]]] = {}
+    for candidate in candidates(records):
+        key = model_of(candidate[0]), candidate[0]["method"]
+        if (ratio(candidate) or 1.0) <= 1 + rise and (
+            key not in best or mean(candidate, "tune") > mean(best[key], "tune")
         ):
-            best[record["method"]] = record
-    return [record | {"chosen": record is best.get(record["method"])} for record in records]
+            best[key] = candidate
+    chosen = {id(record) for candidate in best.values() for record in candidate}
+    return [record | {"chosen": id(record) in chosen} for record in records]
+
+
+def model_of(record: Mapping[str, Any]) -> str:
+    return str(record["provenance"]["settings"]["model"])
 
 
 def table(records: Sequence[Mapping[str, Any]]) -> str:
-    """The runs as Markdown; what the other half says stands beside the chosen ones alone."""
+    """The candidates as Markdown; what the other half says stands beside the chosen ones alone."""
     rows = []
-    for record in records:
-        training = record["provenance"]["settings"]["training"]
+    for candidate in candidates(records):
+        first, change = candidate[0], ratio(candidate)
+        training = first["provenance"]["settings"]["training"]
         steps, rate = training["max_steps"], training["learning_rate"]
-        ratio = record["perplexity_ratio"]
         rows.append(
             [
-                f"{record['method'].upper()}, {steps} steps, lr {rate:.2g}",
-                told(record["tune"]["sum"]),
-                "" if ratio is None else f"{ratio - 1:+.1%}",
-                told(record["report"]["sum"]) if record["chosen"] else "",
-                told(record["report"]["per_token"]) if record["chosen"] else "",
+                model_of(first),
+                f"{first['method'].upper()}, {steps} steps, lr {rate:.2g}",
+                str(len(candidate)),
+                told(candidate, "tune"),
+                "" if change is None else f"{change - 1:+.1%}",
+                told(candidate, "report") if first["chosen"] else "",
+                told(candidate, "report", "per_token") if first["chosen"] else "",
             ]
         )
-    header = ["run", "gained, half to tune on", "perplexity", "half to report on", "the same per token"]
-    return markdown_table(header, rows)
+    return markdown_table(HEADER, rows)
 
 
-def told(gain: Mapping[str, float]) -> str:
-    return f"{gain['gain']:+.3f} ({gain['low']:+.3f} to {gain['high']:+.3f})"
+def told(candidate: Sequence[Mapping[str, Any]], half: str, kind: str = "sum") -> str:
+    """A gain with its interval over questions, or, of several seeds, over these by Student's t."""
+    gains = [record[half][kind] for record in candidate]
+    if len(gains) == 1:
+        return f"{gains[0]['gain']:+.3f} ({gains[0]['low']:+.3f} to {gains[0]['high']:+.3f})"
+    seeds = interval([gain["gain"] for gain in gains])
+    return (
+        f"{seeds['mean']:+.3f} ({seeds['low']:+.3f} to {seeds['high']:+.3f}), +-{over_questions(gains):.3f}"
+    )
+
+
+def over_questions(gains: Sequence[Mapping[str, Any]]) -> float:
+    """Half the interval over questions of a mean over seeds, at most.
+
+    A mean of estimates spreads no more than these do on average, however they depend on each other.
+    """
+    return statistics.fmean((gain["high"] - gain["low"]) / 2 for gain in gains)
+
+
+def read_runs(settings: ChooseSettings) -> list[dict[str, Any]]:
+    """The record of each run, as its folder has it or, where that is gone, as it is recorded."""
+    kept = {record["run"]: record for record in read_records(Path(settings.results))}
+    found = []
+    for folder in settings.runs:
+        record = kept.get(Path(folder).name)
+        found.append(of_run(folder) if record is None or Path(folder).exists() else record)
+    return found
 
 
 @fail_clearly()
@@ -153,7 +217,7 @@ def main() -> None:
     settings = parse_settings(ChooseSettings, description=__doc__)
     quiet()
     refuse_changed_code(Path(settings.results))
-    records = choose([of_run(folder) for folder in settings.runs], settings.rise)
+    records = choose(read_runs(settings), settings.rise)
     for record in records:
         put_record(Path(settings.results), record, IDENTITY)
     print(f"\n{table(records)}\n\nRecords: {settings.results}")

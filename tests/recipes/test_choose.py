@@ -1,6 +1,7 @@
 """Choosing among runs by one half of the questions, from runs written by hand."""
 
 import json
+import shutil
 
 import pytest
 
@@ -40,7 +41,7 @@ def write(folder, name, tune, report, ratio=1.01, **changes):
         after.append(1.0 if left[half] >= 0 else 0.5)
     settings = {
         "model": str(folder / "model"), "output": name, "method": "dpo", "held_out_items": None,
-        "held_out": str(folder / "held_out.jsonl"), "training": {"max_steps": 3, "learning_rate": 2e-4},
+        "held_out": str(folder / "held_out.jsonl"), "training": rate(2e-4), "seed": 0,
     }  # fmt: skip
 
     def side(scores, perplexity):
@@ -70,12 +71,11 @@ def questions(folder):
 
 def test_one_half_chooses_and_the_other_reports(folder):
     made = [
-        write(folder, "slow", tune=2, report=4),
-        write(folder, "good", tune=4, report=1),
-        write(folder, "dear", tune=7, report=5, ratio=1.051),
+        write(folder, "slow", tune=2, report=4, training=rate(1e-4)),
+        write(folder, "good", tune=4, report=1, training=rate(2e-4)),
+        write(folder, "dear", tune=7, report=5, training=rate(4e-4), ratio=1.051),
     ]
-    runs = ", ".join(map(str, made))
-    done = run(RECIPE, ROOT / "recipes/rl/choose.yaml", f"runs=[{runs}]", f"results={folder / 'c.jsonl'}")
+    done = choose(made, folder / "c.jsonl")
     assert done.returncode == 0, done.stderr
     records = {record["run"]: record for record in read_records(folder / "c.jsonl")}
     sizes = {half: HALVES.count(half) for half in ("tune", "report")}
@@ -89,8 +89,55 @@ def test_one_half_chooses_and_the_other_reports(folder):
                 assert found["items"] == sizes[half]
                 assert found["low"] <= found["gain"] <= found["high"]
         assert records[name]["chosen"] is chosen
-    lines = [line for line in done.stdout.splitlines() if line.startswith("| DPO, 3 steps, lr 0.0002")]
+    lines = [line for line in done.stdout.splitlines() if " DPO, 3 steps, lr 0.000" in line]
     assert [line.rstrip(" |").endswith("%") for line in lines] == [True, False, True]
+
+
+def test_seeds_are_one_candidate_and_models_are_chosen_for_apart(folder):
+    other = folder / "other"
+    shutil.copytree(folder / "model", other)
+    made = [
+        # the best single run, of the worse settings
+        *(write(folder, f"a{n}", t, 5, training=rate(1e-4), seed=n) for n, t in enumerate((5, 1, 1))),
+        *(write(folder, f"b{n}", t, r, training=rate(2e-4), seed=n) for n, t, r in ((0, 3, 1), (1, 3, 4))),
+        # one seed of these costs too little to be refused, both together do not
+        *(write(folder, f"c{n}", 5, 5, x, training=rate(4e-4), seed=n) for n, x in enumerate((1.02, 1.2))),
+        write(folder, "o", 1, 2, training=rate(1e-4), model=str(other)),
+    ]
+    done = choose(made, folder / "seeds.jsonl")
+    assert done.returncode == 0, done.stderr
+    records = {record["run"]: record for record in read_records(folder / "seeds.jsonl")}
+    assert {name for name, record in records.items() if record["chosen"]} == {"b0", "b1", "o"}
+    lines = {line.split("|")[2].strip()[-6:]: line for line in done.stdout.splitlines() if "DPO" in line}
+    gains = [0.5 * n / HALVES.count("report") for n in (1, 4)]
+    half = 12.706 * abs(gains[1] - gains[0]) / 2  # t of one degree of freedom; sd / sqrt(2) of two values
+    mean = sum(gains) / 2
+    assert f"{mean:+.3f} ({mean - half:+.3f} to {mean + half:+.3f}), +-" in lines["0.0002"]
+    assert [cell.strip() for cell in lines["0.0004"].split("|")[-3:-1]] == ["", ""]
+    assert "+10.6%" in lines["0.0004"]  # the root of 1.02 x 1.2
+
+    shutil.rmtree(folder / "b0")  # as recorded, it still counts
+    again = choose(made, folder / "seeds.jsonl")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout == done.stdout
+    assert {r["run"]: r for r in read_records(folder / "seeds.jsonl")} == records
+
+
+def test_one_run_is_not_two_seeds(folder):
+    made = [write(folder, name, 2, 2, training=rate(3e-4)) for name in ("one", "two")]
+    done = choose(made, folder / "none.jsonl")
+    assert done.returncode == 1
+    assert "one, two: two have the same settings and seed" in done.stderr
+    assert not (folder / "none.jsonl").exists()
+
+
+def rate(learning_rate):
+    return {"max_steps": 3, "learning_rate": learning_rate}
+
+
+def choose(runs, results):
+    listed = ", ".join(map(str, runs))
+    return run(RECIPE, ROOT / "recipes/rl/choose.yaml", f"runs=[{listed}]", f"results={results}")
 
 
 @pytest.mark.parametrize("changes", [{"held_out_half": "tune"}, {"held_out_items": 9}])
