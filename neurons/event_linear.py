@@ -1,12 +1,14 @@
 """A linear layer for inference that fetches the weights of the inputs that fire, and adds integers."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import nn
 
 from . import functional
 from .backend import EVENT_BACKENDS, check_cupy, check_numba
+from .changes import Seen
 from .rounding import GROUP, LARGEST_SPIKE, LARGEST_SUM, int4_weights, int8_weights
 
 __all__ = ["LARGEST_BATCH", "EventDrivenLinear"]
@@ -73,7 +75,7 @@ class EventDrivenLinear(nn.Module):
             self.register_buffer("group_scale", torch.zeros(groups, out_features, dtype=torch.uint8))
         self.register_buffer("scale", torch.ones(out_features, dtype=torch.float32))
         self.register_buffer("bias", torch.zeros(out_features, dtype=torch.float32) if bias else None)
-        self._packed: tuple[object, object] | None = None
+        self._packed: tuple[Seen, object] | None = None
 
     @classmethod
     def from_linear(
@@ -160,9 +162,20 @@ class EventDrivenLinear(nn.Module):
         dtype = spikes.dtype if spikes.is_floating_point() else torch.float32
         if self.backend == "cupy" and dtype in (torch.float32, torch.float16, torch.bfloat16):
             return self._cupy_floats(self._as_int8(spikes), dtype)
-        y = self.integer_sums(spikes) * self.scale
-        y = y if self.bias is None else y + self.bias
-        return y.to(dtype)
+        return self._scaled(self.integer_sums(spikes)).to(dtype)
+
+    def _scaled(self, sums: torch.Tensor) -> torch.Tensor:
+        y = sums * self.scale
+        return y if self.bias is None else y + self.bias
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> "EventDrivenLinear":
+        """As of any module, but scale and bias stay float32: sums of integers leave float16."""
+        before = {name: getattr(self, name) for name in ("scale", "bias")}
+        super()._apply(fn, recurse)
+        for name, tensor in before.items():
+            if tensor is not None and (moved := getattr(self, name)).dtype != torch.float32:
+                setattr(self, name, tensor.to(moved.device))
+        return self
 
     def _as_int8(self, spikes: torch.Tensor) -> torch.Tensor:
         if spikes.ndim == 0 or spikes.shape[-1] != self.in_features:
@@ -225,8 +238,7 @@ class EventDrivenLinear(nn.Module):
         """The layer's output for spikes int8; of a few rows in one launch."""
         flat = self._for_cupy(spikes)
         if not 0 < len(flat) <= LARGEST_BATCH:
-            y = self._cupy_sums(spikes) * self.scale
-            return (y if self.bias is None else y + self.bias).to(dtype)
+            return self._scaled(self._cupy_sums(spikes)).to(dtype)
         from .cupy.event_linear.ops import Scaled, event_driven_linear_scaled
 
         call = Scaled(8 if self.group_scale is None else 4, self.out_features, dtype)
@@ -254,15 +266,14 @@ class EventDrivenLinear(nn.Module):
         from .cpu.linear import PackedLinear, layout_for
 
         buffers = [self.weight] if self.group_scale is None else [self.weight, self.group_scale]
-        key = [(b.data_ptr(), 0 if b.is_inference() else b._version) for b in buffers]
-        if self._packed is None or self._packed[0] != key:
+        if self._packed is None or not self._packed[0].unchanged(buffers):
             share = spikes.count_nonzero().item() / max(1, spikes.numel())
             layout = layout_for(share, 8 if self.group_scale is None else 4)
             if self.group_scale is None:
                 packed = PackedLinear(self.weight.numpy(), None, layout)
             else:
                 packed = PackedLinear(self.four_bit_integers().numpy(), self.group_scale.numpy(), layout)
-            self._packed = key, packed
+            self._packed = Seen(buffers), packed
         return self._packed[1]
 
 

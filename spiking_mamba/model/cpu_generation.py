@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from transformers import GenerationConfig, LogitsProcessorList
 
+from neurons.changes import Seen
 from spiking_mamba.common.machine import cores
 from spiking_mamba.model.cpu_decoder import CpuDecoder, Fetched, cannot_decode
 from spiking_mamba.model.graph_generation import cannot_loop, choose, settings, sorted_criteria
@@ -44,7 +45,7 @@ class Decoders:
         self.threads = threads
         self._lock = threading.Lock()
         self._free: list[CpuDecoder] = []
-        self._of: object = None
+        self._of: tuple[Seen, int] | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Decoders, (self.threads,)  # a copied or pickled model makes its own
@@ -53,18 +54,18 @@ class Decoders:
     def borrow(self, model: SpikingMambaForCausalLM, prompt: list[int]) -> Iterator[CpuDecoder]:
         """A decoder that nobody else has; the first one measures on the prompt which layout is faster."""
         tensors = [*model.parameters(), *model.buffers()]
-        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        key.append((self.threads or min(torch.get_num_threads(), cores()), 0))
+        threads = self.threads or min(torch.get_num_threads(), cores())
         with self._lock:
-            if self._of != key:
-                self._free, self._of = [_measured(model, key[-1][0], prompt)], key
+            if self._of is None or self._of[1] != threads or not self._of[0].unchanged(tensors):
+                self._free, self._of = [_measured(model, threads, prompt)], (Seen(tensors), threads)
+            of = self._of
             # the last one stays, to make others of
             decoder = self._free.pop() if len(self._free) > 1 else self._free[0].another()
         try:
             yield decoder
         finally:
             with self._lock:
-                if self._of == key:
+                if self._of is of:
                     self._free.append(decoder)
 
     def fetched(self) -> Fetched | None:
