@@ -10,7 +10,7 @@ import torch
 
 from . import functional
 
-__all__ = ["MODES", "SMOOTH_FUNCTIONS", "compensate", "compensated_spike_count"]
+__all__ = ["MODES", "SMOOTH_FUNCTIONS", "check_mixture", "compensate", "compensated_spike_count"]
 
 MODES = ("blend", "gradient", "replace")
 
@@ -20,6 +20,20 @@ SMOOTH_FUNCTIONS: dict[str, Callable[[torch.Tensor, int], torch.Tensor]] = {
     "clip": functional.clip,
     "identity": lambda u, d: u,
 }
+
+
+def check_mixture(mode: str, function: str, lam: float | torch.Tensor) -> None:
+    """Refuse what :func:`compensate` cannot mix; a tensor ``lam`` is not looked at.
+
+    Raises:
+        ValueError: ``mode`` or ``function`` is unknown, or ``lam`` lies outside [0, 1].
+    """
+    if mode not in MODES:
+        raise ValueError(f"mode must be one of {MODES}, got {mode!r}.")
+    if function not in SMOOTH_FUNCTIONS:
+        raise ValueError(f"function must be one of {tuple(SMOOTH_FUNCTIONS)}, got {function!r}.")
+    if not isinstance(lam, torch.Tensor) and not 0.0 <= lam <= 1.0:
+        raise ValueError(f"lam must lie in [0, 1], got {lam!r}.")
 
 
 def compensate(
@@ -46,7 +60,11 @@ def compensate(
     Returns:
         What the linear map is applied to, in the dtype of ``spike``; worked out in float32 (float64 for a
         float64 ``u``) and rounded once.
+
+    Raises:
+        ValueError: see :func:`check_mixture`.
     """
+    check_mixture(mode, function, lam)
     smooth = SMOOTH_FUNCTIONS[function](u.to(functional.state_dtype(u)), max_spike_count)
     if mode == "blend":
         return (spike + lam * (smooth - spike)).to(spike.dtype)

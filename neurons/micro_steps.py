@@ -1,5 +1,7 @@
 """Signed spike counts <-> ternary micro-steps: how integer-valued training becomes spike-driven inference."""
 
+import numbers
+
 import torch
 from spikingjelly.activation_based import base
 from torch import nn
@@ -8,11 +10,11 @@ __all__ = ["MicroStepSum", "SignedCountToTernary"]
 
 
 def _check_slots(max_spike_count: int) -> int:
-    if not isinstance(max_spike_count, int) or isinstance(max_spike_count, bool):
+    if not isinstance(max_spike_count, numbers.Integral) or isinstance(max_spike_count, bool):
         raise TypeError(f"max_spike_count must be an integer, got {max_spike_count!r}.")
     if max_spike_count < 1:
         raise ValueError(f"max_spike_count must be at least 1, got {max_spike_count}.")
-    return max_spike_count
+    return int(max_spike_count)
 
 
 class SignedCountToTernary(nn.Module, base.MultiStepModule):
@@ -27,7 +29,7 @@ class SignedCountToTernary(nn.Module, base.MultiStepModule):
         max_spike_count: ``D``.
 
     Raises:
-        ValueError: a count exceeds ``D`` (checked in eager mode).
+        ValueError: a count exceeds ``D``, or is no integer (checked in eager mode).
     """
 
     def __init__(self, max_spike_count: int) -> None:
@@ -41,17 +43,26 @@ class SignedCountToTernary(nn.Module, base.MultiStepModule):
 
     def forward(self, count_seq: torch.Tensor) -> torch.Tensor:
         """``[T, *] -> [T * D, *]``."""
-        if not torch.compiler.is_compiling() and bool((count_seq.abs() > self.max_spike_count).any()):
-            raise ValueError(f"A spike count exceeds max_spike_count={self.max_spike_count}.")
         count = count_seq.unsqueeze(1)
+        # the size of int8's -128 is no int8
+        size = count.detach() if count.is_floating_point() else count.long()
+        size = size.abs()
+        if not torch.compiler.is_compiling():
+            self._check(size)
         slots = torch.arange(self.max_spike_count, device=count.device)
         slots = slots.view(1, -1, *(1,) * (count_seq.ndim - 1))
-        ternary = count.detach().sign() * (slots < count.detach().abs())
+        ternary = count.detach().sign() * (slots < size)
         ternary = torch.where(count.detach().isnan(), count.detach(), ternary)
         if count.requires_grad:
             share = count / self.max_spike_count
             ternary = ternary + (share - share.detach())
         return ternary.flatten(0, 1)
+
+    def _check(self, size: torch.Tensor) -> None:
+        if bool((size > self.max_spike_count).any()):
+            raise ValueError(f"A spike count exceeds max_spike_count={self.max_spike_count}.")
+        if size.is_floating_point() and bool((size != size.round()).logical_and(~size.isnan()).any()):
+            raise ValueError("Spike counts must be integers, as a signed spiking neuron emits them.")
 
 
 class MicroStepSum(nn.Module, base.MultiStepModule):

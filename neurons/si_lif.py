@@ -92,11 +92,7 @@ class SILIFNode(BaseNode):
         surrogate_function = count if surrogate_function is None else surrogate_function
         if not callable(surrogate_function):
             raise TypeError(f"surrogate_function must be callable, got {surrogate_function!r}.")
-        own_count = getattr(surrogate_function, "max_spike_count", max_spike_count)
-        if own_count != max_spike_count:
-            raise ValueError(
-                f"The surrogate's max_spike_count={own_count} is not the node's {max_spike_count}."
-            )
+        self._check_count(max_spike_count, surrogate_function)
         if not isinstance(v_threshold, float):
             raise TypeError(f"v_threshold must be a float, got {v_threshold!r}.")
         if not (math.isfinite(v_threshold) and v_threshold > 0.0):
@@ -121,6 +117,15 @@ class SILIFNode(BaseNode):
         # Make every element of the input a window of its own that starts at V = 0, keep no potential, in
         # either step mode: half the traffic where every token stands alone. `stateless_step` does so once.
         self.stateless = False
+
+    @staticmethod
+    def _check_count(max_spike_count: object, surrogate_function: object) -> None:
+        own = getattr(surrogate_function, "max_spike_count", max_spike_count)
+        if own != max_spike_count:
+            raise ValueError(
+                f"The surrogate's max_spike_count={own} is not the node's {max_spike_count}; a node's "
+                "surrogate_function may be set, and D is that one's then."
+            )
 
     @property
     def supported_backends(self) -> tuple[str, ...]:
@@ -241,7 +246,12 @@ class SILIFNode(BaseNode):
         return spike
 
     def __setattr__(self, name: str, value: object) -> None:
+        if name == "max_spike_count":
+            self._check_count(value, self.surrogate_function)
         super().__setattr__(name, value)
+        if name == "surrogate_function" and "max_spike_count" in self.__dict__:  # D is the surrogate's
+            count = getattr(value, "max_spike_count", self.max_spike_count)
+            self.__dict__["max_spike_count"] = count
         if name == "v" and not torch.compiler.is_compiling():
             self.__dict__["_v_is_of"] = _backward_pass()
 
@@ -267,7 +277,11 @@ class SILIFNode(BaseNode):
 
         Returns:
             ``(spike, mixed)``, each of that shape. Hooks of the node see the spikes.
+
+        Raises:
+            ValueError: see :func:`neurons.compensation.check_mixture`.
         """
+        compensation.check_mixture(mode, function, lam)
         mixture = _Mixture(mode, function, lam)
         spike = self(u, mixture=mixture)
         assert mixture.mixed is not None

@@ -3,6 +3,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 from spikingjelly.activation_based import functional, layer
@@ -188,3 +189,24 @@ def test_compiles_to_one_graph():
     assert torch.equal(total, count)
     total.sum().backward()
     assert_close(count.grad, torch.ones_like(count))
+
+
+def test_the_smallest_int8():
+    count = torch.tensor([[-128, 127, 0, -1]], dtype=torch.int8)
+    steps = SignedCountToTernary(128)(count)
+    assert steps.dtype == torch.int8
+    assert torch.equal(steps.sum(0), count[0].long())
+    assert steps.unique().tolist() == [-1, 0, 1]
+    with pytest.raises(ValueError, match="exceeds max_spike_count=127"):
+        SignedCountToTernary(127)(count)
+
+
+@pytest.mark.parametrize("value", [0.5, -1.25, 3.0000002])
+def test_counts_that_are_no_integers(value):
+    with pytest.raises(ValueError, match="must be integers"):
+        SignedCountToTernary(4)(torch.tensor([[1.0, value]]))
+    assert SignedCountToTernary(4)(torch.tensor([[float("nan")]])).isnan().all()
+
+
+def test_numpys_integers():
+    assert SignedCountToTernary(np.int64(4)).max_spike_count == MicroStepSum(np.int32(4)).max_spike_count == 4

@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import neurons
-from neurons import SignedSpikeCount, SILIFNode, TILIFNode
+from neurons import SignedSpikeCount, SILIFNode, TILIFNode, compensation
 from neurons.functional import si_lif_multi_step
 
 TOP = {SILIFNode: 3, TILIFNode: 1}
@@ -644,3 +644,39 @@ def test_a_potential_that_would_move_on_twice_is_refused(cls, mode, reentrant):
         _gradient(node, x, lambda x: checkpoint(node, x, use_reentrant=reentrant))
     functional.reset_net(node)
     node(x)  # nothing is left of it
+
+
+def test_a_nodes_largest_count_is_its_surrogates():
+    node = SILIFNode(4)
+    with pytest.raises(ValueError, match="max_spike_count=4 is not the node's 8"):
+        node.max_spike_count = 8
+    assert node.max_spike_count == 4
+    node.surrogate_function = SignedSpikeCount(8)
+    assert node.max_spike_count == 8
+    assert node(torch.tensor([7.0])) == 7
+    assert "max_spike_count=8" in repr(node)
+    node.max_spike_count = 8
+    node.surrogate_function = surrogate.ATan()  # which says nothing of it
+    assert node.max_spike_count == 8
+    for other in (copy.deepcopy(node), pickle.loads(pickle.dumps(node))):
+        assert other.max_spike_count == 8
+
+
+@pytest.mark.parametrize(
+    ("mode", "function", "lam", "said"),
+    [
+        ("blnd", "clip", 0.5, "mode must be one of"),
+        ("blend", "clp", 0.5, "function must be one of"),
+        ("blend", "clip", 2.0, r"lam must lie in \[0, 1\]"),
+        ("replace", "tanh", -0.1, r"lam must lie in \[0, 1\]"),
+        ("gradient", "tanh", float("nan"), r"lam must lie in \[0, 1\]"),
+    ],
+)
+def test_compensation_that_is_none(mode, function, lam, said):
+    u = torch.randn(3)
+    for call in (
+        lambda: compensation.compensate(u, u.round(), mode, function, lam, 4),
+        lambda: SILIFNode(4).compensated(u, mode, function, lam),
+    ):
+        with pytest.raises(ValueError, match=said):
+            call()
