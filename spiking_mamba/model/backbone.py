@@ -1,6 +1,6 @@
 """The backbone: embeddings, blocks and the last norm."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -10,10 +10,11 @@ from torch import nn
 from spiking_mamba.model import cache as caches
 from spiking_mamba.model.block import SpikingMambaBlock
 from spiking_mamba.model.cache import Cache, SpikingMambaOutput, takes_any_cache_name
-from spiking_mamba.model.configuration import SpikingMambaConfig
+from spiking_mamba.model.configuration import PROJECTIONS, SpikingMambaConfig
 from spiking_mamba.model.norms import RMSNorm
 from spiking_mamba.model.packing import Packing, moved, packing_of, reject_unknown_arguments
 from spiking_mamba.model.pretrained import SpikingMambaPreTrainedModel
+from spiking_mamba.model.projection import SpikeEncoder
 
 __all__ = ["SpikingMambaModel", "Stream"]
 
@@ -95,10 +96,20 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(SpikingMambaBlock(config, i) for i in range(config.num_hidden_layers))
         self.norm_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
-        self._has_potentials = config.states_per_neuron > 0  # the configuration builds a node to say so
+        self._states = config.states_per_neuron  # of a neuron; the configuration builds one to say so
         self.stream = Stream()
         self.gradient_checkpointing = False
         self.post_init()
+
+    @property
+    def _has_potentials(self) -> bool:
+        """Whether neurons carry states from token to token, swapped ones too."""
+        return any(encoder.number_of_states for encoder in self._encoders())
+
+    def _encoders(self) -> Iterator[SpikeEncoder]:
+        for block in self.blocks:
+            for name in block.mixer.encoders.values():
+                yield getattr(block.mixer, name)
 
     @property
     def blocks(self) -> Sequence[SpikingMambaBlock]:
@@ -169,15 +180,24 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         """``[B, L, hidden_size]``, what the first block gets.
 
         Raises:
-            ValueError: neither ids nor embeddings are given, or both; ids are not ``[B, L]``; a token id lies
-                outside the vocabulary (checked on the CPU).
+            ValueError: neither ids nor embeddings are given, or both; they are not of these shapes, or hold
+                no token; a token id lies outside the vocabulary (checked on the CPU).
         """
-        if inputs_embeds is not None and input_ids is None:
-            return inputs_embeds
-        if input_ids is None or inputs_embeds is not None:
+        if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("Pass either input_ids or inputs_embeds.")
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids must be [batch, length], got {list(input_ids.shape)}.")
+        if inputs_embeds is not None:
+            size = self.config.hidden_size
+            if inputs_embeds.dim() != 3 or inputs_embeds.shape[-1] != size or 0 in inputs_embeds.shape:
+                raise ValueError(
+                    f"inputs_embeds must be [batch, length, {size}] of at least one token, got "
+                    f"{list(inputs_embeds.shape)}."
+                )
+            return inputs_embeds
+        assert input_ids is not None
+        if input_ids.dim() != 2 or 0 in input_ids.shape:
+            raise ValueError(
+                f"input_ids must be [batch, length] of at least one token, got {list(input_ids.shape)}."
+            )
         self._check_ids(input_ids)
         return self.embeddings(input_ids)
 
@@ -189,7 +209,7 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
         Raises:
             ValueError: the batch size has changed in the midst of a stream; a single token is streamed in
                 training; a cache is passed in training with gradient checkpointing, which would run every
-                block twice on it.
+                block twice on it; a cache is another model's, or of another batch size.
         """
         if self._asks_to_stream(cache, use_cache) and self.training and length == 1:
             raise ValueError(
@@ -207,7 +227,23 @@ class SpikingMambaModel(SpikingMambaPreTrainedModel):
             use_cache = False
         if use_cache and cache is None:
             cache = caches.new_cache(self.config)
+        if cache is not None:
+            self._check_cache(cache, batch)
         return cache, use_cache
+
+    def _check_cache(self, cache: Cache, batch: int) -> None:
+        """Refuse a cache that these rows cannot go on from."""
+        if any(encoder.number_of_states != self._states for encoder in self._encoders()):
+            raise ValueError(
+                f"The configuration's neurons carry {self._states} states from token to token, and those in "
+                "their place another number, for which a cache has no room: save_pretrained() and load the "
+                "model, or pass use_cache=False."
+            )
+        wanted = [1 + len(PROJECTIONS) * self._states] * len(self.blocks)
+        if (found := caches.sizes(cache)) != wanted:
+            raise ValueError(f"The cache is another model's: states a layer {found}, wanted {wanted}.")
+        if (held := caches.batch_size(cache)) not in (None, batch):
+            raise ValueError(f"The cache holds {held} sequences, this call has {batch}.")
 
     def _run_blocks(
         self,

@@ -322,12 +322,26 @@ class SpikingMambaBlock(GradientCheckpointingLayer):
         return any(module._forward_hooks or module._forward_pre_hooks for module in modules)
 
 
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Compiled with floats as constants: torch's tracer fails where one of an autograd function's changes."""
+    compiled = torch.compile(function)
+
+    @functools.wraps(function)
+    def run(*args: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return function(*args)
+        with torch._dynamo.config.patch(specialize_float=True):
+            return compiled(*args)
+
+    return run
+
+
 @functools.cache
 def _compiled_block() -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
     # one function for all blocks of all models: they share what was compiled, being alike
-    return torch.compile(SpikingMambaBlock._run)
+    return _compiled(SpikingMambaBlock._run)
 
 
 @functools.cache
 def _compiled_step() -> Callable[..., torch.Tensor]:
-    return torch.compile(SpikingMambaBlock._step)
+    return _compiled(SpikingMambaBlock._step)

@@ -36,6 +36,7 @@ __all__ = [
     "new_cache",
     "one_cache",
     "scan_state",
+    "sizes",
     "takes_any_cache_name",
     "tensors",
     "update_conv_state",
@@ -198,6 +199,11 @@ def tensors(cache: Cache) -> Iterator[tuple[dict[int, torch.Tensor], int]]:
             for key, state in states.items():
                 if state is not None:
                     yield cast("dict[int, torch.Tensor]", states), key
+
+
+def sizes(cache: Cache) -> list[int]:
+    """How many states each layer of a cache has room for."""
+    return [getattr(layer, "number_of_states", 0) for layer in cache.layers]
 
 
 def batch_size(cache: Cache) -> int | None:

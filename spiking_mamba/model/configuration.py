@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any, ClassVar, Literal, get_args
 
+import torch
 from huggingface_hub.dataclasses import strict
 from spikingjelly.activation_based.base import MemoryModule
 from transformers import PretrainedConfig
@@ -186,7 +187,7 @@ class SpikingMambaConfig(PretrainedConfig):
             if self.learn_threshold or self.shift_inputs or self.sgc is not None:
                 raise ValueError("learn_threshold, shift_inputs and sgc need a neuron.")
             return
-        node = neurons.build(self.neuron)
+        node = self._prototype
         if not isinstance(node, MemoryModule):
             raise TypeError(f"neuron must be a spikingjelly node, got {self.neuron['class']}.")
         if "m" not in node.supported_step_mode():
@@ -237,12 +238,23 @@ class SpikingMambaConfig(PretrainedConfig):
 
     @property
     def _prototype(self) -> MemoryModule | None:
-        return None if self.neuron is None else neurons.build(self.neuron)  # type: ignore[return-value]
+        with torch.device("cpu"):  # whatever the caller's default device is: some read numbers from tensors
+            return None if self.neuron is None else neurons.build(self.neuron)  # type: ignore[return-value]
 
     @property
     def max_spike_count(self) -> int | None:
         """D of a neuron with signed integer spikes, ``None`` for others and for a dense model."""
         return getattr(self._prototype, "max_spike_count", None)
+
+    @property
+    def levels(self) -> int | None:
+        """How many values a spike count may have; None of a dense model and where the neuron does not say."""
+        node = self._prototype
+        surrogate = getattr(node, "surrogate_function", None)
+        if isinstance(surrogate, neurons.SignedSpikeCount):
+            return 2 * surrogate.max_spike_count + 1
+        largest = getattr(surrogate, "max_spike_count", None)  # of spikingjelly's, from 0
+        return None if largest is None else int(largest) + 1
 
     @property
     def dead_zone(self) -> float:

@@ -14,11 +14,11 @@ from neurons.cpu.threads import STATE, register_yield
 from neurons.event_linear import EventDrivenLinear
 from spiking_mamba.model import cache as caches
 from spiking_mamba.model.cache import Cache
+from spiking_mamba.model.compiled import cannot_compile
 from spiking_mamba.model.cpu_layout import BLOCK, PARTS, Kind, Matrices, new_buffers, read
 from spiking_mamba.model.cpu_recurrence import LANES
 from spiking_mamba.model.cpu_token import call_helper, token_functions
 from spiking_mamba.model.modeling import SpikingMambaForCausalLM
-from spiking_mamba.model.quantised import not_in_float32
 
 __all__ = ["CpuDecoder", "Fetched", "cannot_decode"]
 
@@ -66,14 +66,8 @@ def cannot_decode(model: SpikingMambaForCausalLM) -> str | None:
     config = model.config
     if model.device.type != "cpu":
         return f"The model is on {model.device}: a decoder for processors needs it on the CPU."
-    if (reason := not_in_float32(model)) is not None:
+    if (reason := cannot_compile(model)) is not None:
         return reason
-    if config.hidden_act not in ("silu", "swish"):
-        return f"Only SiLU is compiled in, not {config.hidden_act!r}."
-    if config.layers_block_type is not None and "mamba" not in config.layers_block_type:
-        return "A model without a Mamba2 block is not compiled."
-    if config.num_heads % config.n_groups:
-        return f"{config.n_groups} groups do not divide {config.num_heads} heads."
     if config.head_dim % LANES:
         return f"Heads must be a multiple of {LANES} channels wide, not {config.head_dim}."
     return None

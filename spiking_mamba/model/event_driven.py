@@ -19,7 +19,9 @@ from torch import nn
 import neurons
 from neurons.backend import check_cupy, check_numba
 from neurons.event_linear import LARGEST_BATCH, EventDrivenLinear
+from spiking_mamba.model.by_hand import set_by_hand
 from spiking_mamba.model.cache import Cache, SpikingMambaCausalLMOutput, takes_any_cache_name
+from spiking_mamba.model.compiled import cannot_compile
 from spiking_mamba.model.configuration import FOLDED, PROJECTIONS, SpikingMambaConfig, own_fields
 from spiking_mamba.model.cuda.token import FusedTokens, cannot_fuse, own_cache
 from spiking_mamba.model.decoding import DecodingGraphs
@@ -35,9 +37,7 @@ __all__ = ["EventDrivenMambaConfig", "EventDrivenMambaForCausalLM", "event_drive
 WEIGHTS = ("int8", "int4")
 STATES = ("float32", "bfloat16")
 DECODING = ("auto", "compiled", "torch")
-FUSED_DEVICES = (
-    "cuda",
-)  # whose single tokens have kernels of their own; the tests, which run them, add the CPU
+FUSED_DEVICES = ("cuda",)  # whose single tokens have kernels; the tests, which run these, add the CPU
 
 
 @strict
@@ -76,6 +76,8 @@ def _check_neuron(node: nn.Module, membrane: str) -> None:
             f"that no earlier token changes; this one has {type(node).__name__}, membrane={membrane!r}. Its "
             "own generate() decodes it."
         )
+    if not getattr(node.surrogate_function, "spiking", True):
+        raise ValueError("The neuron's surrogate emits no spikes: spiking=False.")
     if node.max_spike_count > 127:
         raise ValueError(f"max_spike_count={node.max_spike_count} does not fit in int8; at most 127 does.")
 
@@ -173,7 +175,7 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
     def _settle(self) -> None:
         """Let the device that the model is on now run it: its projections' backend, and single tokens."""
         device, (decoding, _) = self.device, self._decoding
-        now = device, self.dtype, decoding
+        now = device, self.dtype, decoding, cannot_compile(self)
         if self._settled == now:
             return
         for module in self.modules():
@@ -320,8 +322,8 @@ def event_driven(
 
     Raises:
         TypeError: ``model`` is no model of this package, such as a folder's name.
-        ValueError: it is event-driven already; the neuron's spikes are no integers of int8; an argument is
-            none of those named; a projection carries an adapter that is not merged.
+        ValueError: it is event-driven already; the neuron's spikes are no integers of int8, or projections
+            have different ones; an argument is none of those named; an adapter is not merged.
     """
     _check_source(model)
     if calibration is not None and (weights != "int4" or calibration.ndim != 2 or not calibration.numel()):
@@ -329,7 +331,7 @@ def event_driven(
     if tolerance is not None and (calibration is None or not 0 <= tolerance < math.inf):
         raise ValueError("tolerance is at least 0 and finite, and wants the text of a calibration.")
     own = {"weights": weights, "states": states, "tie_word_embeddings": False}
-    fields = own_fields(model.config) | FOLDED | own
+    fields = own_fields(model.config) | set_by_hand(model, model.config) | FOLDED | own
     EventDrivenMambaConfig.from_dict(fields)  # refuses what cannot be, before anything takes long
     rounded = rounded_layers(model, weights, calibration, tolerance)
     wide = [name for name, layer in rounded.items() if layer.weights != weights]

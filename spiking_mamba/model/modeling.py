@@ -286,13 +286,19 @@ class SpikingMambaForCausalLM(SpikingMambaPreTrainedModel, GenerationMixin):
         return max((p.spikes.sgc_lambda for p in self.projections().values()), default=0.0)
 
     def set_sgc_lambda(self, lam: float) -> None:
-        """Set SGC's lambda of every projection; 0 switches the path off."""
+        """Set SGC's lambda of every projection, in [0, 1]; 0 switches the path off.
+
+        Raises:
+            ValueError: it lies outside, or the model has no SGC.
+        """
         for projection in self.projections().values():
             projection.spikes.sgc_lambda = lam
 
     def rest_at(self, levels: Mapping[str, torch.Tensor]) -> None:
         """Let inputs of projections rest at these levels, by name; see ``SpikingProjection.rest_at``."""
         projections = self.projections()
+        if unknown := sorted(levels.keys() - projections):
+            raise ValueError(f"There is no projection {unknown[0]!r}; there are {', '.join(projections)}.")
         for name, level in levels.items():
             projections[name].rest_at(level)
 

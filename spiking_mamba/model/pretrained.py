@@ -11,7 +11,6 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers import initialization as init
 
-import neurons
 from spiking_mamba.common.checkpoint_files import (
     INDEX,
     MIXERS,
@@ -25,6 +24,7 @@ from spiking_mamba.common.checkpoint_files import (
 from spiking_mamba.common.errors import CheckpointError
 from spiking_mamba.common.files import share_weights
 from spiking_mamba.model.block import SpikingMambaMixer
+from spiking_mamba.model.by_hand import set_by_hand
 from spiking_mamba.model.configuration import SpikingMambaConfig
 from spiking_mamba.model.projection import ENDS, SpikeEncoder
 from spiking_mamba.model.spike_fed import FIRST_FORM
@@ -32,14 +32,6 @@ from spiking_mamba.model.spike_fed import FIRST_FORM
 __all__ = ["OWN_IN_FLOAT32", "SpikingMambaPreTrainedModel"]
 
 _UNFIT = "The checkpoint does not fit its configuration: "
-
-
-def _same(one: nn.Module | None, other: nn.Module | None) -> bool:
-    """Whether two nodes are alike, but for the step mode and the backend they are in at the moment."""
-    if one is not None and any(True for _ in one.parameters()):
-        return True  # what such a node prints moves as it is trained; its class is compared elsewhere
-    texts = [re.sub(r"(step_mode|backend)=\w+", "", repr(node)) for node in (one, other)]
-    return texts[0] == texts[1]
 
 
 def _check_sizes(cls: type, folder: Path, config: Any, renamed: dict[str, str]) -> None:
@@ -130,25 +122,20 @@ class SpikingMambaPreTrainedModel(PreTrainedModel):
             module.reset_parameters()
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As in transformers; a neuron that was swapped by hand goes into the configuration first.
+        """As in transformers; neurons and V_th that were set by hand go into the configuration first.
 
         Raises:
-            ValueError: the projections have different neurons, for which the configuration has one place, or
-                none where thresholds are learned or inputs shifted.
-            TypeError: the neuron cannot be described, see ``neurons.spec_of``.
+            TypeError, ValueError: the configuration has no place for them, see :func:`.by_hand.set_by_hand`.
+            NotADirectoryError: there is a file of that name.
         """
-        nodes = [module.neuron for module in self.modules() if isinstance(module, SpikeEncoder)]
-        if nodes:
-            own = None if self.config.neuron is None else neurons.build(self.config.neuron)
-            if any(type(node) is not type(nodes[0]) or not _same(node, nodes[0]) for node in nodes):
-                raise ValueError("The projections have different neurons; a configuration holds one for all.")
-            if nodes[0] is None and (self.config.learn_threshold or self.config.shift_inputs):
-                raise ValueError("Its neurons are gone, but learn_threshold and shift_inputs need them.")
-            if type(nodes[0]) is not type(own) or not _same(nodes[0], own):
-                self.config.neuron = None if nodes[0] is None else neurons.spec_of(nodes[0])
+        folder = Path(args[0] if args else kwargs["save_directory"])
+        if folder.is_file():  # transformers would only log it
+            raise NotADirectoryError(f"{folder} is a file; a folder is wanted.")
+        for key, value in set_by_hand(self, self.config).items():
+            setattr(self.config, key, value)
         # or names of the first form, if it was loaded from them
         super().save_pretrained(*args, **{"save_original_format": False} | kwargs)
-        share_weights(Path(args[0] if args else kwargs["save_directory"]))
+        share_weights(folder)
 
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any):

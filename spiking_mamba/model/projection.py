@@ -1,7 +1,7 @@
 """A linear layer fed by spikes: ``y = V_th W S(x / V_th - r) + b + c``, with compensation (SGC) in training.
 
-What turns activations into spikes stands in front of a plain ``nn.Linear``, so that whatever wraps, adapts or
-quantises linear layers from outside works here too, and sees spikes. Spikes are never scaled before the
+What turns activations into spikes stands in front of a plain ``nn.Linear``, so that what wraps, adapts or
+quantises projections from outside works here too, and sees spikes. Spikes are never scaled before the
 product, which therefore consists of accumulations; V_th scales its result.
 
 ``r`` and ``c`` are there where inputs are shifted, else 0: what a channel has in common at all tokens need
@@ -23,6 +23,7 @@ from transformers import initialization as init
 import neurons
 from neurons.compensation import compensate
 from neurons.functional import spike_dtype
+from spiking_mamba.model.configuration import MEMBRANES
 from spiking_mamba.model.membrane import drive, drive_pieces
 from spiking_mamba.model.packing import Packing
 
@@ -83,6 +84,8 @@ class SpikeEncoder(nn.Module):
         shifts: tuple[int, int] | None = None,
     ) -> None:
         super().__init__()
+        if membrane not in MEMBRANES:
+            raise ValueError(f"membrane must be one of {MEMBRANES}, got {membrane!r}.")
         self.neuron = neuron
         self.membrane = membrane
         # of shape [1]: FSDP shards no scalars
@@ -113,6 +116,8 @@ class SpikeEncoder(nn.Module):
 
     @threshold.setter
     def threshold(self, value: float) -> None:
+        if not 0.0 < float(value) < math.inf:
+            raise ValueError(f"threshold must be finite and positive, got {value}.")
         self._threshold = float(value)
         self._unit = self._threshold == 1.0
         self._compiled_threshold = _scalar(value)
@@ -156,12 +161,21 @@ class SpikeEncoder(nn.Module):
         self.threshold = value
 
     @property
+    def number_of_states(self) -> int:
+        """How many states the neuron carries from token to token."""
+        return 0 if self.neuron is None or self.membrane == "token" else len(self.neuron._memories)
+
+    @property
     def sgc_lambda(self) -> float:
-        """SGC's lambda now; 0 switches the path off."""
+        """SGC's lambda now, in [0, 1]; 0 switches the path off."""
         return self._sgc_lambda
 
     @sgc_lambda.setter
     def sgc_lambda(self, lam: float) -> None:
+        if not 0.0 <= float(lam) <= 1.0:
+            raise ValueError(f"SGC's lambda must lie in [0, 1], got {lam}.")
+        if self.sgc is None and lam:
+            raise ValueError("There is no SGC whose lambda could be set: the configuration's sgc is None.")
         self._sgc_lambda = float(lam)
         self._compensates = self._sgc_lambda > 0.0
         self._compiled_lambda = _scalar(lam)
@@ -340,10 +354,12 @@ class SpikingProjection(nn.Module):
             levels: ``[in_features]``, in the units of the activations.
 
         Raises:
-            ValueError: inputs are not shifted here, or a level is not finite.
+            ValueError: inputs are not shifted here, or levels are of another shape or not finite.
         """
         if self.spikes.level is None or self.spikes.constant is None:
             raise ValueError("This projection's inputs are not shifted (shift_inputs).")
+        if levels.shape != self.spikes.level.shape:
+            raise ValueError(f"Levels {list(self.spikes.level.shape)} are wanted, got {list(levels.shape)}.")
         if not levels.isfinite().all():
             raise ValueError("Levels must be finite.")
         levels = levels.to(self.weight.device, torch.float32)

@@ -1,11 +1,10 @@
 """A linear layer whose inputs are activations, not spikes: they are rounded to int8 in blocks of 32."""
 
 import torch
-from torch import nn
 
 from neurons.event_linear import EventDrivenLinear
 
-__all__ = ["BLOCK", "QuantisedLinear", "not_in_float32", "round_blocks"]
+__all__ = ["BLOCK", "QuantisedLinear", "round_blocks"]
 
 BLOCK = 32  # inputs that share a scale, as the groups of 4-bit weights and llama.cpp's Q8_0 have it
 
@@ -41,12 +40,3 @@ class QuantisedLinear(EventDrivenLinear):
         rounded = integers * scales.repeat_interleave(BLOCK, -1)[..., : self.in_features]
         y = (rounded @ self.integer_weight().float()) * self.scale
         return y if self.bias is None else y + self.bias
-
-
-def not_in_float32(model: nn.Module) -> str | None:
-    """Why compiled code cannot take the tensors of an event-driven model; None where it can."""
-    tensors = (*model.parameters(), *model.buffers())
-    dtypes = {t.dtype for t in tensors if t.is_floating_point()} - {torch.float32}
-    if not dtypes:
-        return None
-    return f"Only float32 beside the integers is compiled, and the model was cast to {dtypes.pop()}."

@@ -1,8 +1,9 @@
 """What a Mamba2 mixer and an MLP share: an input and an output projection, each fed by spikes."""
 
-from typing import ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
+from spikingjelly.activation_based.base import MemoryModule
 from torch import nn
 
 import neurons
@@ -32,7 +33,7 @@ class SpikeFed(nn.Module):
     def _encoder(self, config: SpikingMambaConfig, name: str, size: tuple[int, int]) -> SpikeEncoder:
         """What feeds a projection of that name, of ``(in_features, out_features)``."""
         return SpikeEncoder(
-            neuron=None if config.neuron is None else neurons.build(config.neuron),
+            neuron=None if config.neuron is None else _node(config.neuron),
             membrane=config.membrane,
             threshold=config.layer_threshold(self.layer_idx)[name],
             learn_threshold=config.learn_threshold,
@@ -88,6 +89,15 @@ class SpikeFed(nn.Module):
             sums = [part.sum(-1, dtype=torch.float32) for part in (size, fires)]
             accumulations.append(torch.stack(sums, -1) * linear.out_features)
         return project(linear, spikes)
+
+
+def _node(spec: dict[str, Any]) -> MemoryModule:
+    """A node on the default device; where that is meta by way of the CPU: some read numbers from tensors."""
+    if torch.get_default_device().type != "meta":
+        return cast(MemoryModule, neurons.build(spec))
+    with torch.device("cpu"):
+        node = neurons.build(spec)
+    return cast(MemoryModule, node.to("meta"))
 
 
 def _rename_first_form(module: SpikeFed, state_dict: dict, prefix: str, *args: object) -> None:

@@ -5,12 +5,13 @@ from typing import Any, NamedTuple
 
 import torch
 
+from neurons.changes import Seen
 from spiking_mamba.model import cache as caches
 from spiking_mamba.model.cache import Cache
+from spiking_mamba.model.compiled import cannot_compile
 from spiking_mamba.model.cuda import kernels
 from spiking_mamba.model.cuda.parts import Convolution, Given, Kept, Matrix, Neuron, Scan, Stream, matrix_of
 from spiking_mamba.model.mlp import SpikingMambaMLP
-from spiking_mamba.model.quantised import not_in_float32
 
 __all__ = ["FusedToken", "FusedTokens", "cannot_fuse", "own_cache"]
 
@@ -20,14 +21,8 @@ _LARGEST_ROWS = 32  # channels of a warp in the scan
 def cannot_fuse(model: Any) -> str | None:
     """Why a model's tokens cannot go through these kernels, whatever the device; None where they can."""
     config = model.config
-    if (reason := not_in_float32(model)) is not None:
+    if (reason := cannot_compile(model)) is not None:
         return reason
-    if config.hidden_act not in ("silu", "swish"):
-        return f"Only SiLU is compiled in, not {config.hidden_act!r}."
-    if config.layers_block_type is not None and "mamba" not in config.layers_block_type:
-        return "A model without a Mamba2 block is not compiled."
-    if config.num_heads % config.n_groups:
-        return f"{config.n_groups} groups do not divide {config.num_heads} heads."
     part, warps = kernels.scan_parts(config.head_dim, config.num_heads)
     if part // warps > _LARGEST_ROWS:
         return f"Heads of {config.head_dim} channels cannot be divided."
@@ -140,7 +135,7 @@ class FusedTokens:
 
     def __init__(self) -> None:
         self._token: FusedToken | None = None
-        self._of: object = None
+        self._of: Seen | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return FusedTokens, ()  # a copied or pickled model makes its own
@@ -148,7 +143,6 @@ class FusedTokens:
     def __call__(self, model: Any, input_ids: torch.Tensor, cache: Cache) -> torch.Tensor:
         """See :class:`FusedToken`."""
         tensors = [*model.parameters(), *model.buffers()]
-        key = [(t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors]
-        if self._token is None or self._of != key:
-            self._token, self._of = FusedToken(model), key
+        if self._token is None or self._of is None or not self._of.unchanged(tensors):
+            self._token, self._of = FusedToken(model), Seen(tensors)
         return self._token(input_ids, cache)

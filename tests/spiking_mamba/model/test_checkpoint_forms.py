@@ -337,3 +337,10 @@ def test_weights_are_as_readable_as_their_config(umask, form, tmp_path):
     modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "m").iterdir()}
     assert len(modes) >= 2
     assert set(modes.values()) == {0o666 & ~umask}, modes
+
+
+def test_a_file_where_a_folder_is_wanted(tmp_path):
+    (tmp_path / "m").write_text("x")
+    with pytest.raises(NotADirectoryError, match="a folder is wanted"):
+        tiny_model().save_pretrained(tmp_path / "m")
+    assert (tmp_path / "m").read_text() == "x"

@@ -497,7 +497,7 @@ def test_a_monitor_sees_the_spikes():
 
 
 def test_ids_without_a_batch():
-    with pytest.raises(ValueError, match=r"must be \[batch, length\], got \[4\]"):
+    with pytest.raises(ValueError, match=r"must be \[batch, length\] of at least one token, got \[4\]"):
         tiny_model()(tokens(1, 4)[0])
 
 
