@@ -23,7 +23,12 @@ def main() -> None:
         print(_version())
     elif name in COMMANDS:
         sys.argv = [f"spiking-mamba {name}", *rest]
-        importlib.import_module(f"spiking_mamba.commands.{name}").main()
+        try:
+            command = importlib.import_module(f"spiking_mamba.commands.{name}")
+        except KeyboardInterrupt:  # it takes seconds
+            print("\nInterrupted before anything was done.", file=sys.stderr)
+            sys.exit(130)
+        command.main()
     else:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(COMMANDS)}."

@@ -128,3 +128,16 @@ def test_the_quickstart_runs_in_an_empty_folder(installed, tmp_path):
     assert results["settings"]["teacher"].startswith(str(installed))
     assert (tmp_path / "run/student/model/model.safetensors").is_file()
     assert {path.name for path in tmp_path.iterdir()} == {"run", "text.txt"}
+
+
+def test_an_interrupted_import_is_one_line():
+    code = (
+        "import importlib, sys, spiking_mamba_console as console\n"
+        "def stopped(name): raise KeyboardInterrupt\n"
+        "importlib.import_module = stopped\n"
+        "sys.argv = ['spiking-mamba', 'export']\n"
+        "console.main()\n"
+    )
+    said = run("-c", code)
+    assert said.returncode == 130
+    assert said.stderr.strip() == "Interrupted before anything was done."

@@ -87,6 +87,11 @@ def _path(value: Any) -> Any:
     return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
+def _at_home(value: str) -> str:
+    """``~/x`` is in the home folder whoever reads it; a shell expands it at the start of a word alone."""
+    return os.path.expanduser(value) if value.startswith("~/") or value == "~" else value
+
+
 def _check_filled(value: str) -> str:
     if not value.strip():
         raise ValueError(f"must not be empty, got {shown(value)}.")
@@ -124,7 +129,9 @@ Positive = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 # of a checkpoint, which may be in memory and have none
-Source = Annotated[str, BeforeValidator(_path), AfterValidator(_check_name), Words("a name")]
+Source = Annotated[
+    str, BeforeValidator(_path), AfterValidator(_at_home), AfterValidator(_check_name), Words("a name")
+]
 Name = Annotated[Source, AfterValidator(_check_filled), Words("a name")]
 Seeds = Annotated[
     list[Seed], Field(min_length=1), AfterValidator(_check_distinct), Words("a list of integers from 0")

@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,22 +16,34 @@ T = TypeVar("T")
 LONGEST = 500  # characters of an error
 
 
-def _overrides(arguments: Sequence[str]) -> dict[str, Any]:
-    """``key=value``, ``--key=value``, ``--key value`` and a bare ``--flag``; values are YAML."""
-    overrides, rest = {}, list(arguments)
+class _OnTheCommandLine(ValueError):
+    """A word there cannot be read."""
+
+
+def _overrides(arguments: Sequence[str], texts: Collection[str]) -> dict[str, Any]:
+    """``key=value``, ``--key=value``, ``--key value`` and a bare ``--flag``.
+
+    Values are YAML, but of ``texts``, which are taken as they are typed.
+    """
+    overrides: dict[str, Any] = {}
+    rest = list(arguments)
     while rest:
         word = rest.pop(0)
         key, equals, value = word.removeprefix("--").partition("=")
         if (not equals and not word.startswith("--")) or not all(key.split(".")):
-            raise ValueError(f"Expected key=value or --key value, got {shown(word)}.")
-        if not equals:
-            value = rest.pop(0) if rest and not rest[0].startswith("--") and "=" not in rest[0] else "true"
+            raise _OnTheCommandLine(f"Expected key=value or --key value, got {shown(word)}.")
         # "-" and "_" are the same in option names, as argparse's users expect
         key = key.replace("-", "_")
+        if not equals:
+            own = rest and not rest[0].startswith("--") and (key in texts or "=" not in rest[0])
+            value = rest.pop(0) if own else "true"
+        if key in texts:
+            overrides[key] = value
+            continue
         try:
             overrides[key] = load_yaml(value)
         except ValueError as error:
-            raise ValueError(f"{shown(word)}: {error}") from None
+            raise _OnTheCommandLine(f"{shown(word)}: {error}") from None
     return overrides
 
 
@@ -62,7 +74,8 @@ def parse_settings(
         usage=f"%(prog)s [-h] {'[config]' if optional else 'config'} [key=value | --key value ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="keys:\n" + "\n".join(described(cls)).replace("%", "%%"),
+        epilog="keys, whose values are YAML, but texts as they are typed:\n"
+        + "\n".join(described(cls)).replace("%", "%%"),
         allow_abbrev=False,
     )
     parser.add_argument(
@@ -80,13 +93,15 @@ def parse_settings(
         if not isinstance(settings, dict):
             raise ValueError(f"{known.config} is no mapping of keys to values.")
         reject_unknown_keys(settings, hints, known.config)
-        for key, value in _overrides(rest).items():
+        texts = [key for key, hint in hints.items() if hint is str]
+        for key, value in _overrides(rest, texts).items():
             set_dotted(settings, key, value)
         reject_unknown_keys(settings, hints, known.config or "the command line")
         return cls(**settings)
     except (ValueError, TypeError) as error:
         said = " ".join(str(error).split())
-        where = "" if known.config in said else f"{known.config}: "  # "" is in everything
+        # "" is in everything, and what is wrong with a word of the command line names it
+        where = "" if known.config in said or isinstance(error, _OnTheCommandLine) else f"{known.config}: "
         parser.exit(2, f"{parser.prog}: error: {where}{shorter(said)}\n")
 
 

@@ -98,6 +98,13 @@ def _read_as_one(row: dict[str, Any]) -> list[str]:
     return [f"{plain(row.get('prompt'))} {plain(each)}" for each in completions if each is not None]
 
 
+def _object(line: str, number: int) -> Any:
+    try:
+        return json.loads(line)
+    except ValueError as error:
+        raise ValueError(f"line {number}: {error}") from error
+
+
 def _read_file(path: Path) -> list[dict[str, Any]]:
     try:
         match path.suffix.lower():
@@ -107,7 +114,7 @@ def _read_file(path: Path) -> list[dict[str, Any]]:
                 rows = json.loads(path.read_text(encoding="utf-8-sig"))
             case ".jsonl":
                 lines = path.read_text(encoding="utf-8-sig").split("\n")
-                rows = [json.loads(line) for line in lines if line.strip()]
+                rows = [_object(line, number) for number, line in enumerate(lines, 1) if line.strip()]
             case _:
                 raise DataError(f"{path}: unknown kind of file; known are .jsonl, .json and .parquet.")
     except (OSError, ValueError, RecursionError, pa.ArrowException) as error:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from spiking_mamba.common.keys import reject_unknown_keys
+from spiking_mamba.common.keys import reject_unknown_keys, shown
 from spiking_mamba.common.yaml_text import load_yaml
 
 __all__ = ["ACCUMULATOR", "COSTS_45NM", "Costs", "costs_45nm", "load_costs"]
@@ -75,7 +75,7 @@ def load_costs(path: str | Path) -> dict[str, Costs]:
     except ValueError as error:  # UnicodeDecodeError is one, too
         raise ValueError(f"{path} is no YAML file: {error}") from None
     if not isinstance(tables, dict) or not tables:
-        raise ValueError(f"{path} must map names of tables to their costs, got {tables!r}.")
+        raise ValueError(f"{path} must map names of tables to their costs, got {shown(tables)}.")
     found = {}
     for name, table in tables.items():
         where = f"{path}: {name}"
@@ -84,7 +84,7 @@ def load_costs(path: str | Path) -> dict[str, Costs]:
         if name in COSTS_45NM:  # reports and pictures call these Horowitz's
             raise ValueError(f"{where} is the name of a built-in table: choose another.")
         if not isinstance(table, dict):
-            raise ValueError(f"{where} must be a mapping with mac and ac, got {table!r}.")
+            raise ValueError(f"{where} must be a mapping with mac and ac, got {shown(table)}.")
         reject_unknown_keys(table, (field.name for field in fields(Costs)), where)
         for key in ("mac", "ac"):
             if key not in table:

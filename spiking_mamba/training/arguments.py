@@ -39,6 +39,8 @@ _LEFT_OUT = {
     *("hub_revision", "trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("deepspeed", "fsdp", "fsdp_config", "parallelism_config", "accelerator_config", "local_rank"),
     *("debug", "label_names"),
+    "label_smoothing_factor",  # of a loss that is not the recipes'
+    "save_only_model",  # what is saved would not go on as it was
     *("length_column_name", "include_for_metrics", "batch_eval_metrics", "eval_do_concat_batches"),
     *("eval_use_gather_object", "train_sampling_strategy", "use_liger_kernel", "liger_kernel_config"),
     *("torch_compile", "torch_compile_backend", "torch_compile_mode"),  # a recipe's `compile` does
@@ -70,9 +72,7 @@ _BOUNDS: dict[str, Any] = {
     **dict.fromkeys(("learning_rate", "num_train_epochs", "adam_epsilon"), Positive),
     **dict.fromkeys(("logging_steps", "save_steps"), _Steps),
     **dict.fromkeys(("eval_steps", "neftune_noise_alpha"), _Steps | None),
-    **dict.fromkeys(
-        ("adam_beta1", "adam_beta2", "label_smoothing_factor"), Annotated[_NotNegative, Field(lt=1)]
-    ),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Annotated[_NotNegative, Field(lt=1)]),
     **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "eval_delay"), _NotNegative),
     **dict.fromkeys(
         (
@@ -194,7 +194,7 @@ def training_arguments(
     }
     arguments = defaults | given
     if arguments["bf16"] == "auto":
-        arguments["bf16"] = bf16_pays()
+        arguments["bf16"] = bf16_pays() and not arguments.get("fp16")
     try:
         made = cls(output_dir=str(folder), seed=seed, data_seed=seed, **arguments, **others)
     except (ValueError, TypeError, ImportError, RuntimeError) as error:

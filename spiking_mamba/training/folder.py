@@ -105,7 +105,40 @@ def _plan(folder: Path, settings: Any, resume: bool, overwrite: bool) -> str:
         what = "holds no run" if kind is None else f"was written by {kind}, not by {type(settings).__name__}"
         raise RunError(f"{folder} is not empty and {what}: it is left as it is.")
     refuse_above(folder, "overwrite=true")
+    for name in _read_by(_plain(settings)):
+        if _is_emptied(folder, name):
+            raise RunError(
+                f"overwrite=true would remove {name}, which this run reads: choose another output."
+            )
     return "overwrite"
+
+
+def _read_by(value: Any, key: str = "") -> Iterator[str]:
+    """Whatever in settings may be the name of something that a run reads."""
+    if isinstance(value, dict):
+        for name, below in value.items():
+            yield from _read_by(below, key or name)
+    elif isinstance(value, list):
+        for below in value:
+            yield from _read_by(below, key)
+    elif isinstance(value, str) and value and key != "output":
+        yield value
+
+
+def _is_emptied(folder: Path, name: str) -> bool:
+    """Whether :func:`_empty` would remove that path, or what it stands for, or a part of it."""
+    try:
+        path, folder = Path(name).resolve(), folder.resolve()
+        if not path.exists():
+            return False
+    except (OSError, ValueError):  # no path at all
+        return False
+    if path == folder:
+        return True
+    if not path.is_relative_to(folder):
+        return False
+    first = path.relative_to(folder).parts[0]
+    return any(fnmatchcase(first, pattern) for pattern in WRITES)
 
 
 def _written_by(folder: Path) -> str | None:

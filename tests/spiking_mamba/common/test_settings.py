@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from spiking_mamba.common.errors import RunError
-from spiking_mamba.common.schema import schema
+from spiking_mamba.common.schema import Name, Sources, schema
 from spiking_mamba.common.settings import parse_settings
 from spiking_mamba.training.arguments import training_arguments
 from spiking_mamba.training.run import start_run
@@ -17,7 +17,7 @@ from spiking_mamba.training.run import start_run
 
 @schema
 class Settings:
-    output: str
+    output: Name
     rate: float = 0.1
     steps: int = 10
     flag: bool = False
@@ -86,6 +86,35 @@ def test_nested_overrides_keep_the_rest(config, arguments):
     assert parse(config, *arguments).loss == {"kl": 0.2, "deep": {"a": 1, "b": 3}}
 
 
+@schema
+class Texts:
+    prompt: str
+    folder: Name = "there"
+    data: Sources = "there"
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["line1\nline2", "Question: who?", "[1] a", "- a list", "5", "yes", "null", "{a: b}", "a # b", "a=b", ""],
+)
+def test_texts_are_taken_as_they_are_typed(text, config):
+    config.write_text("folder: here")
+    for given in ([f"prompt={text}"], [f"--prompt={text}"], ["--prompt", text]):
+        assert parse_settings(Texts, [str(config), *given]).prompt == text
+
+
+def test_home_folders(config, monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config.write_text("prompt: ~/x\nfolder: ~/x y")
+    found = parse_settings(Texts, [str(config), "data=[~/a, b~c, a/~/b]"])
+    assert found == Texts("~/x", f"{tmp_path}/x y", [f"{tmp_path}/a", "b~c", "a/~/b"])
+
+
+def test_words_that_cannot_be_read_are_not_the_files_fault(refusal, config):
+    for word in ("loss={kl: 1", "rate=[1", "=3", "steps"):
+        assert config.name not in refusal(word)
+
+
 @pytest.mark.parametrize("text", ["1e-3", "1E-3", "1.0e-3", "0.001", "+1e-3"])
 def test_a_float_without_a_point(config, text):
     """YAML 1.1 reads 1e-3 as a string; in settings it is a number, wherever it stands."""
@@ -114,7 +143,7 @@ def test_what_looks_like_a_number_and_is_none(config):
         (("rate=fast",), "rate must be a number, got 'fast'"),
         (("rate=true",), "rate must be a number, got True"),
         (("flag=1",), "flag must be true or false, got 1"),
-        (("output=3",), "output must be a string, got 3"),
+        (("output=3",), "output must be a name, got 3"),
         (("loss=3",), "loss must be a mapping, got 3"),
         (("stray",), "Expected key=value or --key value, got 'stray'"),
         (("data=[1",), "flow sequence"),
@@ -196,6 +225,38 @@ def test_resume_and_overwrite(ran, tmp_path):
     assert [str(name) for name in content(folder)] == ["settings.yaml"]
 
 
+@pytest.mark.parametrize(
+    "reads",
+    [
+        {"data": "{run}/model"},
+        {"data": "{run}/model/config.json"},
+        {"data": ["elsewhere", "{run}/checkpoint-3"]},
+        {"loss": {"from": "{run}/../run/model"}},
+        {"data": "{run}"},
+        {"data": "{link}"},
+    ],
+)
+def test_what_a_run_reads_is_not_overwritten(reads, ran, tmp_path, monkeypatch):
+    folder = tmp_path / "run"
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_text("{}")
+    (tmp_path / "link").symlink_to(folder / "model")
+    monkeypatch.chdir(tmp_path)
+    for root in (folder, "run"):
+        text = yaml.safe_dump(reads).replace("{run}", str(root)).replace("{link}", str(tmp_path / "link"))
+        before = content(folder)
+        with pytest.raises(RunError, match=r"overwrite=true would remove .*, which this run reads"):
+            start_run(Settings(str(root), **yaml.safe_load(text)), resume=False, overwrite=True)
+        assert content(folder) == before
+
+
+def test_what_lies_beside_a_run_may_be_read(ran, tmp_path):
+    folder = tmp_path / "run"
+    (folder / "texts").mkdir()  # which no run writes
+    start_run(Settings(str(folder), data=[str(folder / "texts"), "model"]), resume=False, overwrite=True)
+    assert (folder / "texts").is_dir()
+
+
 @pytest.mark.parametrize("flags", [(False, False), (True, False), (False, True)])
 def test_a_folder_that_was_no_run_is_never_removed(flags, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
@@ -245,6 +306,8 @@ def test_training_arguments(tmp_path):
         ({"save_strategy": "best"}, "save_strategy not best"),
         ({"gradient_checkpointing_kwargs": {"a": 1}}, "Unknown key 'a' in training.gradient_check"),
         ({"seed": 1}, "Unknown key 'seed' in training"),
+        ({"save_only_model": True}, "Unknown key 'save_only_model' in training"),
+        ({"label_smoothing_factor": 0.1}, "Unknown key 'label_smoothing_factor' in training"),
         ({"output_dir": "x"}, "Unknown key 'output_dir' in training"),
     ],
 )

@@ -224,7 +224,11 @@ def test_what_is_cut(tokenizer, tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "cannot be read"), ("[1]", "one object a row"), ('{"a": 1', "cannot be read")],
+    [
+        ("{", "cannot be read: line 1: "),
+        ("[1]", "one object a row"),
+        ('{"a": 1}\n\n{"a": 1', "read: line 3: "),
+    ],
 )
 def test_broken_files(content, message, tokenizer, tmp_path):
     (tmp_path / "rows.jsonl").write_text(content)
