@@ -55,7 +55,8 @@ class BenchSettings:
         tokenizer: folder or hub name; null: the checkpoint's own, and without one drawn ids for a prompt.
         tokens: of a repeat.
         repeats: of every way, in turn; an interval needs six.
-        states: dtype of the scan's states in integer decoding.
+        states: dtype of the scan's states in integer decoding; auto: float32, or what the folder of an
+            event-driven model has.
         threads: null: as many as this process may use.
         output: a new or empty folder for table, picture and numbers; null: the table is printed, no more.
     """
@@ -69,7 +70,7 @@ class BenchSettings:
     tokenizer: Name | None = None
     tokens: Annotated[int, Field(ge=2, lt=2**20)] = 48
     repeats: Count = 9
-    states: Literal[STATES] = "float32"  # type: ignore[valid-type]
+    states: Literal["auto", *STATES] = "auto"  # type: ignore[valid-type]
     threads: Count | None = None
     output: Name | None = None
 
@@ -134,13 +135,16 @@ class Makers:
     def _integers(self, kind: str, form: str) -> Way:
         made = self.model
         if isinstance(made, EventDrivenMambaForCausalLM):
+            if self.states not in ("auto", made.config.states):
+                raise ValueError(f"the checkpoint's states are {made.config.states}.")
             if (kind == "event-driven") != self.spiking or form != made.config.weights:
                 own = "event-driven" if self.spiking else "dense"
                 raise ValueError(f"the checkpoint is {own} {made.config.weights}, and nothing else.")
         elif kind == "event-driven" and not self.spiking:
             raise ValueError("the checkpoint is dense.")
         else:
-            made = event_driven(made if kind == "event-driven" else self.dense, form, self.states)
+            states = "float32" if self.states == "auto" else self.states
+            made = event_driven(made if kind == "event-driven" else self.dense, form, states)
         return event_way(made, self.threads, self.prompt)
 
     def _floats(self, kind: str, form: str) -> Way:

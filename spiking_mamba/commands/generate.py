@@ -37,8 +37,9 @@ class GenerateSettings:
         top_p: sample from the likeliest tokens that have this probability together.
         repetition_penalty: what a token that has occurred is made less likely by; 1: nothing.
         seed: of sampling.
-        weights: event-driven, of so many bits; null: the model as it is, float32, by torch.
-        states: dtype of the scan's states in event-driven decoding.
+        weights: event-driven, of so many bits; auto: int8, or what the folder of an event-driven model has;
+            null: the model as it is, float32, by torch.
+        states: dtype of the scan's states in event-driven decoding; auto: float32, or what that folder has.
         threads: null: as many as this process may use.
     """
 
@@ -52,8 +53,8 @@ class GenerateSettings:
     repetition_penalty: Positive = 1.0
     chat: bool = False
     seed: Seed = 0
-    weights: Literal[WEIGHTS] | None = "int8"  # type: ignore[valid-type]
-    states: Literal[STATES] = "float32"  # type: ignore[valid-type]
+    weights: Literal["auto", *WEIGHTS] | None = "auto"  # type: ignore[valid-type]
+    states: Literal["auto", *STATES] = "auto"  # type: ignore[valid-type]
     threads: Count | None = None
 
     def __post_init__(self) -> None:
@@ -96,14 +97,26 @@ class Clock(TextStreamer):
 
 
 def prepare(settings: GenerateSettings) -> SpikingMambaForCausalLM:
-    """The model, ready to decode."""
+    """The model, ready to decode.
+
+    Raises:
+        ValueError: weights or states are asked for that an event-driven model does not have.
+    """
     model = load_model(settings.model)
     if isinstance(model, EventDrivenMambaForCausalLM):
-        made = model  # its weights are what they are
+        made = model
+        for key, value in (("weights", settings.weights), ("states", settings.states)):
+            if value not in ("auto", getattr(model.config, key)):
+                raise ValueError(
+                    f"{key}={'null' if value is None else value}: {settings.model} is an event-driven model "
+                    f"already, of {key}={getattr(model.config, key)}."
+                )
     elif settings.weights is None:
         return model
     else:
-        made = event_driven(model, settings.weights, settings.states)
+        weights = "int8" if settings.weights == "auto" else settings.weights
+        states = "float32" if settings.states == "auto" else settings.states
+        made = event_driven(model, weights, states)
     made.set_decoding("compiled", settings.threads or cores())
     return made
 

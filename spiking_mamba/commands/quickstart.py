@@ -28,7 +28,7 @@ from spiking_mamba.spikes.counting import count_spikes
 from spiking_mamba.spikes.counts import SpikeCounts
 from spiking_mamba.spikes.energy import model_energy, projection_energy
 from spiking_mamba.training.arguments import Training
-from spiking_mamba.training.distillation import DistillationSettings, distill
+from spiking_mamba.training.distillation import DistillationSettings, distill, first_threshold
 from spiking_mamba.training.distillation_loss import DistillationLoss
 from spiking_mamba.training.run import kept_in, run_folder
 from spiking_mamba.training.student import Compensation, Length, Membrane, Neuron, Threshold
@@ -110,7 +110,7 @@ def run(settings: QuickstartSettings) -> dict[str, Any]:
         spiking: dict[str, Any] = {
             "neuron": settings.neuron,
             "membrane": settings.membrane,
-            "threshold": settings.threshold,
+            "threshold": first_threshold(distillation, teacher, tokenizer),
         }
         models: dict[str, Any] = {
             "teacher": teacher,
@@ -163,13 +163,24 @@ def measure(
         "gap_closed": (before - after) / (before - teacher),
         "spikes": counts.to_dict(),
         "energy": energy_gains(counts, student.config),
-        "levels": 2 * (student.config.max_spike_count or 1) + 1,
+        "levels": student.config.levels or _levels_seen(counts),
         "held_out_rows": len(held_out),
         "held_out_tokens": results["after"]["tokens"],
         "held_out": settings.held_out,
         "prompt": PROMPT,
         "sample": " ".join(written.split()),
     }
+
+
+def _levels_seen(counts: SpikeCounts) -> int:
+    """How many values the spike counts had."""
+    seen: set[int] = set()
+    for projection in counts.projections.values():
+        histogram = projection.histogram
+        assert histogram is not None
+        middle = len(histogram) // 2
+        seen |= {int(n) - middle for n in histogram.nonzero()}
+    return len(seen)
 
 
 def energy_gains(counts: SpikeCounts, config: SpikingMambaConfig) -> dict[str, float]:

@@ -100,7 +100,6 @@ class Measured:
         measured = [*of_tasks.values(), *of_texts.values()]
         total = None if model.config.neuron is None else sum(_unpack(m["spikes"]) for m in measured)
         main = [scores[t]["metrics"][scores[t]["main"]]["value"] for t in SOURCE_TASKS if t in scores]
-        levels = model.config.max_spike_count
         return {
             "name": checkpoint.name,
             "group": checkpoint.group,
@@ -108,7 +107,7 @@ class Measured:
             "path": checkpoint.path,
             "reference": checkpoint.reference,
             "neuron": model.config.neuron and model.config.neuron["class"].rsplit(".", 1)[-1],
-            "levels": levels and 2 * levels + 1,
+            "levels": model.config.levels,
             "parameters": model.num_parameters(),
             "dtype": self.settings.dtype,
             "weights_sha256": self.weights,

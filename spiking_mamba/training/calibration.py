@@ -39,6 +39,7 @@ _BATCH = 2048  # tokens at a time
 _HALVINGS = 20
 _CLIPPED = 0.05  # share of the counts at -D and D above which a calibration warns
 _CLOSE = 0.002  # of the mean |s| asked for
+_COARSE = 0.02  # of it, by which it may be undercut where counts of so little text allow no better
 
 
 @torch.no_grad()
@@ -161,15 +162,20 @@ def _targets(mean_abs: float | None, nonzero: float | None) -> dict[str, float]:
 def _close_in(targets: dict[str, float], scale: float, measure: Callable[[float], dict[str, float]]) -> float:
     """The scale at which ``measure`` gives of nothing more than its target; the first tried is ``scale``."""
     low, high = 0.0, math.inf
+    best, closest = scale, 0.0  # from below
     for _ in range(_HALVINGS):
         got = measure(scale)
         excess = max(got[name] / value for name, value in targets.items())
         if abs(excess - 1) < _CLOSE:
             return scale
+        if closest < excess < 1:
+            best, closest = scale, excess
         low, high = (scale, high) if excess > 1 else (low, scale)
         scale = scale * excess if excess > 0 else scale / 2
         if not low < scale < high:
             scale = (low + high) / 2 if high < math.inf else 2 * low
+    if closest > 1 - _COARSE:
+        return best
     tried = " and ".join(f"a {name} of {value}" for name, value in targets.items())
     last = " and ".join(f"{got[name]:.4g}" for name in targets)
     raise ValueError(f"No threshold gives {tried}; the last try gave {last}.")

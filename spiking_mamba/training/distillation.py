@@ -45,7 +45,7 @@ from spiking_mamba.training.student import (
 )
 from spiking_mamba.training.trainer import SpikingTrainer, sgc_lambda
 
-__all__ = ["DistillationSettings", "DistillationTrainer", "distill", "sgc_lambda"]
+__all__ = ["DistillationSettings", "DistillationTrainer", "distill", "first_threshold", "sgc_lambda"]
 
 
 class DistillationTrainer(SpikingTrainer):
@@ -274,6 +274,16 @@ def _end_of_text(
             f"One token parts the documents of a row, the teacher names {end}: pass a tokenizer."
         )
     return end
+
+
+def first_threshold(
+    settings: DistillationSettings, teacher: SpikingMambaForCausalLM, tokenizer: PreTrainedTokenizerBase
+) -> Any:
+    """V_th with which :func:`distill` begins: what the settings say, or what they have it calibrated to."""
+    if not asks_for_calibration(settings.threshold):
+        return settings.threshold
+    rows = _tokenized(settings, tokenizer)
+    return _calibrated(settings, teacher, rows, settings.make_arguments().device)[0]
 
 
 def _calibrated(

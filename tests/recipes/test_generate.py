@@ -51,6 +51,9 @@ def test_a_folder_of_an_event_driven_model(tmp_path):
     load_tokenizer(STUDENT).save_pretrained(tmp_path)
     found = run(*RECIPE, f"model={tmp_path}", "tokens=3", "temperature=0")
     assert "int4 weights fetched" in found.stdout, found.stderr
+    for asked in ("weights=int8", "weights=null", "states=bfloat16"):
+        said = one_line(run(*RECIPE, f"model={tmp_path}", asked))
+        assert f"error: {asked}: {tmp_path} is an event-driven model already" in said
     (tmp_path / "model.safetensors").write_bytes(b"broken")
     assert one_line(run(*RECIPE, f"model={tmp_path}")).startswith("error: ")
 
@@ -74,12 +77,12 @@ def one_line(found) -> str:
 @pytest.mark.parametrize(
     ("key", "text"),
     [
-        ("weights=int2", "weights must be 'int8'"),
-        ("states=int8", "states must be 'float32'"),
+        ("weights=int2", "weights must be 'auto', 'int8'"),
+        ("states=int8", "states must be 'auto', 'float32'"),
         (f"threads={cores() + 1}", f"threads must be from 1 to {cores()}"),
         ("tokens=0", "tokens must be an integer of at least 1"),
         ("top_p=2", "top_p"),
-        ("prompt=''", "prompt must not be empty"),
+        ("prompt= ", "prompt must not be empty"),
         ("model=./nowhere", "nowhere"),
         ("chat=true", "no chat template"),
         ("temprature=1", "did you mean 'temperature'?"),

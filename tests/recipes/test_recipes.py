@@ -192,6 +192,23 @@ def test_quickstart_checks_everything_before_it_trains(text, tmp_path, argument,
     assert not (tmp_path / "run").exists()
 
 
+def test_quickstart_of_another_neuron_at_calibrated_thresholds(teacher, text, tmp_path):
+    done = run(
+        ROOT / "recipes/quickstart/quickstart.py",
+        ROOT / "recipes/quickstart/quickstart.yaml",
+        *(f"teacher={teacher / 'model'}", f"data={text}", f"held_out={text}", f"output={tmp_path / 'run'}"),
+        *("length=32", "held_out_rows=2", "tasks=[sciq]", "limit=1", "threshold={mean_abs: 0.4}"),
+        "neuron={class: spikingjelly.activation_based.neuron.ILIFNode, args: {}}",
+        "training={max_steps: 1, per_device_train_batch_size: 2}",
+    )
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "run/results.json").read_text())
+    assert results["levels"] == 5  # 0 to 4
+    assert "a spiking student of 5 levels" in (tmp_path / "run/report.md").read_text()
+    # before and after one step it spikes as was asked for
+    assert results["after"]["perplexity"] == pytest.approx(results["before"]["perplexity"], rel=0.2)
+
+
 def test_quickstart(teacher, text, tmp_path):
     """With Ctrl-C in its evaluation, and gone on with."""
     folder = tmp_path / "run"
