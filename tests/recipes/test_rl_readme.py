@@ -126,8 +126,10 @@ def test_what_was_chosen_is_the_table_of_its_records(monkeypatch):
     assert choose.choose(records, 0.05) == records
     assert all(is_clean(record["provenance"]["commit"]) for record in records)
     assert choose.table(records) in README
-    (commit,) = {record["provenance"]["commit"][:7] for record in records}
-    assert f"at commit {commit}" in README
+    for commit in {record["provenance"]["commit"][:7] for record in records}:
+        assert commit in README
+    seeds = {record["provenance"]["settings"]["seed"] for record in records if record["chosen"]}
+    assert seeds == {0, 1, 2}
 
 
 def test_the_run_on_two_processes_is_marked():
