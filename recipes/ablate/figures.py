@@ -270,7 +270,6 @@ def of_documents(record: Mapping[str, Any]) -> dict[str, float]:
 
 def counts(runs: list[dict[str, Any]], folder: Path) -> dict[str, float]:
     """How many runs there are, what the preference table left out, and what chosen settings gained."""
-    chosen = {r["method"]: r for r in read_records(folder / "choice.jsonl") if r["chosen"]}
     preferences = [r for r in read_records(folder / "preference.jsonl") if r["kind"] == "run"]
     held_out = [r["held_out"] for r in preferences]
     return {
@@ -280,7 +279,7 @@ def counts(runs: list[dict[str, Any]], folder: Path) -> dict[str, float]:
         "preference runs": len(preferences),
         "preference pairs": max((h["kept"] for h in held_out), default=0),
         "preference pairs cut": max((h["truncated"] for h in held_out), default=0),
-        **{f"{m} {k}": r["report"]["sum"][k] for m, r in chosen.items() for k in ("gain", "low", "high")},
+        **recorded.chosen_gains(read_records(folder / "choice.jsonl")),
     }
 
 
