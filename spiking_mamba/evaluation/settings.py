@@ -58,7 +58,7 @@ class EvaluationSettings:
         Words("a name, a list of names or a mapping from names to them"),
     ]
     output: Name = "runs/evaluation"
-    reference: str | None = None
+    reference: Name | None = None
     seeds: (
         Annotated[Natural | list[Natural], Words("an integer or a list of integers of at least 0")] | None
     ) = None
