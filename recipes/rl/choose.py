@@ -54,7 +54,7 @@ def tuned_on(everything: Sequence[Preference], tune: Sequence[Preference]) -> di
     prompts = {(p.task, tuple(p.prompt)) for p in tune}
     found: dict[str, dict[Any, bool]] = {}
     for number, p in enumerate(everything):
-        item = number if p.item is None else p.item
+        item = ("pair", number) if p.item is None else p.item
         found.setdefault(p.task, {}).setdefault(item, (p.task, tuple(p.prompt)) in prompts)
     return {task: list(items.values()) for task, items in found.items()}
 

@@ -187,6 +187,8 @@ def energy_gains(counts: SpikeCounts, config: SpikingMambaConfig) -> dict[str, f
     """What the report says of energy: gains of the projections, of the whole model and of decoding."""
     whole = model_energy(counts, config)
     gains = projection_energy(counts)
+    # what neurons with a potential cost, projections alone do not know
+    gains["with_neurons"] = whole["projections_with_neurons"]["fp32"]["gain"]
     gains["whole_model"] = whole["model"]["fp32"]["gain"]
     gains["decoding"] = whole["with_memory"]["decode"]["fp32"]["gain"]
     return gains

@@ -87,7 +87,7 @@ def preference_scores(
     wins: dict[str, dict[str, dict[Any, list[bool]]]] = {"sum": {}, "per_token": {}}
     for number, p in enumerate(preferences):
         chosen, rejected = (float(log_probs[places[tuple(p.prompt), tuple(c)]]) for c in p.completions)
-        item = number if p.item is None else p.item
+        item = ("pair", number) if p.item is None else p.item
         lengths = [len(completion) for completion in p.completions]
         for kind, win in (
             ("sum", chosen > rejected),

@@ -9,6 +9,7 @@ import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import datasets
@@ -44,8 +45,12 @@ def score(
     Returns:
         ``n``, ``main`` and ``chance`` (see ``Benchmark``); ``drawn``, see ``draw_items``; ``metrics``,
         ``{name: {"value", "stderr"}}``: the stock task's own, with standard errors over items, None of a
-        single one; ``items``, ``{name: [n values in the set's order]}``: 0 or 1 for ``acc`` and
-        ``acc_norm``, and in nats ``loglikelihood`` for ``perplexity``.
+        single one; ``items``, ``{name: [n values in the set's order]}``: what each item gives, 0 or 1 for
+        most of ``acc`` and ``acc_norm``, and in nats ``loglikelihood`` for ``perplexity``.
+
+    Raises:
+        DataError: a metric of the task is no mean over items, or only of answers that were filtered.
+        ValueError: ``limit`` is below 1.
     """
     from lm_eval.evaluator import evaluate
 
@@ -59,14 +64,17 @@ def score(
     samples = sorted(evaluated["samples"][name], key=lambda sample: sample["doc_id"])
     metrics, items = {}, {}
     for metric in samples[0]["metrics"]:
-        value = float(evaluated["results"][name][f"{metric},none"])
+        known = evaluated["results"][name]
+        if f"{metric},none" not in known or not all(isinstance(s[metric], Real) for s in samples):
+            raise DataError(f"{name}: {metric} is no number of each item, of which gaps could be taken.")
+        value = float(known[f"{metric},none"])
         values = [float(sample[metric]) for sample in samples]
         error = _standard_error(values)
         if metric == "perplexity":  # exp(-mean of the items): lm-eval would bootstrap it, for minutes
             items["loglikelihood"] = values
             error = None if error is None else value * error
         else:
-            items[metric] = [int(value) for value in values]
+            items[metric] = [int(value) if value.is_integer() else value for value in values]
         metrics[metric] = {"value": value, "stderr": error}
     main, chance = main_metric(task, list(metrics))
     return {
@@ -136,8 +144,11 @@ def perplexity(
     `bits_per_byte`, in which the first tokens cost the mean. With a `reference`, a model of the same
     vocabulary, also `kl`, KL(reference || model) in nats a token, and `top1_agreement`, how often both have
     the same likeliest next token: a student may predict a text as well as its teacher and say other things.
-    Raises DataError for unusable rows, FloatingPointError naming the first row with NaN logits.
+    Raises DataError for unusable rows, FloatingPointError naming the first row with NaN logits, ValueError
+    for a `batch_size` or `bytes` below 1.
     """
+    if batch_size < 1 or (bytes is not None and bytes < 1):
+        raise ValueError(f"batch_size and bytes must be at least 1, got {batch_size} and {bytes}.")
     if "input_ids" not in dataset.column_names or not len(dataset):
         raise DataError("Perplexity needs a dataset with rows of `input_ids`, as `tokenize` returns it.")
     if device is not None:
@@ -199,6 +210,8 @@ class _Sums:
         self.spelled += int((labels != -100).sum())
         if len(logits) > 1:
             kl, same = kl_and_agreement(*(each[:-1][counts] for each in logits))
+            if math.isnan(kl):
+                raise FloatingPointError(f"The reference's logits are NaN in row {row}.")
             self.divergence, self.agreed = self.divergence + kl, self.agreed + same
 
     def result(self, bytes: int | None, compares: bool) -> dict[str, float]:
@@ -223,5 +236,8 @@ def kl_and_agreement(logits: torch.Tensor, reference: torch.Tensor) -> tuple[flo
         logits, reference: ``[..., vocabulary]``.
     """
     log_q, log_p = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
-    kl = F.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1).double().sum().item()
+    each = F.kl_div(log_q, log_p, reduction="none", log_target=True)
+    kl = (
+        each.where(log_p != -math.inf, 0.0).sum(-1).double().sum().item()
+    )  # what has no probability adds none
     return kl, int((logits.argmax(-1) == reference.argmax(-1)).sum())

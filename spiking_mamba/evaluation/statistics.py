@@ -14,6 +14,8 @@ from scipy.special import stdtrit
 
 from spiking_mamba.data.benchmarks import SOURCE_TASKS
 
+_UNBOUNDED = 1e9  # a share beyond all
+
 __all__ = ["gaps", "groups", "interval", "kept_share", "median_interval", "paired_gap"]
 
 
@@ -31,6 +33,8 @@ def interval(values: Sequence[float], confidence: float = 0.95) -> dict[str, Any
     runs = len(values)
     if not runs:
         raise ValueError("There is no run to average.")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie between 0 and 1, got {confidence}.")
     mean = float(np.mean(values))
     if runs == 1 or not math.isfinite(mean):
         return {"mean": mean, "sd": None, "low": None, "high": None, "runs": runs}
@@ -129,7 +133,8 @@ def kept_share(
         ``share``, ``low`` and ``high``.
 
     Raises:
-        ValueError: the tasks or numbers of items differ, or the reference is no better than guessing.
+        ValueError: the tasks or numbers of items differ, or the reference is no better than guessing, or so
+            little that a bootstrap does not tell.
     """
     if not reference or reference.keys() != model.keys():
         raise ValueError(f"The same tasks are wanted, got {sorted(reference)} and {sorted(model)}.")
@@ -143,9 +148,13 @@ def kept_share(
         drawn_above += _resampled(pairs, resamples, random) - chance[task]
     if above[0] <= 0:
         raise ValueError("The reference is no better than guessing: there is nothing to keep.")
-    low, high = np.quantile(
-        drawn_above[:, 1] / drawn_above[:, 0], [0.5 - confidence / 2, 0.5 + confidence / 2]
-    )
+    tells = drawn_above[:, 0] > 0  # a resample in which the reference guesses bounds the share on no side
+    shares = drawn_above[:, 1] / np.where(tells, drawn_above[:, 0], 1.0)
+    if (~tells).mean() * 2 >= 1 - confidence:
+        raise ValueError("The reference is hardly better than guessing: what is kept of it has no bounds.")
+    # large numbers, not infinities, between which a quantile would be none
+    low = np.quantile(np.where(tells, shares, -_UNBOUNDED), 0.5 - confidence / 2)
+    high = np.quantile(np.where(tells, shares, _UNBOUNDED), 0.5 + confidence / 2)
     return {"share": float(above[1] / above[0]), "low": float(low), "high": float(high)}
 
 

@@ -140,7 +140,12 @@ def draw_items(task: "Task", limit: int | None, seed: int = 0) -> dict[str, Any]
     Returns:
         ``seed``, ``of`` (how many items the set has), ``sources`` (how many were drawn of each; empty where
         there is one) and ``items`` (their numbers, ascending); None where all are asked.
+
+    Raises:
+        ValueError: ``limit`` is below 1.
     """
+    if limit is not None and limit < 1:
+        raise ValueError(f"limit must be at least 1, got {limit}.")
     items, name = task.eval_docs, task.config.task
     if limit is None or limit >= len(items):
         return None

@@ -186,8 +186,11 @@ class ProjectionSpikes:
 
     @property
     def histogram(self) -> torch.Tensor | None:
-        """How often each count of ``-D .. D`` came, int64 ``[2D + 1]``; ``None`` if it was not asked for."""
-        if not self.count_levels:
+        """How often each count of ``-D .. D`` came, int64 ``[2D + 1]``.
+
+        ``None`` if it was not asked for, or if a count was not finite.
+        """
+        if not self.count_levels or not math.isfinite(self.total):
             return None
         histogram = self._levels.long()
         histogram[self.max_spike_count] = 0  # it has padding in it: zeros are what the others are not
@@ -216,8 +219,9 @@ class ProjectionSpikes:
 
     @property
     def nonzero_share(self) -> float:
-        """Share of the counts that are not zero."""
-        return self.nonzero / max(1, self.tokens * self.in_features)
+        """Share of the counts that are not zero; NaN if one was not finite."""
+        found = self.nonzero / max(1, self.tokens * self.in_features)
+        return found if math.isfinite(self.total) else math.nan
 
     @property
     def per_token(self) -> float:
@@ -261,8 +265,8 @@ class ProjectionSpikes:
 
     @property
     def nonzero_macs(self) -> float:
-        """Multiply-accumulates of a quantised projection that skips zeros."""
-        return float(self.nonzero) * self.out_features
+        """Multiply-accumulates of a quantised projection that skips zeros; NaN if a count was not finite."""
+        return float(self.nonzero) * self.out_features if math.isfinite(self.total) else math.nan
 
     def to_dict(self, detail: bool = False) -> dict[str, Any]:
         """Plain data for JSON; ``detail`` adds the means by channel and by position."""

@@ -135,6 +135,10 @@ def _projections(counts: SpikeCounts, config: SpikingMambaConfig) -> dict[str, _
             f"The counts of {len(rows)} projections are not those of a spiking model of this configuration, "
             f"which has {len(wanted)}."
         )
+    if config.neuron is None:
+        raise ValueError("The configuration is a dense model's, which has no spikes.")
+    if any(p.shifted != config.shift_inputs for p in rows.values()):
+        raise ValueError(f"The counts are not those of a model with shift_inputs={config.shift_inputs}.")
     projections = {}
     for name, p in rows.items():
         if not p.tokens:

@@ -35,8 +35,8 @@ def token_mask(
 def hidden_loss(student: torch.Tensor, teacher: torch.Tensor, kind: str = "softmax_mse") -> torch.Tensor:
     """Distance of two hidden states ``[N, hidden_size]``, averaged over the positions; float32.
 
-    'softmax_mse' is the source's ``1/2 ||softmax(y) - softmax(y')||^2`` (arXiv 2510.04595), 'mse' the same
-    without softmax, divided by the teacher's mean square; 'cosine' is ``1 - cos``.
+    'softmax_mse' is the source's ``1/2 ||softmax(y) - softmax(y')||^2`` (arXiv 2510.04595), 'mse' the mean
+    square of the channels' differences, divided by the teacher's mean square; 'cosine' is ``1 - cos``.
     """
     student, teacher = student.float(), teacher.float()
     if not len(student):

@@ -1,5 +1,6 @@
 """Zero-shot tasks against log-likelihoods worked out by hand; perplexity against known models."""
 
+import copy
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ from spiking_mamba.data.benchmarks import CHANCE
 from spiking_mamba.data.text import load_text
 from spiking_mamba.data.tokens import count_bytes, tokenize, train_tokenizer
 from spiking_mamba.evaluation.harness import SpikingMambaLM
-from spiking_mamba.evaluation.scoring import perplexity, score, zero_shot
+from spiking_mamba.evaluation.scoring import kl_and_agreement, perplexity, score, zero_shot
 from spiking_mamba.evaluation.tasks import describe, draw_items, zero_shot_tasks
 
 
@@ -328,7 +329,8 @@ def test_another_vocabulary_cannot_be_compared(model):
         perplexity(model, rows, progress=False, reference=other)
 
 
-def test_a_task_of_lm_eval_without_an_entry_here(model, tokenizer, tmp_path, monkeypatch):
+def own_task(tmp_path, monkeypatch, **changes):
+    """A task that comes from nowhere, six questions, as lm-eval loads it."""
     from lm_eval.tasks import TaskManager
 
     items = [
@@ -342,7 +344,7 @@ def test_a_task_of_lm_eval_without_an_entry_here(model, tokenizer, tmp_path, mon
         "test_split": "test", "output_type": "multiple_choice", "doc_to_text": "{{question}}",
         "doc_to_choice": "{{choices}}", "doc_to_target": "gold",
         "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
-    }  # fmt: skip
+    } | changes  # fmt: skip
 
     class Manager:
         def load(self, specs):
@@ -351,13 +353,67 @@ def test_a_task_of_lm_eval_without_an_entry_here(model, tokenizer, tmp_path, mon
 
     monkeypatch.setattr("spiking_mamba.evaluation.tasks._task_manager", lambda *_: Manager())
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    found = zero_shot_tasks("own_sums", data="hub")
-    scores = score(SpikingMambaLM(model, tokenizer), found["own_sums"], None)
+    return zero_shot_tasks("own_sums", data="hub")["own_sums"]
+
+
+def mass(doc, results):
+    """How much of the probability is on the last choice, as truthfulqa_mc2 scores."""
+    likelihoods = np.exp([result[0] for result in results])
+    return {"acc": float(likelihoods[-1] / likelihoods.sum())}
+
+
+def test_items_that_are_neither_right_nor_wrong(model, tokenizer, tmp_path, monkeypatch):
+    metrics = [{"metric": "acc", "aggregation": "mean", "higher_is_better": True}]
+    task = own_task(tmp_path, monkeypatch, process_results=mass, metric_list=metrics)
+    scores = score(SpikingMambaLM(model, tokenizer), task, None, progress=False)
+    assert all(0 < value < 1 for value in scores["items"]["acc"])
+    assert statistics.mean(scores["items"]["acc"]) == pytest.approx(scores["metrics"]["acc"]["value"])
+
+
+def test_metrics_that_no_item_has_are_refused(model, tokenizer, tmp_path, monkeypatch):
+    metrics = [{"metric": "mcc"}]
+    task = own_task(tmp_path, monkeypatch, metric_list=metrics)
+    with pytest.raises(DataError, match="own_sums: mcc is no number of each item"):
+        score(SpikingMambaLM(model, tokenizer), task, None, progress=False)
+
+
+@pytest.mark.parametrize("limit", [0, -1])
+def test_no_items_at_all(model, tokenizer, limit, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="limit must be at least 1"):
+        score(SpikingMambaLM(model, tokenizer), own_task(tmp_path, monkeypatch), limit)
+
+
+def test_references_that_say_nothing(model):
+    rows = datasets.Dataset.from_dict({"input_ids": [[5, 6, 7]]})
+    broken = copy.deepcopy(model)
+    with torch.no_grad():
+        broken.get_input_embeddings().weight[6] = math.nan
+    with pytest.raises(FloatingPointError, match="reference's logits are NaN in row 0"):
+        perplexity(model, rows, progress=False, reference=broken)
+    for wrong in ({"batch_size": 0}, {"batch_size": -1}, {"bytes": 0}):
+        with pytest.raises(ValueError, match="must be at least 1"):
+            perplexity(model, rows, progress=False, **wrong)
+
+
+def test_tokens_without_probability_add_no_divergence():
+    logits = torch.tensor([[0.0, 1.0, -math.inf]])
+    assert kl_and_agreement(logits, logits) == (0.0, 1)
+    p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.25, 0.75]).log()
+    kl, _ = kl_and_agreement(torch.tensor([[*q, -1.0]]), torch.tensor([[*p, -math.inf]]))
+    full = torch.log_softmax(torch.tensor([*q, -1.0]), 0)
+    assert kl == pytest.approx(float((0.5 * (math.log(0.5) - full[:2])).sum()), rel=1e-6)
+    assert math.isinf(kl_and_agreement(logits, torch.zeros(1, 3))[0])
+
+
+def test_a_task_of_lm_eval_without_an_entry_here(model, tokenizer, tmp_path, monkeypatch):
+    task = own_task(tmp_path, monkeypatch)
+    scores = score(SpikingMambaLM(model, tokenizer), task, None)
     assert (scores["n"], scores["main"]) == (6, "acc_norm")
     assert scores["chance"] == pytest.approx((1 / 2 + 1 / 3) / 2)
     assert 0 <= scores["metrics"]["acc"]["value"] <= 1
-    about = describe(found["own_sums"], "hub")
+    assert set(scores["items"]["acc"]) <= {0, 1}
+    about = describe(task, "hub")
     assert (about["rows"], about["note"], about["source"]) == (6, None, "hub")
-    assert len(draw_items(found["own_sums"], 4)["items"]) == 4
+    assert len(draw_items(task, 4)["items"]) == 4
     with pytest.raises(DataError, match="Unknown task 'own_sums'"):
         zero_shot_tasks("own_sums")

@@ -256,3 +256,16 @@ def test_the_share_of_ability_that_is_kept():
         kept_share({"a": [1, 1]}, {"a": [1, 1, 1]}, {"a": 0.5})
     with pytest.raises(ValueError, match="same tasks"):
         kept_share({"a": [1, 1]}, {"b": [1, 1]}, {"a": 0.5})
+
+
+def test_what_is_kept_of_next_to_nothing():
+    def kept(right, of, chance=0.5):
+        reference = {"a": [1] * right + [0] * (of - right)}
+        return kept_share(reference, {"a": [1] * (right - 3) + [0] * (of - right + 3)}, {"a": chance})
+
+    with pytest.raises(ValueError, match="has no bounds"):
+        kept(55, 100)  # one standard error above guessing
+    found = kept(140, 240)  # two and a half: some resamples guess
+    assert -1e6 < found["low"] < found["share"] < found["high"] < 1e6
+    with pytest.raises(ValueError, match="confidence must lie between 0 and 1"):
+        interval([1.0, 2.0], confidence=95)

@@ -428,3 +428,14 @@ def test_other_neurons_and_bare_projections():
     (counted,) = counts.projections.values()
     assert counted.channel_sum.tolist() == [1, 1, 0, 1]
     assert counted.histogram.tolist() == [0, 5, 3]
+
+
+def test_counts_that_are_not_finite_are_not_known():
+    spikes = ProjectionSpikes(3, 2, max_spike_count=4)
+    spikes.add(torch.tensor([[[1.0, 0.0, -4.0], [0.0, math.nan, 2.0]]]))
+    row = spikes.to_dict()
+    names = ("mean_abs", "nonzero_share", "per_token", "accumulations", "histogram")
+    assert [row[name] for name in names] == [None] * 5
+    assert spikes.signed_digits is None
+    assert math.isnan(spikes.nonzero_macs)
+    json.dumps(row, allow_nan=False)

@@ -400,6 +400,14 @@ def test_counts_that_do_not_fit():
         model_energy(counts, model.config)
     with pytest.raises(ValueError, match="positive"):
         model_energy(two_layers(), config, batch=0)
+    for shifts in (False, True):
+        model = tiny_model(neuron=INTEGER, shift_inputs=shifts)
+        with count_spikes(model) as counts:
+            model(tokens(1, 4))
+        with pytest.raises(ValueError, match="a dense model's, which has no spikes"):
+            model_energy(counts, tiny_config())
+        with pytest.raises(ValueError, match=f"not those of a model with shift_inputs={not shifts}"):
+            model_energy(counts, tiny_config(neuron=INTEGER, shift_inputs=not shifts))
 
 
 def test_a_table_of_ones_own(tmp_path):
