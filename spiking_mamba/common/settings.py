@@ -74,7 +74,7 @@ def parse_settings(
         usage=f"%(prog)s [-h] {'[config]' if optional else 'config'} [key=value | --key value ...]",
         description=description,
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="keys, whose values are YAML, but texts as they are typed:\n"
+        epilog="Values are YAML; a text, such as a prompt, is taken as it is typed.\n\nkeys:\n"
         + "\n".join(described(cls)).replace("%", "%%"),
         allow_abbrev=False,
     )
