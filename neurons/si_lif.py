@@ -281,7 +281,6 @@ class SILIFNode(BaseNode):
         Raises:
             ValueError: see :func:`neurons.compensation.check_mixture`.
         """
-        compensation.check_mixture(mode, function, lam)
         mixture = _Mixture(mode, function, lam)
         spike = self(u, mixture=mixture)
         assert mixture.mixed is not None

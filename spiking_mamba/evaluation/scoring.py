@@ -237,7 +237,5 @@ def kl_and_agreement(logits: torch.Tensor, reference: torch.Tensor) -> tuple[flo
     """
     log_q, log_p = logits.float().log_softmax(-1), reference.float().log_softmax(-1)
     each = F.kl_div(log_q, log_p, reduction="none", log_target=True)
-    kl = (
-        each.where(log_p != -math.inf, 0.0).sum(-1).double().sum().item()
-    )  # what has no probability adds none
-    return kl, int((logits.argmax(-1) == reference.argmax(-1)).sum())
+    each = each.where(log_p != -math.inf, 0.0)  # what has no probability adds none
+    return each.sum(-1).double().sum().item(), int((logits.argmax(-1) == reference.argmax(-1)).sum())

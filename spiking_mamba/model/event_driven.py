@@ -21,7 +21,6 @@ from neurons.backend import check_cupy, check_numba
 from neurons.event_linear import LARGEST_BATCH, EventDrivenLinear
 from spiking_mamba.model.by_hand import set_by_hand
 from spiking_mamba.model.cache import Cache, SpikingMambaCausalLMOutput, takes_any_cache_name
-from spiking_mamba.model.compiled import cannot_compile
 from spiking_mamba.model.configuration import FOLDED, PROJECTIONS, SpikingMambaConfig, own_fields
 from spiking_mamba.model.cuda.token import FusedTokens, cannot_fuse, own_cache
 from spiking_mamba.model.decoding import DecodingGraphs
@@ -175,7 +174,8 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
     def _settle(self) -> None:
         """Let the device that the model is on now run it: its projections' backend, and single tokens."""
         device, (decoding, _) = self.device, self._decoding
-        now = device, self.dtype, decoding, cannot_compile(self)
+        reason = self._cannot_fuse()
+        now = device, self.dtype, decoding, reason
         if self._settled == now:
             return
         for module in self.modules():
@@ -185,7 +185,7 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
             self.set_weights_backend("cupy" if _has(check_cupy) else "torch")
         elif self.lm_head.backend == "cupy":
             self.set_weights_backend("torch")
-        if self._cannot_fuse() is None and decoding != "torch":
+        if reason is None and decoding != "torch":
             self.graphs = DecodingGraphs(self._fused_token, self.backbone.layers, self._own_cache)
         elif self._fuses:
             self.graphs = None

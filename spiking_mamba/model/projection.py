@@ -163,7 +163,7 @@ class SpikeEncoder(nn.Module):
     @property
     def number_of_states(self) -> int:
         """How many states the neuron carries from token to token."""
-        return 0 if self.neuron is None or self.membrane == "token" else len(self.neuron._memories)
+        return 0 if self.membrane == "token" or self.neuron is None else len(self.neuron._memories)
 
     @property
     def sgc_lambda(self) -> float:

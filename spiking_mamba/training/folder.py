@@ -105,7 +105,8 @@ def _plan(folder: Path, settings: Any, resume: bool, overwrite: bool) -> str:
         what = "holds no run" if kind is None else f"was written by {kind}, not by {type(settings).__name__}"
         raise RunError(f"{folder} is not empty and {what}: it is left as it is.")
     refuse_above(folder, "overwrite=true")
-    for name in _read_by(_plain(settings)):
+    reads = {key: value for key, value in _plain(settings).items() if key != "output"}
+    for name in _texts(reads):
         if _is_emptied(folder, name):
             raise RunError(
                 f"overwrite=true would remove {name}, which this run reads: choose another output."
@@ -113,15 +114,12 @@ def _plan(folder: Path, settings: Any, resume: bool, overwrite: bool) -> str:
     return "overwrite"
 
 
-def _read_by(value: Any, key: str = "") -> Iterator[str]:
-    """Whatever in settings may be the name of something that a run reads."""
-    if isinstance(value, dict):
-        for name, below in value.items():
-            yield from _read_by(below, key or name)
-    elif isinstance(value, list):
-        for below in value:
-            yield from _read_by(below, key)
-    elif isinstance(value, str) and value and key != "output":
+def _texts(value: Any) -> Iterator[str]:
+    """All that is text in settings, which may be the name of something that a run reads."""
+    if isinstance(value, dict | list):
+        for below in value.values() if isinstance(value, dict) else value:
+            yield from _texts(below)
+    elif isinstance(value, str) and value:
         yield value
 
 

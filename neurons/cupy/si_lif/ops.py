@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import functional
+from ...compensation import check_mixture
 from ...surrogate import SignedSpikeCount
 from .. import launcher
 from .compensated import Compensated, compensated
@@ -107,6 +108,7 @@ def compensated_spike_count(
     :func:`si_lif_multi_step` does.
     """
     surrogate = _check(u, surrogate_function)
+    check_mixture(mode, function, lam)
     call = Compensated(
         surrogate.max_spike_count,
         surrogate.alpha,
