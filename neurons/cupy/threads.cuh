@@ -25,16 +25,41 @@ DEV void cluster_wait() {
   asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
 #endif
 }
-// To the same place in the shared memory of another block of the cluster, which has begun; T has four bytes.
-template <class T> DEV void to_rank(T* shared, unsigned rank, T value) {
+// Where blocks of a cluster wait for what others put into their shared memory: for so many bytes, not for the others.
+struct Arrivals {
+  alignas(8) unsigned long long barrier;
+};
+DEV unsigned shared_address(const void* shared) { return (unsigned)__cvta_generic_to_shared(shared); }
+// One thread of the block says so, before it arrives at the cluster's barrier.
+DEV void expect_arrivals(Arrivals& to, unsigned bytes) {
 #if CLUSTER > 1
-  unsigned there;
-  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-               : "=r"(there) : "r"((unsigned)__cvta_generic_to_shared(shared)), "r"(rank));
-  asm volatile("st.shared::cluster.u32 [%0], %1;"
-               : : "r"(there), "r"(*reinterpret_cast<unsigned*>(&value)) : "memory");
+  const unsigned barrier = shared_address(&to.barrier);
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" : : "r"(barrier) : "memory");
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" : : "r"(barrier), "r"(bytes) : "memory");
+#endif
+}
+// To the same place in the shared memory of another block of the cluster, which has begun; T has four bytes.
+template <class T> DEV void to_rank(T* shared, unsigned rank, T value, Arrivals& to) {
+#if CLUSTER > 1
+  unsigned there, barrier;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(shared)), "r"(rank));
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(barrier) : "r"(shared_address(&to.barrier)), "r"(rank));
+  asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.u32 [%0], %1, [%2];"
+               : : "r"(there), "r"(*reinterpret_cast<unsigned*>(&value)), "r"(barrier) : "memory");
 #else
   *shared = value;
+#endif
+}
+// By the whole block: all that it expects has come and may be read.
+DEV void wait_for_arrivals(Arrivals& to) {
+#if CLUSTER > 1
+  unsigned come;
+  do asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
+                  : "=r"(come) : "r"(shared_address(&to.barrier)) : "memory");
+  while (!come);
+#else
+  __syncthreads();
 #endif
 }
 DEV int ones(unsigned mask) { return __popc(mask); }

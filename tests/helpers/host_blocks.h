@@ -188,10 +188,19 @@ DEV T from_lane(T own, int other) {  // of the lane whose number differs in thes
 }
 DEV void cluster_arrive() {}
 DEV void cluster_wait() { host::wait(host::cluster_barrier, host::count); }
+struct Arrivals {
+  int bytes;  // that have not come yet
+};
+DEV void expect_arrivals(Arrivals& to, unsigned bytes) { to.bytes = (int)bytes; }
 template <class T>
-DEV void to_rank(T* shared, unsigned rank, T value) {
-  const size_t offset = (const unsigned char*)shared - host::me().block->shared;
-  *reinterpret_cast<T*>(host::cluster[rank].shared + offset) = value;
+DEV void to_rank(T* shared, unsigned rank, T value, Arrivals& to) {
+  auto there = [&](void* own) { return host::cluster[rank].shared + ((unsigned char*)own - host::me().block->shared); };
+  *reinterpret_cast<T*>(there(shared)) = value;
+  reinterpret_cast<Arrivals*>(there(&to))->bytes -= (int)sizeof(T);
+  host::idle = 0;
+}
+DEV void wait_for_arrivals(Arrivals& to) {
+  while (*(volatile int*)&to.bytes > 0) host::yield();
 }
 DEV int ones(unsigned mask) { return __builtin_popcount(mask); }
 DEV void wait_for_previous() {}

@@ -43,7 +43,7 @@ def test_compiles_to_ptx(nvrtc, arch: int, largest: int) -> None:
         once = [line.replace(".s", ".u") for line in ptx.splitlines() if line.startswith("\tld.global.cs.")]
         assert once
         assert all(loads in line for line in once)
-        assert (".reqnctapercluster" in ptx) == ("st.shared::cluster" in ptx) == (found.cluster > 1)
+        assert (".reqnctapercluster" in ptx) == ("st.async.shared::cluster" in ptx) == (found.cluster > 1)
         assert "atom" not in ptx
         assert "local" not in ptx  # nothing has left the registers
 

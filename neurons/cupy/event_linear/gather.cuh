@@ -11,7 +11,7 @@
 //
 // A warp takes runs of 32 inputs, one a lane, and moves those that fire to the front; all rows that these ask for are
 // under way at once, and a silent input costs nothing. No atomics: a warp's sums go to shared memory, a block's to that
-// block of the cluster which finishes their columns.
+// block of the cluster which finishes their columns and waits for them.
 
 typedef unsigned char u1;
 
@@ -45,6 +45,7 @@ struct Shared {
   unsigned row[WARPS][8];                                         // and where in the run they are
   Sum part[WARPS][BATCH][COLUMNS][LANES];
   Sum total[CLUSTER][BATCH][OWN];                                 // of the columns that this block finishes, block by block
+  Arrivals arrivals;                                              // of totals
 };
 
 struct Matrix {
@@ -187,6 +188,12 @@ DEV void gather_run(Sum (&sum)[BATCH][COLUMNS], Shared& shared, const Matrix& m,
 #endif
 }
 
+// A block's first step: others may send it their sums from now on.
+DEV void begin_sums(Shared& shared) {
+  if (threadIdx.x == 0) expect_arrivals(shared.arrivals, sizeof(shared.total));
+  cluster_arrive();
+}
+
 // A lane's sums to the block's; a barrier of the block has to follow.
 DEV void keep_sums(Shared& shared, const Thread& t, Sum (&sum)[BATCH][COLUMNS]) {
 #pragma unroll
@@ -199,8 +206,7 @@ DEV void keep_sums(Shared& shared, const Thread& t, Sum (&sum)[BATCH][COLUMNS]) 
     }
 }
 
-// All warps' sums of a block, to the blocks that finish their columns, then a barrier: read_total() gives the whole sums.
-// The block has to arrive at the cluster's barrier once before.
+// All warps' sums of a block, to the blocks that finish their columns; then read_total() gives the whole sums of its own.
 DEV void add_up(Shared& shared, const Thread& t) {
   block_sync();
   cluster_wait();                                                 // all blocks have begun
@@ -210,14 +216,9 @@ DEV void add_up(Shared& shared, const Thread& t) {
 #pragma unroll
     for (int w = 0; w < WARPS; ++w) sum += (&shared.part[w][0][0][0])[i];
     const int column = i % LANES * COLUMNS + i / LANES % COLUMNS;
-    to_rank(&shared.total[t.rank][i / SLAB][column % OWN], column / OWN, sum);
+    to_rank(&shared.total[t.rank][i / SLAB][column % OWN], column / OWN, sum, shared.arrivals);
   }
-#if CLUSTER > 1
-  cluster_arrive();
-  cluster_wait();
-#else
-  block_sync();
-#endif
+  wait_for_arrivals(shared.arrivals);
 }
 
 // Of a row of spikes and one of the columns that this block finishes.

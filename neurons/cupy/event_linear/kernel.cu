@@ -30,7 +30,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS event_linear(
   SHARED(Shared, shared);
   const Matrix m = {W, scale, N, row, inputs};
   const Thread t = thread_of(m);
-  cluster_arrive();                                               // the block has begun
+  begin_sums(shared);
   wait_for_previous();
   Sum sum[BATCH][COLUMNS] = {};
   const float none[BATCH] = {};

@@ -43,6 +43,31 @@ DEV float block_sum(Pieces& pieces, float of_warp, int warps) {
   return sum;
 }
 
+// The sums of ROWS values over a warp, the i-th in lane i. Of a power of two lanes halve what they have step by step.
+DEV float warp_sums(float (&x)[ROWS], int lane) {
+#if ROWS & (ROWS - 1)
+  float own = 0.0f;
+#pragma unroll
+  for (int i = 0; i < ROWS; ++i) {
+    const float sum = warp_sum(x[i]);
+    if (lane == i) own = sum;
+  }
+  return own;
+#else
+#pragma unroll
+  for (int half = ROWS / 2; half; half /= 2)
+#pragma unroll
+    for (int i = 0; i < half; ++i) {
+      const bool upper = lane & half;
+      const float other = from_lane(upper ? x[i] : x[i + half], half);
+      x[i] = add(upper ? x[i + half] : x[i], other);
+    }
+#pragma unroll
+  for (int other = ROWS; other < 32; other *= 2) x[0] = add(x[0], from_lane(x[0], other));
+  return x[0];
+#endif
+}
+
 // The states of a warp's channels.
 struct Own {
   States of[STEPS][ROWS];
@@ -60,16 +85,33 @@ DEV void load_states(Own& own, const STATE::Bits* state, int lane) {
     }
 }
 
+// What of B and C belongs to a lane's states.
+struct Weights {
+  float B[STEPS][VEC], C[STEPS][VEC];
+};
+
+DEV void load_weights(Weights& to, const float* B, const float* C, int lane) {
+#pragma unroll
+  for (int step = 0; step < STEPS; ++step) {
+    const int n = state_number(step, lane);
+#pragma unroll
+    for (int v = 0; v < VEC; ++v) {
+      to.B[step][v] = n < STATE_SIZE ? B[n + v] : 0.0f;
+      to.C[step][v] = n < STATE_SIZE ? C[n + v] : 0.0f;
+    }
+  }
+}
+
 // Moves them on; what a lane's parts of them add to the outputs.
-DEV void move_on(float (&out)[ROWS], const float (&input)[ROWS], const float* B, const float* C, float decay,
-                 Own& own, STATE::Bits* state, int lane) {
+DEV void move_on(float (&out)[ROWS], const float (&input)[ROWS], const Weights& weights, float decay, Own& own,
+                 STATE::Bits* state, int lane) {
 #pragma unroll
   for (int step = 0; step < STEPS; ++step) {
     const int n = state_number(step, lane);
     if (n < STATE_SIZE) {
 #pragma unroll
       for (int v = 0; v < VEC; ++v) {
-        const float b = B[n + v], c = C[n + v];
+        const float b = weights.B[step][v], c = weights.C[step][v];
 #pragma unroll
         for (int i = 0; i < ROWS; ++i) {
           STATE::Bits& bits = own.of[step][i].bits[v];
@@ -101,6 +143,8 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_token(SCAN_PARAMET
   const float* xs = gate + inner;
   const float* B = xs + inner + (i64)(head * groups / heads) * STATE_SIZE;
   const float* C = B + (i64)groups * STATE_SIZE;
+  Weights weights;
+  load_weights(weights, B, C, lane);                              // all at once, as what follows
   const float opening = lane < ROWS ? gate[channel + lane] : 0.0f, x = lane < ROWS ? xs[channel + lane] : 0.0f;
   const float dt = fminf(fmaxf(softplus(add(gate[width - heads + head], shift)), low), high);
   const float decay = expf(mul(dt, rate));
@@ -110,17 +154,10 @@ extern "C" __global__ void __launch_bounds__(32 * WARPS) scan_token(SCAN_PARAMET
     input[i] = mul(dt, xs[channel + i]);
     out[i] = 0.0f;
   }
-  move_on(out, input, B, C, decay, own, state, lane);
-  float y_own = 0.0f;
-#pragma unroll
-  for (int i = 0; i < ROWS; ++i) {
-    const float sum = warp_sum(out[i]);
-    if (lane == i) y_own = sum;
-  }
-  if (lane < ROWS) {
-    y_own = mul(add(y_own, mul(skip, x)), silu(opening));
-    y[row * inner + channel + lane] = y_own;
-  }
+  move_on(out, input, weights, decay, own, state, lane);
+  float y_own = warp_sums(out, lane);
+  y_own = lane < ROWS ? mul(add(y_own, mul(skip, x)), silu(opening)) : 0.0f;
+  if (lane < ROWS) y[row * inner + channel + lane] = y_own;
   const float all = block_sum(pieces, warp_sum(mul(y_own, y_own)), WARPS);
   if (threadIdx.x == 0) squares[row * (i64)gridDim.x + blockIdx.x] = all;
 }

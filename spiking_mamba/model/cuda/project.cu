@@ -181,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS project(PROJE
   // no launch writes it
   Raw raw = {};
   load_constants(raw, weight, shift, first + t.lane, inputs);
-  cluster_arrive();                                               // the block has begun
+  begin_sums(shared);
   wait_for_previous();
   load_inputs(raw, x, first + t.lane, inputs, rows);
 #if NORMED && GROUPS > 1
