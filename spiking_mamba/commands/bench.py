@@ -2,7 +2,6 @@
 
 import copy
 import importlib.util
-import json
 import os
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from spiking_mamba.common.files import refuse_file, unused
 from spiking_mamba.common.machine import check_threads, cores
 from spiking_mamba.common.progress import Share, Stage, quiet, say
 from spiking_mamba.common.provenance import provenance
+from spiking_mamba.common.records import to_json
 from spiking_mamba.common.schema import Count, Name, schema
 from spiking_mamba.common.words import Words
 from spiking_mamba.evaluation.cpu_speed import LLAMA, Way, captured_way, event_way, llama_ways, measure
@@ -253,7 +253,7 @@ def write(folder: Path, results: dict[str, Any]) -> None:
     """Table, picture and numbers, in a folder that is there whole or not at all."""
     with whole_folder(folder) as draft:
         draft.mkdir()
-        (draft / "results.json").write_text(json.dumps(results, indent=1))
+        (draft / "results.json").write_text(to_json(results))
         (draft / "table.md").write_text(speed_table(results) + "\n")
         name = Path(results["provenance"]["settings"]["model"]).name
         draw_speeds(results["decoding"], name, draft / "speed.png")

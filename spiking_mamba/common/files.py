@@ -150,7 +150,15 @@ def refuse_above(folder: Path, what: str) -> None:
 
 
 def refuse_file(folder: Path) -> None:
-    """Raise a RunError where a file is in the place of a folder, or of one that it lies in."""
+    """Raise a RunError where no folder can be made, or nothing written in the one that is there.
+
+    In its place, or of one that it lies in, may be a file or a symbolic link to nothing; or it is read-only.
+    """
     for place in (folder, *folder.parents):
         if place.exists() and not place.is_dir():
             raise RunError(f"{place} is a file, no folder for {folder}: choose another place.")
+        if place.is_symlink() and not place.exists():
+            raise RunError(f"{place} is a symbolic link to what is not there: choose another place.")
+    there = next((place for place in (folder, *folder.absolute().parents) if place.is_dir()), None)
+    if there is not None and not os.access(there, os.W_OK | os.X_OK):
+        raise RunError(f"{there} may not be written: choose another place than {folder}.")

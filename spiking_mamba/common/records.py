@@ -5,6 +5,7 @@ put_record(Path("runs/table.jsonl"), {"row": "control", "seed": 0, "perplexity":
 
 import fcntl
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,7 +14,7 @@ from typing import Any
 
 from spiking_mamba.common.files import write_whole
 
-__all__ = ["put_record", "read_records"]
+__all__ = ["finite", "put_record", "read_records", "to_json"]
 
 
 def read_records(path: Path) -> list[dict[str, Any]]:
@@ -54,6 +55,20 @@ def put_record(path: Path, record: Mapping[str, Any], identity: Sequence[str]) -
         else:
             lines.append(new)
         write_whole(path, "".join(f"{line}\n" for line in lines))
+
+
+def finite(value: Any) -> Any:
+    """``value`` with null for what JSON cannot say: NaN and infinities."""
+    if isinstance(value, Mapping):
+        return {str(key): finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def to_json(results: Any) -> str:
+    """JSON that every reader takes, see :func:`finite`, for people to look into."""
+    return json.dumps(finite(results), indent=1, allow_nan=False)
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:

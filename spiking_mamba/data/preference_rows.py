@@ -18,7 +18,7 @@ from spiking_mamba.data.answer_preference import NAME, answer_preference
 from spiking_mamba.data.contamination import evaluated_words
 from spiking_mamba.data.hub import load_hub
 
-__all__ = ["HALVES", "draw", "half_of", "item_of", "load_preferences"]
+__all__ = ["HALVES", "draw", "half_of", "item_of", "load_preferences", "same_rows"]
 
 HALVES = ("tune", "report")  # of a source's questions: to choose by, and to report
 
@@ -43,6 +43,13 @@ def load_preferences(
         return answer_preference(split, subset.split("+")) if subset else answer_preference(split)
     rows = _rows_of(source, name, subset, split)
     return _without_evaluated(source, rows) if decontaminate else (rows, {})
+
+
+def same_rows(source: str, split: str, other: str, other_split: str) -> bool:
+    """Whether two sources and splits are the same, as :func:`load_preferences` takes them."""
+    if Path(source).is_file() and Path(other).is_file():
+        return Path(source).samefile(other)
+    return (source, split) == (other, other_split)
 
 
 def _rows_of(source: str, name: str, subset: str, split: str) -> Sequence[dict[str, Any]]:

@@ -7,8 +7,6 @@ zero_shot(model, tokenizer, tasks)["piqa"]["acc"]
 perplexity(model, rows)["perplexity"]
 """
 
-import json
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +20,7 @@ from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.progress import Stage
 from spiking_mamba.common.provenance import provenance
 from spiking_mamba.common.ranks import is_first_process, process_count
+from spiking_mamba.common.records import finite, to_json
 from spiking_mamba.data.benchmarks import CHANCE, SOURCE_TASKS
 from spiking_mamba.data.text import load_text
 from spiking_mamba.evaluation.cache import ResultsCache
@@ -147,20 +146,11 @@ class _Run(NamedTuple):
             "groups": groups(models),
             "gaps": gaps(models),
         }
-        results = _finite(results)
-        write_whole(output / RESULTS, json.dumps(results, indent=1, allow_nan=False))
+        results = finite(results)
+        write_whole(output / RESULTS, to_json(results))
         return results
 
 
 def _kept_in(cache: ResultsCache) -> str:
     number = len(list(cache.folder.glob("*.json")))
     return f"the cache {cache.folder} keeps what is measured ({number} so far); the same command goes on."
-
-
-def _finite(value: Any) -> Any:
-    """``value`` with null for what JSON cannot say: NaN and infinities."""
-    if isinstance(value, Mapping):
-        return {str(key): _finite(entry) for key, entry in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(entry) for entry in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -8,7 +8,7 @@ from torch import nn
 import neurons
 from spiking_mamba.model.projection import spike_fed
 
-__all__ = ["cannot_compile"]
+__all__ = ["cannot_compile", "emits_int8"]
 
 _ROUNDING = (neurons.SignedSpikeCount, neurons.DeadZoneSpikeCount)
 
@@ -52,3 +52,14 @@ def _other_neurons(model: Any) -> str | None:
         if own != wanted or not surrogate.spiking:
             return f"The neuron of {name} was set by hand and is not the configuration's."
     return None
+
+
+def emits_int8(projection: Any) -> bool:
+    """Whether a projection's spikes are integers of int8 whatever its neuron gets.
+
+    A node or a surrogate of one's own may give anything.
+    """
+    node = projection.neuron
+    surrogate: Any = getattr(node, "surrogate_function", None)
+    known = type(node) in (neurons.SILIFNode, neurons.TILIFNode) and type(surrogate) in _ROUNDING
+    return known and surrogate.spiking and node.max_spike_count <= 127

@@ -21,6 +21,7 @@ from neurons.backend import check_cupy, check_numba
 from neurons.event_linear import LARGEST_BATCH, EventDrivenLinear
 from spiking_mamba.model.by_hand import set_by_hand
 from spiking_mamba.model.cache import Cache, SpikingMambaCausalLMOutput, takes_any_cache_name
+from spiking_mamba.model.compiled import emits_int8
 from spiking_mamba.model.configuration import FOLDED, PROJECTIONS, SpikingMambaConfig, own_fields
 from spiking_mamba.model.cuda.token import FusedTokens, cannot_fuse, own_cache
 from spiking_mamba.model.decoding import DecodingGraphs
@@ -173,14 +174,13 @@ class EventDrivenMambaForCausalLM(SpikingMambaForCausalLM):
 
     def _settle(self) -> None:
         """Let the device that the model is on now run it: its projections' backend, and single tokens."""
-        device, (decoding, _) = self.device, self._decoding
-        reason = self._cannot_fuse()
-        now = device, self.dtype, decoding, reason
+        device, (decoding, _), reason = self.device, self._decoding, self._cannot_fuse()
+        fed: list[Any] = [(p.linear, emits_int8(p)) for _, p in spike_fed(self)] if self._on_cuda else []
+        now = device, self.dtype, decoding, reason, [known for _, known in fed]
         if self._settled == now:
             return
-        for module in self.modules():
-            if isinstance(module, EventDrivenLinear):
-                module.trusts_spikes = True  # its neuron emits nothing but integers of int8
+        for layer, known in fed:
+            layer.trusts_spikes = known
         if self._on_cuda:
             self.set_weights_backend("cupy" if _has(check_cupy) else "torch")
         elif self.lm_head.backend == "cupy":

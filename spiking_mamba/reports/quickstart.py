@@ -1,7 +1,6 @@
 """What a run found: tables for the terminal, ``report.md``, ``report.html`` and a picture."""
 
 import itertools
-import json
 import math
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -10,6 +9,7 @@ from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 from spiking_mamba.common.files import write_whole
+from spiking_mamba.common.records import to_json
 from spiking_mamba.reports.document import (
     Block,
     Glance,
@@ -46,7 +46,7 @@ def write_report(folder: Path, results: dict[str, Any]) -> str:
     Returns:
         The summary.
     """
-    write_whole(folder / "results.json", json.dumps(results, indent=1))
+    write_whole(folder / "results.json", to_json(results))
     write_document(folder, _document(results, folder / "report.png"))
     return summary(results)
 

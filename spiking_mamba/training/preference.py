@@ -1,6 +1,5 @@
 """Preference optimisation of a spiking or dense model: DPO and KTO, by trl's trainers."""
 
-import json
 import os
 import time
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from spiking_mamba.common.files import write_whole
 from spiking_mamba.common.interruption import interruptible
 from spiking_mamba.common.progress import Stage
 from spiking_mamba.common.provenance import provenance
+from spiking_mamba.common.records import to_json
 from spiking_mamba.common.schema import (
     Auto,
     Count,
@@ -27,6 +27,7 @@ from spiking_mamba.common.schema import (
     Words,
     schema,
 )
+from spiking_mamba.data.preference_rows import same_rows
 from spiking_mamba.data.preferences import Preference, RowReport, read_preferences
 from spiking_mamba.data.text import draw_rows
 from spiking_mamba.evaluation.preferences import compare, evaluate_preferences
@@ -151,6 +152,8 @@ class PreferenceSettings:
 
     def __post_init__(self) -> None:
         check_objective(self.method, METHODS[self.method].config, self.objective)
+        if self.held_out is not None and same_rows(self.data, self.split, self.held_out, self.held_out_split):
+            raise ValueError(f"held_out must not be what is trained on, got {self.held_out} for both.")
         if self.sgc is not None:
             check_student({"class": "neurons.SILIFNode"}, self.sgc, "token", 1.0, False, False)
 
@@ -263,7 +266,7 @@ def optimise(settings: PreferenceSettings) -> dict[str, Any] | None:
             "seconds": {"training": seconds, "all": time.time() - start},
             "provenance": provenance(settings),
         }
-        write_whole(folder / "results.json", json.dumps(results, indent=1))
+        write_whole(folder / "results.json", to_json(results))
     return results
 
 

@@ -1,12 +1,13 @@
 """Files of records: whole lines, none lost, whoever writes and whatever stops them."""
 
 import json
+import math
 import multiprocessing
 from pathlib import Path
 
 import pytest
 
-from spiking_mamba.common.records import put_record, read_records
+from spiking_mamba.common.records import put_record, read_records, to_json
 
 FORK = multiprocessing.get_context("fork")  # which has all of torch imported
 
@@ -96,3 +97,14 @@ def test_a_damaged_line_is_named_and_left(tmp_path, damage):
     with pytest.raises(ValueError, match="line 2 is no record"):
         put(path, "b", 0)
     assert path.read_text() == before
+
+
+def test_json_has_no_numbers_that_are_none():
+    found = {"a": [1.5, math.inf, (math.nan, 2)], 3: {"b": -math.inf}, "c": "Infinity", "d": True, "e": None}
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    read = json.loads(to_json(found), parse_constant=refuse)
+    assert read == {"a": [1.5, None, [None, 2]], "3": {"b": None}, "c": "Infinity", "d": True, "e": None}
+    assert math.isinf(found["a"][1])  # what is written is a copy

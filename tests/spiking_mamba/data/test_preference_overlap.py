@@ -66,7 +66,8 @@ def test_their_number_is_said(tmp_path):
 def test_the_recipe_trains_on_none_of_them_and_may_hold_them_out(decontaminate, tmp_path):
     tokenizer = train_tokenizer(["the cat sat on the mat", ASKED] * 20, 300)
     path = write(tmp_path / "rows.jsonl", [GOOD, BAD[0]])
-    settings = PreferenceSettings("m", str(tmp_path / "run"), "dpo", data=path, held_out=path)
+    held_out = write(tmp_path / "held_out.jsonl", [GOOD, BAD[0]])
+    settings = PreferenceSettings("m", str(tmp_path / "run"), "dpo", data=path, held_out=held_out)
     settings.decontaminate = decontaminate
     assert len(settings.read(tokenizer)[0]) == (1 if decontaminate else 2)
     assert len(settings.read_held_out(tokenizer)[0]) == 2

@@ -97,6 +97,28 @@ def test_an_event_driven_models_own_neurons():
         generated(made, "compiled")
 
 
+@pytest.mark.parametrize("name", ["ours", *NODES])
+def test_on_cuda_spikes_of_unknown_nodes_are_looked_at(name, monkeypatch):
+    """Here a processor stands for CUDA."""
+    monkeypatch.setattr("spiking_mamba.model.event_driven.FUSED_DEVICES", ("cpu",))
+    make = NODES.get(name, lambda: SILIFNode(4, surrogate_function=neurons.DeadZoneSpikeCount(4, 0.8)))
+    neurons.register(OneSided)
+    neurons.register(Halved)
+    model = SpikingMambaForCausalLM.from_dense(tiny_model(), SILIFNode(4), threshold=0.3).eval()
+    made = event_driven(model)
+    layers = [projection.linear for projection in made.projections().values()]
+
+    def trusted():
+        made.set_decoding("auto")
+        return {layer.trusts_spikes for layer in layers}
+
+    assert trusted() == {True}
+    swapped(made, make)
+    assert trusted() == {name == "ours"}
+    swapped(made, lambda: neurons.TILIFNode(4))
+    assert trusted() == {True}
+
+
 def test_event_driven_takes_what_is_there():
     model = SpikingMambaForCausalLM.from_dense(tiny_model(), SILIFNode(4), threshold=0.3).eval()
     swapped(model, lambda: SILIFNode(1))

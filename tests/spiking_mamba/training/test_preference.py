@@ -378,6 +378,19 @@ def test_a_dense_model_has_no_compensation():
         _with_sgc(tiny_model(), {"mode": "blend"})
 
 
+def test_what_is_trained_on_is_not_held_out(fields, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    others = {"output": "run", "method": "dpo"}
+    for held_out in (fields["data"], "train.jsonl", "./train.jsonl"):
+        with pytest.raises(ValueError, match="must not be what is trained on"):
+            PreferenceSettings(**fields | others | {"held_out": held_out})
+    same = {"data": "answer_preference", "held_out": "answer_preference", "split": "validation"}
+    with pytest.raises(ValueError, match="must not be what is trained on"):
+        PreferenceSettings(**fields | others | same)
+    PreferenceSettings(**fields | others | same | {"split": "train"})
+    PreferenceSettings(**fields | others | {"held_out": None})
+
+
 def test_held_out_rows_are_pairs(fields, tmp_path):
     (tmp_path / "labelled.jsonl").write_text('{"prompt": "A", "completion": " B", "label": true}')
     with pytest.raises(RunError, match="must hold pairs"):
