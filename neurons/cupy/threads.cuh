@@ -55,8 +55,11 @@ template <class T> DEV void to_rank(T* shared, unsigned rank, T value, Arrivals&
 DEV void wait_for_arrivals(Arrivals& to) {
 #if CLUSTER > 1
   unsigned come;
-  do asm volatile("{ .reg .pred p; mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0; selp.u32 %0, 1, 0, p; }"
-                  : "=r"(come) : "r"(shared_address(&to.barrier)) : "memory");
+  do
+    asm volatile("{ .reg .pred p;\n"
+                 "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], 0;\n"
+                 "selp.u32 %0, 1, 0, p; }"
+                 : "=r"(come) : "r"(shared_address(&to.barrier)) : "memory");
   while (!come);
 #else
   __syncthreads();

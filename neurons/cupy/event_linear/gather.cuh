@@ -206,7 +206,7 @@ DEV void keep_sums(Shared& shared, const Thread& t, Sum (&sum)[BATCH][COLUMNS]) 
     }
 }
 
-// All warps' sums of a block, to the blocks that finish their columns; then read_total() gives the whole sums of its own.
+// All warps' sums of a block, to the blocks that finish their columns; then read_total() gives the block's own, whole.
 DEV void add_up(Shared& shared, const Thread& t) {
   block_sync();
   cluster_wait();                                                 // all blocks have begun
