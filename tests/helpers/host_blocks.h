@@ -149,6 +149,13 @@ inline void launch(int grid_x, int grid_y, int threads, int cluster_y, Kernel ke
     for (int y = 0; y < grid_y; y += cluster_y) run_cluster(x, y, cluster_y, threads);
 }
 
+template <size_t BYTES>
+inline size_t room_of(int number) {
+  static_assert(BYTES <= SHARED_BYTES / 4, "no room for so much shared memory");
+  if (number >= 4) abort();
+  return number * (SHARED_BYTES / 4);
+}
+
 template <class T, class F>
 inline T with_warp(T own, F of) {
   Warp& warp = me().block->warps[me().index.x / 32];
@@ -164,7 +171,9 @@ inline T with_warp(T own, F of) {
 #define threadIdx (host::me().index)
 #define blockIdx (host::me().block->index)
 #define gridDim (host::grid)
-#define SHARED(Type, name) Type& name = *reinterpret_cast<Type*>(host::me().block->shared)
+// Of each SHARED in a source memory of its own.
+#define SHARED(Type, name) \
+  Type& name = *reinterpret_cast<Type*>(host::me().block->shared + host::room_of<sizeof(Type)>(__COUNTER__))
 #define CLUSTER_DIMS
 
 // ---- neurons/cupy/threads.cuh ----
