@@ -144,7 +144,8 @@ def test_how_far_a_student_is_from_its_teacher(folder):
         with torch.no_grad():
             p, q = (m(held_out).logits[:, :-1].double().softmax(-1) for m in (teacher, load_model(place)))
         kl = (p * (p.log() - q.log())).sum(-1).mean()
-        assert found["after"]["kl"] == pytest.approx(float(kl), rel=1e-4)
+        # of models that hardly differ, float32 leaves some 1e-9 of it
+        assert found["after"]["kl"] == pytest.approx(float(kl), rel=1e-4, abs=2e-8)
         same = (p.argmax(-1) == q.argmax(-1)).double().mean()
         assert found["after"]["top1_agreement"] == pytest.approx(float(same), abs=1e-9)
     assert result(folder, "a")["before"]["kl"] > result(folder, "dense")["after"]["kl"] > 0
