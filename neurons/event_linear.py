@@ -36,7 +36,8 @@ class EventDrivenLinear(nn.Module):
         group_scale: uint8 ``[ceil(in / 32), out]`` of 4-bit weights; None for int8 ones.
         scale: float32 ``[out]``.
         trusts_spikes: take it for granted that spikes on CUDA are integers of int8. Else every call with
-            spikes of another dtype looks, for which the processor has to wait for the GPU.
+            spikes of another dtype looks, for which the processor has to wait for the GPU, but where a graph
+            is captured.
 
     Raises:
         ValueError: a parameter is out of its range, or so many inputs that a sum could leave 32 bits.

@@ -329,7 +329,7 @@ def test_what_four_runs_gave():
     over = {share: {key: [] for key in ("seconds", "mJ", "mJ_net")} for share in ("63%", "42%")}
     dense = []
     for commit in ("6758f75", "4d6e0e8", "22f4f99", "35c2b38"):
-        own = {r["way"]: r for r in kept("1.3b", commit) if r["batch"] == 1}
+        own = ways(commit)
         dense.append(f"{1 / own['dense bf16']['seconds']:.0f}")
         for share, found in over.items():
             for key, ratios in found.items():
@@ -343,15 +343,16 @@ def test_what_four_runs_gave():
     assert ranges["42%"] == ["2.70 to 2.75", "2.5 to 2.9", "2.3 to 2.9"]
     others = [over["63%"][key][1:] for key in ("seconds", "mJ")]  # as README says of them
     assert [f"{min(r):.2f} to {max(r):.2f}" for r in others] == ["2.50 to 2.53", "2.09 to 2.16"]
-    last = {r["way"]: r for r in kept("1.3b", "6758f75") if r["batch"] == 1}
+    last = ways("6758f75")
     each = [last["dense bf16"]["mJ"] / mJ for mJ in last["event-driven, 42%"]["mJ_each"]]
     assert f"{min(each):.1f}" == "2.6"
     times = [1e3 * t for t in last["mamba-ssm, CUDA graph"]["times"]]
     assert (f"{min(times):.2f}", f"{max(times):.2f}") == ("1.75", "1.94")
     here = 1e3 * last["event-driven, 63%"]["seconds"]
     assert (f"{min(times) / here:.1f}", f"{max(times) / here:.1f}") == ("2.3", "2.5")
-    eight = {r["way"]: r["seconds"] for r in kept("1.3b", "6758f75") if r["batch"] == 8}
-    assert f"{eight['dense bf16'] / eight['mamba-ssm, CUDA graph']:.2f}" == "1.15"
+    eight = ways("6758f75", 8)
+    dense_bf16, rival = (eight[way]["seconds"] for way in ("dense bf16", "mamba-ssm, CUDA graph"))
+    assert f"{dense_bf16 / rival:.2f}" == "1.15"
 
 
 def test_what_the_last_run_gained_and_missed():
