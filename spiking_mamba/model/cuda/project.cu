@@ -168,6 +168,7 @@ DEV float finish(const Behind& to, int i, const Column& own, Sum total) {
   return one;
 }
 
+// No least number of blocks is named: with one, the compiler gives out_proj so many registers that none fits beside it.
 extern "C" __global__ void __launch_bounds__(THREADS) CLUSTER_DIMS project(PROJECT_PARAMETERS) {
   SHARED(Shared, shared);
 #if NORMED && GROUPS > 1
