@@ -90,21 +90,21 @@ def page_says(*sentences):
     assert not missing
 
 
-def times(dense, own, form=".2f"):
+def as_many(dense, own):
     """How many times as many tokens."""
-    return f"{dense['seconds'] / own['seconds']:{form}}"
+    return f"{dense['seconds'] / own['seconds']:.2f}"
 
 
 def test_what_two_and_eight_sequences_gave():
     shares = "100%", "63%", "42%"
     two, eight = ways("392efa1", 2), ways("392efa1", 8)
-    every, often, seldom = (times(two["dense int8"], two[f"event-driven, {share}"]) for share in shares)
-    zeros = [times(two["event-driven, 100%"], two[f"event-driven, {share}"]) for share in shares[1:]]
+    every, often, seldom = (as_many(two["dense int8"], two[f"event-driven, {share}"]) for share in shares)
+    zeros = [as_many(two["event-driven, 100%"], two[f"event-driven, {share}"]) for share in shares[1:]]
     asked = [[own[f"event-driven, {share}"]["share"] for share in shares[1:]] for own in (two, eight)]
     some, nearly_all = ([f"{share:.0%}" for share in of] for of in asked)
     spiking = [eight[f"event-driven, {share}"] for share in shares]
     int8, bf16 = (
-        " to ".join(sorted({times(eight[way], own) for own in spiking}))
+        " to ".join(sorted({as_many(eight[way], own) for own in spiking}))
         for way in ("dense int8", "dense bf16")
     )
     assert eight["dense int8"]["seconds"] > eight["dense bf16"]["seconds"]
@@ -247,12 +247,17 @@ def trials():
     return {(t["run"], t["of"], t.get("what", "")): t["graph_ms"] for t in found if "graph_ms" in t}
 
 
+def trials_of(*runs):
+    """The same of these runs, without what ran."""
+    return {(run, what): ms for (run, _, what), ms in trials().items() if run in runs}
+
+
 def times_as_fast(tried, standing):
     return [f"{standing[share] / tried[share]:.2f}" for share in ("63%", "42%")]
 
 
 def test_what_came_of_the_trials():
-    of = {(run, what): ms for (run, _, what), ms in trials().items() if run in (8, 9)}
+    of = trials_of(8, 9)
     none, wide = of[9, "none loaded first"], of[9, "none, out_proj in 8 slabs of 16 lanes"]
     assert times_as_fast(of[9, "all loaded first"], none) == ["0.85", "0.86"]
     assert (f"{none['dense int8']:.3f}", f"{wide['dense int8']:.3f}") == ("0.915", "0.832")
@@ -291,7 +296,7 @@ def where(new, old, unit=""):
 
 
 def test_what_one_launch_a_token_took():
-    found = {(run, what): ms for (run, _, what), ms in trials().items() if run >= 10}
+    found = trials_of(10, 11, 18, 21)
     shares, now = ("63%", "42%", "dense int8"), "the kernels at 392efa1"
     own, before = found[21, "4 pieces, 4 parts"], found[21, now]
     ms = [(f"{own[share]:.3f}", f"{before[share]:.3f}") for share in shares]
@@ -335,7 +340,7 @@ def test_the_joules_and_the_clock_of_one_launch_a_token():
 
 
 def test_what_the_order_of_loads_gave():
-    found = {(run, what): ms for (run, _, what), ms in trials().items() if run in (19, 20)}
+    found = trials_of(19, 20)
     now = found[20, "as it is"]
 
     def fast(what):
@@ -380,7 +385,7 @@ def test_how_much_generate_of_the_student_scatters():
         assert (f"{min(times):.2f}", f"{max(times):.2f}") == (low, high)
 
 
-def test_every_record_is_on_the_page():
+def test_every_run_is_on_the_page():
     records = (RESULTS / "gpu_decoding.jsonl").read_text().splitlines()
     runs = {(r["size"], r["provenance"]["commit"][:7]) for r in map(json.loads, records)}
     of_a_size = {
@@ -393,3 +398,4 @@ def test_every_record_is_on_the_page():
         ("1.3b", "22f4f99"),
     }
     assert runs == {*of_a_size, ("1.3b", "35c2b38"), ("130m", "35c2b38"), ("smollm2-spiking", "e5a1c2c")}
+    page_says(*(f"at {commit} |" for _, commit in runs))  # the corner of a table
